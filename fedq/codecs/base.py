@@ -1,0 +1,254 @@
+"""What a codec is: `Codec`, `Payload`, and the registry that turns a spec string into a codec.
+
+A codec is a frozen dataclass whose fields are its options, so the codec is its own configuration. It has no state:
+residuals live in `fedq.feedback`, and which tensor gets which codec is `fedq.layout`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedq import kernels
+from fedq.errors import FieldError, one_of
+
+Shape = Sequence[int]
+CodecType = TypeVar("CodecType", bound="type[Codec]")
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One encoded tensor: a contiguous 1-D uint8 tensor and the little that is needed to decode it.
+
+    Args:
+        data: What travels.
+        codec: Who encoded it.
+        shape: Shape of the original tensor.
+        dtype: Data type of the original tensor.
+        seed: Seed of rotation, of shared index choice and of rounding noise.
+    """
+
+    data: Tensor
+    codec: Codec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return self.data.numel()
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits an element of the original tensor."""
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+    def decode(self) -> Tensor:
+        """Return the decoded tensor, in the original shape and data type."""
+        return self.codec.decode(self)
+
+
+class Codec(ABC):
+    """A stateless compressor of one tensor.
+
+    A subclass is a frozen dataclass that writes `_encode`, `_decode` and `_sections`; everything else has a default
+    that a fused kernel may replace. See ``docs/adding_a_codec.md``.
+    """
+
+    fixed_size: ClassVar[bool] = True
+    """Whether the payload's size follows from the shape alone."""
+
+    @property
+    def reducible(self) -> bool:
+        """Whether payloads of one seed may be summed value by value on the way (no scales, the same indices)."""
+        return False
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the decoded tensor has the input as its mean over the noise."""
+        return False
+
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether error feedback is worth its memory: true unless the codec is a mere cast or unbiased."""
+        return not self.unbiased
+
+    def resolved(self, *, feedback: bool) -> Codec:
+        """Return this codec with its ``auto`` options chosen for use with or without error feedback."""
+        return self
+
+    # ---- what a codec writes -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _encode(self, x: Tensor, shape: Shape, seed: int) -> list[Tensor]:
+        """Return the payload's uint8 sections, in the order of `_sections`, for flat non-empty float32 ``x``."""
+
+    @abstractmethod
+    def _decode(self, data: Tensor, shape: Shape, seed: int) -> Tensor:
+        """Return flat float32 values."""
+
+    @abstractmethod
+    def _sections(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
+        """Return bytes by part (``codes``, ``scales``, ``indices``); ``data`` is given if the size is not fixed."""
+
+    # ---- what a codec offers -------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, *, seed: int, out: Tensor | None = None) -> Payload:
+        """Encode a tensor.
+
+        Args:
+            x: Any shape, floating point.
+            seed: 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
+            out: Optional uint8 buffer of exactly the payload's size (fixed-size codecs).
+
+        Returns:
+            A payload whose bytes depend on values, shape, options and seed only.
+        """
+        if not x.is_floating_point():
+            raise FieldError("x.dtype", x.dtype, "a floating-point tensor")
+        shape = tuple(x.shape)
+        flat = x.detach().reshape(-1).to(torch.float32)
+        sections = self._encode(flat, shape, seed) if flat.numel() else [flat.new_empty(0, dtype=torch.uint8)]
+        return Payload(kernels.join_bytes(sections, out), self, shape, x.dtype, seed)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """Return the decoded tensor, in the original shape and data type.
+
+        Raises:
+            FieldError: The payload is cut short or too long for its shape.
+        """
+        num = math.prod(payload.shape)
+        if num == 0:
+            return torch.empty(payload.shape, dtype=payload.dtype, device=payload.data.device)
+        self.check_nbytes(payload.data, payload.shape)
+        flat = self._decode(payload.data, payload.shape, payload.seed)
+        return flat.view(payload.shape).to(payload.dtype)
+
+    def encode_with_residual(
+        self, x: Tensor, residual: Tensor, *, seed: int, out: Tensor | None = None
+    ) -> tuple[Payload, Tensor]:
+        """Encode ``x + residual``; return the payload and the new residual.
+
+        Guarantees ``decoded + new residual = x + residual`` to one float32 rounding.
+        """
+        total = x + residual
+        payload = self.encode(total, seed=seed, out=out)
+        return payload, total - self.decode(payload)
+
+    def decode_add(self, payload: Payload, out: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight · decoded`` to ``out`` in place (product and sum rounded separately)."""
+        out.add_(self.decode(payload).to(out.dtype).mul_(weight))
+
+    def payload_nbytes(self, shape: int | Shape) -> int:
+        """Return the exact payload size before encoding.
+
+        Args:
+            shape: The tensor's shape, or its number of elements.
+
+        Raises:
+            FieldError: The size depends on the values (``fixed_size`` is false).
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not self.fixed_size:
+            raise FieldError("codec", self.spec, "a codec whose payload size follows from the shape alone")
+        return sum(self._sections(shape).values()) if math.prod(shape) else 0
+
+    def section_nbytes(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
+        """Return the payload's bytes by part; ``data`` is needed for codecs without a fixed size."""
+        return self._sections(shape, data) if math.prod(shape) else {"codes": 0}
+
+    def check_nbytes(self, data: Tensor, shape: Shape) -> None:
+        """Raise `FieldError` unless ``data`` has exactly the size that ``shape`` calls for."""
+        expected = sum(self._sections(shape, data).values())
+        if data.numel() != expected:
+            raise FieldError(f"{self.spec}:payload bytes", data.numel(), f"{expected} for shape {tuple(shape)}")
+
+    @property
+    def spec(self) -> str:
+        """The codec as a spec string: its name and the options that differ from their defaults."""
+        options = [
+            f"{f.name}={_option_text(getattr(self, f.name))}"
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.name not in _fixed_options(self) and getattr(self, f.name) != f.default
+        ]
+        return spec_name(self) + (":" + ",".join(options) if options else "")
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+# ---- the registry ------------------------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, tuple[type[Codec], dict[str, Any]]] = {}
+
+
+def register(name: str, **fixed: Any) -> Callable[[CodecType], CodecType]:
+    """Register a codec class under a spec name, with the options that the name itself settles."""
+
+    def add(cls: CodecType) -> CodecType:
+        _REGISTRY[name] = (cls, fixed)
+        return cls
+
+    return add
+
+
+def codec_names() -> tuple[str, ...]:
+    """Return the registered spec names."""
+    return tuple(sorted(_REGISTRY))
+
+
+def make(name: str, options: Mapping[str, str]) -> Codec:
+    """Build a codec from its spec name and the text of its options.
+
+    Raises:
+        FieldError: Unknown name or option, or a value that is not allowed.
+    """
+    if name not in _REGISTRY:
+        raise FieldError("codec", name, one_of(_REGISTRY, name))
+    cls, fixed = _REGISTRY[name]
+    free = {f.name: f.default for f in fields(cls) if f.name not in fixed}  # type: ignore[arg-type]
+    values: dict[str, Any] = dict(fixed)
+    for option, text in options.items():
+        if option not in free:
+            raise FieldError(f"{name}:option", option, one_of(free, option) or "no options")
+        values[option] = _parse(f"{name}:{option}", text, free[option])
+    return cls(**values)
+
+
+def spec_name(codec: Codec) -> str:
+    """Return the registered name of a codec."""
+    for name, (cls, fixed) in _REGISTRY.items():
+        if type(codec) is cls and all(getattr(codec, k) == v for k, v in fixed.items()):
+            return name
+    return type(codec).__name__
+
+
+def _fixed_options(codec: Codec) -> dict[str, Any]:
+    name = spec_name(codec)
+    return _REGISTRY[name][1] if name in _REGISTRY else {}
+
+
+def _option_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parse(field: str, text: str, default: Any) -> Any:
+    """Turn an option's text into the type of its default."""
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise FieldError(field, text, "true or false")
+        return text.lower() == "true"
+    if isinstance(default, int | float):
+        kind = type(default)
+        try:
+            return kind(text)
+        except ValueError:
+            raise FieldError(field, text, "a whole number" if kind is int else "a number") from None
+    return text

@@ -1,0 +1,63 @@
+"""One bit an element: packed signs with one bfloat16 magnitude a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedq import kernels
+from fedq.codecs.base import Codec, register
+from fedq.codecs.grouped import Grouped, rounded_scale, safe_inverse
+from fedq.errors import FieldError
+
+
+@register("sign")
+@dataclass(frozen=True)
+class Sign(Grouped):
+    """Scaled sign: ``1 + 16/block`` bits an element, bit 1 for a negative value.
+
+    ``magnitude=mean`` is ``|x|_1 / n``, the contraction of EF-signSGD (Karimireddy et al. 2019); ``unbiased`` is
+    ``|x|_2^2 / |x|_1`` (DRIVE, Vargaftik et al. 2021), for use without feedback; ``auto`` picks between them.
+    ``scale=mean`` and ``scale=unbiased`` are short for these. ``rounding=stochastic``: P(+) = (1 + x/absmax)/2.
+    """
+
+    block: int = 1024
+    magnitude: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.scale in ("mean", "unbiased"):
+            object.__setattr__(self, "magnitude", self.scale)
+            object.__setattr__(self, "scale", "block")
+        if self.magnitude not in ("auto", "mean", "unbiased"):
+            raise FieldError("sign:magnitude", self.magnitude, "auto, mean, unbiased")
+        super().__post_init__()
+
+    def resolved(self, *, feedback: bool) -> Codec:
+        """Choose ``mean`` with error feedback and ``unbiased`` without."""
+        return replace(self, magnitude="mean" if feedback else "unbiased") if self.magnitude == "auto" else self
+
+    def _quantize(self, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        if noise is not None:
+            scale = rounded_scale(kernels.absmax(groups), up=True)
+            positive = groups * safe_inverse(scale).unsqueeze(1) > 2.0 * noise - 1.0
+            return (~positive).to(torch.uint8), scale
+        total = kernels.tree_sum(groups.abs())
+        if self.magnitude == "unbiased":
+            scale = kernels.tree_sum(groups * groups) * safe_inverse(total)
+        else:
+            scale = total / counts[:, 0]
+        return (groups < 0).to(torch.uint8), rounded_scale(scale)
+
+    def _levels(self, codes: Tensor) -> Tensor:
+        return 1.0 - 2.0 * codes.to(torch.float32)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return kernels.pack_bits(codes, 1)
+
+    def _unpack(self, data: Tensor, num: int) -> Tensor:
+        return kernels.unpack_bits(data, 1, num)
+
+    def _codes_nbytes(self, num: int) -> int:
+        return kernels.packed_nbytes(num, 1)

@@ -1,0 +1,317 @@
+"""Plain-torch passes: hashing, sums, rotation and bit packing; the oracle for every faster twin.
+
+Four rules make the bytes the same on every device and in every implementation: sums inside a group run as a halving
+tree, products are never fused into sums, the Hadamard butterflies run from the smallest stride to the largest, and
+randomness is a 32-bit hash of (seed, element index). No codec lives here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+_NOISE = 0x85EBCA6B
+ROTATION = 256
+"""Width of the Hadamard rotation; its norm is 1/16."""
+
+
+# ---- seeds and counter-based randomness ------------------------------------------------------------------------
+
+
+def mix32(x: Tensor) -> Tensor:
+    """Mix 32-bit words held in int64 (the "lowbias32" finaliser, C. Wellons 2018).
+
+    ``x ^= x >> 16; x *= 0x7FEB352D; x ^= x >> 15; x *= 0x846CA68B; x ^= x >> 16``, all modulo 2^32.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def hash_int(x: int) -> int:
+    """Mix one 32-bit word: `mix32` for a Python integer."""
+    x &= _MASK
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & _MASK
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 32-bit word that depends on every part (first 4 bytes of BLAKE2b over their text)."""
+    text = "/".join(f"{type(p).__name__}:{p}" for p in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+def span_seed(seed: int, index: int) -> int:
+    """Return the seed of the ``index``-th span of a message.
+
+    A seed is 64 bits: the low word is shared by all clients of a round (rotation, rand-k), the high word is the
+    client's own (rounding noise). Both words are advanced separately, so what is shared stays shared.
+    """
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    return hash_int(low + (index + 1) * _GOLDEN) | hash_int(high + (index + 1) * _NOISE) << 32
+
+
+def shared_key(seed: int) -> int:
+    """Return the hash key for what all clients of a round share."""
+    return hash_int((seed & _MASK) + _GOLDEN)
+
+
+def noise_key(seed: int) -> int:
+    """Return the hash key for a client's own rounding noise."""
+    return hash_int(shared_key(seed) ^ hash_int((seed >> 32) + _NOISE))
+
+
+def hash32(counter: Tensor, key: int) -> Tensor:
+    """Hash int64 counters: ``mix32(mix32(low ^ key) + high + 0x9E3779B9)`` for ``counter = high·2^32 + low``."""
+    return mix32((mix32((counter & _MASK) ^ key) + (counter >> 32) + _GOLDEN) & _MASK)
+
+
+def uniform(num: int, seed: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
+    """Return float32 noise in [0, 1): the top 24 bits of the hash of elements ``start .. start + num``."""
+    counter = torch.arange(start, start + num, dtype=torch.int64, device=device)
+    return (hash32(counter, noise_key(seed)) >> 8).to(torch.float32) * 2.0**-24
+
+
+def signs(num: int, seed: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
+    """Return float32 signs +-1: bit ``i % 32`` of the hash of ``i // 32`` (``start`` and ``num`` multiples of 32)."""
+    words = torch.arange(start // 32, (start + num) // 32, dtype=torch.int64, device=device)
+    hashed = hash32(words, shared_key(seed))
+    lanes = hashed.unsqueeze(1) >> torch.tensor([0, 8, 16, 24], device=device)
+    return _sign_table(device)[(lanes & 255).reshape(-1)].reshape(-1)
+
+
+def _sign_table(device: torch.device | None) -> Tensor:
+    """Return the (256, 8) float32 table of signs of a byte's bits, lowest first: bit 0 is +1, bit 1 is -1."""
+    byte = torch.arange(256, device=device).unsqueeze(1)
+    bits = (byte >> torch.arange(8, device=device)) & 1
+    return 1.0 - 2.0 * bits.to(torch.float32)
+
+
+# ---- groups and sums ---------------------------------------------------------------------------------------------
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def to_groups(x: Tensor, width: int) -> Tensor:
+    """Lay a flat tensor out as (groups, power of two >= width), zeros where there is no element."""
+    full = _next_power_of_two(width)
+    num = -(-x.numel() // width)
+    if num * width != x.numel():
+        x = torch.nn.functional.pad(x, (0, num * width - x.numel()))
+    x = x.reshape(num, width)
+    return x if full == width else torch.nn.functional.pad(x, (0, full - width))
+
+
+def from_groups(groups: Tensor, width: int, numel: int) -> Tensor:
+    """Undo `to_groups`."""
+    return groups[:, :width].reshape(-1)[:numel]
+
+
+def tree_sum(groups: Tensor) -> Tensor:
+    """Sum the rows of (g, 2^n) as a halving tree: ``x[:n/2] + x[n/2:]``, repeated."""
+    while groups.shape[1] > 1:
+        half = groups.shape[1] // 2
+        groups = groups[:, :half] + groups[:, half:]
+    return groups[:, 0]
+
+
+def absmax(groups: Tensor) -> Tensor:
+    """Return the largest magnitude of each row; NaN where the row has one."""
+    return groups.abs().amax(dim=1)
+
+
+# ---- rotation ----------------------------------------------------------------------------------------------------
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """Multiply rows of (m, w), w a power of two, by the Hadamard matrix: butterflies of stride 1, 2, 4, ..."""
+    rows, width = x.shape
+    stride = 1
+    while stride < width:
+        pairs = x.view(rows, width // (2 * stride), 2, stride)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
+        x = x.view(rows, width)
+        stride *= 2
+    return x
+
+
+def rotate(x: Tensor, seed: int, *, start: int = 0) -> Tensor:
+    """Flip signs and Hadamard-rotate runs of 256: an orthogonal map that makes values nearly Gaussian.
+
+    Args:
+        x: Flat float32; padded with zeros to a multiple of 256.
+        seed: Only its shared low word is used.
+        start: Index of ``x[0]`` in its parameter, a multiple of 256.
+
+    Returns:
+        Flat float32 of ``ceil(numel / 256) * 256`` elements.
+    """
+    rows = to_groups(x, ROTATION)
+    flips = signs(rows.numel(), seed, start=start, device=x.device).view_as(rows)
+    return (_hadamard(rows * flips) * (1.0 / 16.0)).reshape(-1)
+
+
+def unrotate(y: Tensor, seed: int, numel: int, *, start: int = 0) -> Tensor:
+    """Undo `rotate` and drop the padding."""
+    rows = _hadamard(y.view(-1, ROTATION)) * (1.0 / 16.0)
+    return (rows.reshape(-1) * signs(rows.numel(), seed, start=start, device=y.device))[:numel]
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------------
+
+
+def join_bytes(sections: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """Concatenate uint8 sections, into ``out`` if given."""
+    if out is None:
+        return sections[0] if len(sections) == 1 else torch.cat(sections)
+    start = 0
+    for section in sections:
+        out[start : start + section.numel()] = section
+        start += section.numel()
+    return out
+
+
+def bf16_bytes(values: Tensor) -> Tensor:
+    """Return bfloat16 values as little-endian bytes: nearest even, every NaN as 0x7FC0."""
+    bits = values.to(torch.bfloat16).contiguous().view(torch.int16)
+    return bits.masked_fill(values.isnan(), 0x7FC0).view(torch.uint8)
+
+
+def bf16_from_bytes(data: Tensor) -> Tensor:
+    """Return the float32 values of bfloat16 bytes."""
+    return data.clone().view(torch.bfloat16).to(torch.float32)
+
+
+def packed_nbytes(num: int, bits: int) -> int:
+    """Return the bytes of ``num`` codes of ``bits`` bits: ``ceil(num·bits / 8)``."""
+    return (num * bits + 7) // 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack integer codes into bytes, least significant bit first, no padding between codes.
+
+    Args:
+        codes: Flat uint8 (bits <= 8) or int64, each in [0, 2^bits).
+        bits: 0 to 40.
+
+    Returns:
+        uint8 of ``ceil(numel·bits / 8)`` bytes.
+    """
+    num = codes.numel()
+    if bits == 0 or num == 0:
+        return codes.new_empty(0, dtype=torch.uint8)
+    if bits == 8:
+        return codes.to(torch.uint8)
+    if bits > 8:
+        wide = (codes.unsqueeze(1) >> torch.arange(bits, device=codes.device)) & 1
+        return pack_bits(wide.reshape(-1).to(torch.uint8), 1)
+    codes = codes.to(torch.uint8)
+    if num % 8:
+        codes = torch.nn.functional.pad(codes, (0, 8 - num % 8))
+    return _pack_small(codes, bits)[: packed_nbytes(num, bits)]
+
+
+def _pack_small(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes of 1 to 7 bits; numel is a multiple of 8."""
+    if bits == 4:
+        pairs = codes.view(-1, 2)
+        return pairs[:, 0] | (pairs[:, 1] << 4)
+    if bits == 2:
+        quads = codes.view(-1, 4)
+        return quads[:, 0] | (quads[:, 1] << 2) | (quads[:, 2] << 4) | (quads[:, 3] << 6)
+    if bits == 1:
+        # Eight 0/1 bytes in one little-endian word; the product moves byte i to bit 56 + i without carries.
+        magic = sum(1 << (56 - 7 * i) for i in range(1, 8)) + (1 << 56)
+        return ((codes.contiguous().view(torch.int64) * magic) >> 56).to(torch.uint8)
+    octets = codes.view(-1, 8).to(torch.int64) << (bits * torch.arange(8, device=codes.device))
+    word = octets.sum(dim=1, keepdim=True)
+    return (word >> (8 * torch.arange(bits, device=codes.device))).bitwise_and_(255).to(torch.uint8).view(-1)
+
+
+def unpack_bits(data: Tensor, bits: int, num: int) -> Tensor:
+    """Undo `pack_bits`: return ``num`` codes, uint8 for bits <= 8 and int64 above."""
+    if bits == 0 or num == 0:
+        return data.new_zeros(num, dtype=torch.uint8 if bits <= 8 else torch.int64)
+    if bits == 8:
+        return data[:num]
+    if bits > 8:
+        wide = unpack_bits(data, 1, num * bits).view(num, bits).to(torch.int64)
+        return (wide << torch.arange(bits, device=data.device)).sum(dim=1)
+    if bits in (1, 2, 4):
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+        return ((data.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1)[:num]
+    num_words = -(-num // 8)
+    data = torch.nn.functional.pad(data, (0, num_words * bits - data.numel())).view(num_words, bits).to(torch.int64)
+    words = (data << (8 * torch.arange(bits, device=data.device))).sum(dim=1, keepdim=True)
+    codes = (words >> (bits * torch.arange(8, device=data.device))) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).view(-1)[:num]
+
+
+def pack_trits(trits: Tensor) -> Tensor:
+    """Pack codes 0, 1, 2 five to a byte: ``sum_j t_j·3^j``."""
+    num = trits.numel()
+    trits = torch.nn.functional.pad(trits.to(torch.uint8), (0, -num % 5)).view(-1, 5)
+    packed = trits[:, 0].clone()
+    for place, power in enumerate((3, 9, 27, 81), start=1):
+        packed += trits[:, place] * power
+    return packed
+
+
+def unpack_trits(data: Tensor, num: int) -> Tensor:
+    """Undo `pack_trits`: return ``num`` uint8 codes (a byte over 242 is taken modulo 3 in its last place)."""
+    byte = torch.arange(256, device=data.device).unsqueeze(1)
+    table = (byte // torch.tensor([1, 3, 9, 27, 81], device=data.device)) % 3
+    return table.to(torch.uint8)[data.to(torch.int64)].reshape(-1)[:num]
+
+
+# ---- sorted indices ----------------------------------------------------------------------------------------------
+
+
+def _low_bits(num: int, universe: int) -> int:
+    return max(0, (universe // num).bit_length() - 1) if num else 0
+
+
+def elias_fano_nbytes(num: int, universe: int) -> int:
+    """Return the bytes of ``num`` sorted indices below ``universe``: about ``num·(2 + log2(universe/num)) / 8``.
+
+    ``l = floor(log2(universe/num))`` low bits each, and a bit vector of ``num + (universe - 1 >> l)`` bits.
+    """
+    if num == 0:
+        return 0
+    low = _low_bits(num, universe)
+    return packed_nbytes(num, low) + packed_nbytes(num + ((universe - 1) >> low), 1)
+
+
+def elias_fano_encode(indices: Tensor, universe: int) -> Tensor:
+    """Code sorted distinct indices (int64) below ``universe`` (Elias 1974, Fano 1971): fixed size, no entropy coder."""
+    num = indices.numel()
+    if num == 0:
+        return indices.new_empty(0, dtype=torch.uint8)
+    low = _low_bits(num, universe)
+    lower = pack_bits(indices & ((1 << low) - 1), low)
+    unary = torch.zeros(num + ((universe - 1) >> low), dtype=torch.uint8, device=indices.device)
+    unary[(indices >> low) + torch.arange(num, device=indices.device)] = 1
+    return torch.cat((lower, pack_bits(unary, 1)))
+
+
+def elias_fano_decode(data: Tensor, num: int, universe: int) -> Tensor:
+    """Undo `elias_fano_encode`: return ``num`` sorted int64 indices."""
+    if num == 0:
+        return data.new_empty(0, dtype=torch.int64)
+    low = _low_bits(num, universe)
+    split = packed_nbytes(num, low)
+    lower = unpack_bits(data[:split], low, num).to(torch.int64)
+    unary = unpack_bits(data[split:], 1, num + ((universe - 1) >> low))
+    upper = unary.nonzero().view(-1) - torch.arange(num, device=data.device)
+    return (upper << low) | lower
