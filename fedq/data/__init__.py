@@ -1,0 +1,11 @@
+"""Data sets as whole uint8 tensors: found, decoded once, split, and batched on the device.
+
+Imports nothing of fedq but `fedq.errors`; who trains on what is `fedq.federated.partition`.
+"""
+
+from fedq.data.batch import augment, batches, normalize
+from fedq.data.dataset import Dataset, Split
+from fedq.data.load import load_dataset
+from fedq.data.source import DataError
+
+__all__ = ["DataError", "Dataset", "Split", "augment", "batches", "load_dataset", "normalize"]
