@@ -1,0 +1,21 @@
+"""Show runs to people. Everything here reads a run's files only."""
+
+from fedq.report.terminal import (
+    RoundProgress,
+    human_bytes,
+    human_seconds,
+    print_header,
+    print_summary,
+    read_summary,
+    round_progress,
+)
+
+__all__ = [
+    "RoundProgress",
+    "human_bytes",
+    "human_seconds",
+    "print_header",
+    "print_summary",
+    "read_summary",
+    "round_progress",
+]

@@ -1,0 +1,292 @@
+"""A run's folder: every file that a job leaves behind, written so that a reader never sees half of one.
+
+What the numbers mean is the caller's business; how they are shown afterwards lives in `fedq.report`, which reads these
+files and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.errors import FieldError, one_of
+from fedq.runfolder.tables import SCHEMA_VERSION, ParquetRows, client_schema, histogram, histogram_schema, replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from fedq.ledger import Ledger
+
+FLUSH_EVERY_ROUNDS = 10
+STAGES = ("weight", "update", "decoded", "codes")
+SUMMARY_KEYS = (
+    "dataset",
+    "model",
+    "num_params",
+    "world_size",
+    "launcher",
+    "exchange",
+    "uplink",
+    "downlink",
+    "server",
+    "rounds",
+    "test_accuracy",
+    "best_val_accuracy",
+    "uplink_bytes",
+    "downlink_bytes",
+    "uplink_bytes_fp32",
+    "downlink_bytes_fp32",
+    "wire_bytes",
+    "seconds",
+    "seconds_per_round",
+    "seed",
+    "git_commit",
+    "versions",
+)
+
+_TAG_GROUPS = ("train", "val", "test", "bytes")
+
+
+class RunFolder:
+    """Write one run's files. Use it as a context manager, or call `close`.
+
+    Args:
+        path: An existing folder that can be written; `RunFolder.create` finds or makes one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._clients = ParquetRows(path / "clients.parquet", client_schema())
+        self._histograms = ParquetRows(path / "histograms.parquet", histogram_schema())
+        self._tensorboard: SummaryWriter | None = None
+        self._flushed_round = 0
+
+    @classmethod
+    def create(cls, out: Path | None, *, name: str, exist_ok: bool = False) -> RunFolder:
+        """Make the folder and prove that it can be written, before any work is done.
+
+        Args:
+            out: The folder; None: `runs/<YYYYmmdd-HHMMSS>-<name>` in the working directory, `-2`, `-3`... if taken.
+            name: Name of the run, made safe as a file name.
+            exist_ok: Go on in a folder that already holds a run: its metrics, client rows and histograms are kept and
+                added to, its other files are replaced.
+
+        Raises:
+            FieldError: If the folder cannot be written, or holds a run and `exist_ok` is false.
+        """
+        target = Path(out) if out is not None else Path("runs")
+        try:
+            path = _new_folder(target, name) if out is None else target
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            allowed = f"a folder that can be written ({error.strerror})"
+            raise FieldError("out", str(target), allowed) from error
+        if not exist_ok and any((path / file).exists() for file in ("summary.json", "config.yaml")):
+            raise FieldError("out", str(path), "a folder that does not hold a run already")
+        return cls(path)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.yaml`: `schema_version`, then the whole nested configuration in its own order."""
+        import yaml
+
+        plain = {"schema_version": SCHEMA_VERSION, **_plain(config)}
+        self._write_text("config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+    def log_metrics(self, round: int, **values: Any) -> None:
+        """Append one line to `metrics.jsonl`, on disk when this returns, and its numbers to TensorBoard.
+
+        `val_accuracy` becomes the tag `val/accuracy`, `uplink_bytes` becomes `bytes/uplink`. What is not finite is null
+        in the file and left out of TensorBoard.
+        """
+        plain = _plain(values)
+        self._metrics.write(json.dumps({"round": round, **plain}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        for key, value in plain.items():
+            if isinstance(value, (int, float)):
+                self._events().add_scalar(_tag(key), value, round)
+        if round - self._flushed_round >= FLUSH_EVERY_ROUNDS:
+            self._flushed_round = round
+            self._clients.flush()
+            self._histograms.flush()
+
+    def log_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to `clients.parquet`, which is rewritten every `FLUSH_EVERY_ROUNDS` rounds and on `close`.
+
+        Args:
+            rows: One dict a client and round: `round`, `client`, `rank`, `num_examples`, `train_loss`,
+                `train_accuracy`, `val_accuracy` (these three may be None or left out), `status` ("ok", or why the
+                client was left out) and `label_counts` (examples a class).
+
+        Raises:
+            FieldError: For a column that does not exist, or a missing one.
+        """
+        self._clients.extend(rows)
+
+    def log_histogram(self, round: int, client: int, tensor: str, stage: str, values: Tensor) -> None:
+        """Add one row to `histograms.parquet`: 64 equal bins from min to max, or one bin a value for codes.
+
+        Args:
+            round: Round.
+            client: Client, or -1 for the server.
+            tensor: Name of the tensor.
+            stage: "weight", "update", "decoded" or "codes"; codes also get their Shannon entropy in bits a code.
+            values: Any shape and dtype, on any device; values that are not finite are left out of `num` and the rest.
+        """
+        if stage not in STAGES:
+            raise FieldError("stage", stage, one_of(STAGES, stage))
+        row = {"round": round, "client": client, "tensor": tensor, "stage": stage}
+        self._histograms.extend([row | histogram(values, codes=stage == "codes")])
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, `schema_version` first.
+
+        Raises:
+            KeyError: If one of `SUMMARY_KEYS` is missing; names all that are.
+        """
+        missing = [key for key in SUMMARY_KEYS if key not in summary]
+        if missing:
+            raise KeyError(f"summary lacks {', '.join(missing)}")
+        plain = {"schema_version": SCHEMA_VERSION, **_plain(summary)}
+        self._write_text("summary.json", json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def save_model(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write `model.safetensors`; the same tensors give the same bytes, whatever their order and device."""
+        self._save("model.safetensors", tensors)
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write `checkpoint.safetensors`, with the same promise as `save_model`."""
+        self._save("checkpoint.safetensors", tensors)
+
+    def write_ledger(self, ledger: Ledger) -> None:
+        """Write `ledger.parquet`."""
+        ledger.write(self.path / "ledger.parquet")
+
+    def close(self) -> None:
+        """Write what is still in memory; calling it twice is harmless."""
+        self._clients.flush()
+        self._histograms.flush()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _events(self) -> SummaryWriter:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        return self._tensorboard
+
+    def _write_text(self, file: str, text: str) -> None:
+        with replacing(self.path / file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def _save(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        # A copy each: tensors that are views of one buffer, or tied, would be refused as shared memory.
+        copies = {
+            name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name in sorted(tensors)
+        }
+        with replacing(self.path / file) as temporary:
+            save_file(copies, temporary)
+
+
+class NullRunFolder:
+    """Do nothing, with a `RunFolder`'s methods: for the ranks that write no files, so that callers never branch."""
+
+    path: Path | None = None
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_metrics(self, round: int, **values: Any) -> None:
+        """Do nothing."""
+
+    def log_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+    def log_histogram(self, round: int, client: int, tensor: str, stage: str, values: Tensor) -> None:
+        """Do nothing."""
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def save_model(self, tensors: Mapping[str, Tensor]) -> None:
+        """Do nothing."""
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+        """Do nothing."""
+
+    def write_ledger(self, ledger: Ledger) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> NullRunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:100] or "run"
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{safe}"
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in the types that JSON and YAML share; numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tag(key: str) -> str:
+    group, _, rest = key.partition("_")
+    if rest and group in _TAG_GROUPS:
+        return f"{group}/{rest}"
+    return f"bytes/{key.removesuffix('_bytes')}" if key.endswith("_bytes") else f"run/{key}"

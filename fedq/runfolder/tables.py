@@ -1,0 +1,127 @@
+"""The Parquet tables of a run that grow round by round: their columns, their rows, and how a file is replaced whole.
+
+Which rows there are is decided in `folder`; the ledger brings its own table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.errors import FieldError, one_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_NUM_BINS = 64
+_MAX_CODES = 1 << 16
+
+
+class ParquetRows:
+    """Rows of one Parquet file, kept as columns. A file that exists already is read and added to."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._schema = schema
+        self._tables: list[pa.Table] = []
+        self._stale = not path.exists()
+        if path.exists():
+            import pyarrow.parquet as pq
+
+            self._tables.append(pq.read_table(path, schema=schema))
+
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows; refuse an unknown column, or None where the column is not nullable, with a `FieldError`."""
+        import pyarrow as pa
+
+        required = [field.name for field in self._schema if not field.nullable]
+        for row in rows:
+            for key in row:
+                if key not in self._schema.names:
+                    raise FieldError("column", key, one_of(self._schema.names, key))
+            for key in required:
+                if row.get(key) is None:
+                    raise FieldError(key, None, f"a value in every row of {self._path.name}")
+        self._tables.append(pa.Table.from_pylist([dict(row) for row in rows], schema=self._schema))
+        self._stale = True
+
+    def flush(self) -> None:
+        """Rewrite the file, whole and atomically, if there is anything new."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self._stale:
+            return
+        table = pa.concat_tables([self._schema.empty_table(), *self._tables]).combine_chunks()
+        with replacing(self._path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        self._tables = [table]
+        self._stale = False
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path` that takes its place if the block ends well."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def client_schema() -> pa.Schema:
+    """Return the columns of `clients.parquet`."""
+    import pyarrow as pa
+
+    counts = {name: pa.int32() for name in ("round", "client", "rank")} | {"num_examples": pa.int64()}
+    scores = {name: pa.float64() for name in ("train_loss", "train_accuracy", "val_accuracy")}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in counts.items()]
+    fields += [pa.field(name, kind) for name, kind in scores.items()]
+    fields.append(pa.field("status", pa.string(), nullable=False))
+    fields.append(pa.field("label_counts", pa.list_(pa.int64()), nullable=False))
+    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+def histogram_schema() -> pa.Schema:
+    """Return the columns of `histograms.parquet`."""
+    import pyarrow as pa
+
+    kinds = {"round": pa.int32(), "client": pa.int32(), "tensor": pa.string(), "stage": pa.string()}
+    kinds |= {"edges": pa.list_(pa.float64()), "counts": pa.list_(pa.int64()), "num": pa.int64()}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
+    fields += [pa.field(name, pa.float64()) for name in ("mean", "std", "min", "max", "entropy_bits")]
+    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+def histogram(values: Tensor, *, codes: bool) -> dict[str, Any]:
+    """Return the columns from `edges` to `entropy_bits`; without a finite value the lists are empty, the rest None."""
+    flat = values.detach().flatten().cpu()
+    flat = flat[torch.isfinite(flat)]
+    if not len(flat):
+        return {"edges": [], "counts": [], "num": 0}
+    x = flat.double().numpy()
+    low, high = float(x.min()), float(x.max())
+    row: dict[str, Any] = {"num": len(x), "mean": float(x.mean()), "std": float(x.std()), "min": low, "max": high}
+    if not codes:
+        # A constant, or nearly one, still needs bins of some width: 64 of them must differ in float64.
+        narrow = high - low <= max(1e-300, 1e-12 * max(abs(low), abs(high)))
+        spread = max(0.5, abs(low) * 1e-6) if narrow else 0.0
+        counts, edges = np.histogram(x, bins=_NUM_BINS, range=(low - spread, high + spread))
+        return row | {"edges": edges.tolist(), "counts": counts.tolist()}
+    if high - low >= _MAX_CODES:
+        raise FieldError("codes", high - low, f"codes that span fewer than {_MAX_CODES} values")
+    counts = np.bincount((x - low).astype(np.int64))
+    shares = counts[counts > 0] / len(x)
+    entropy = float(-(shares * np.log2(shares)).sum()) + 0.0  # + 0.0: one single value gives 0, not -0
+    edges = np.arange(len(counts) + 1) + low - 0.5
+    return row | {"edges": edges.tolist(), "counts": counts.tolist(), "entropy_bits": entropy}
