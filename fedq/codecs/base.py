@@ -110,12 +110,18 @@ class Codec(ABC):
 
         Returns:
             A payload whose bytes depend on values, shape, options and seed only.
+
+        Raises:
+            FieldError: Not a floating-point tensor, or ``out`` has another size.
         """
         if not x.is_floating_point():
             raise FieldError("x.dtype", x.dtype, "a floating-point tensor")
         shape = tuple(x.shape)
         flat = x.detach().reshape(-1).to(torch.float32)
         sections = self._encode(flat, shape, seed) if flat.numel() else [flat.new_empty(0, dtype=torch.uint8)]
+        nbytes = sum(section.numel() for section in sections)
+        if out is not None and out.numel() != nbytes:
+            raise FieldError("out bytes", out.numel(), f"{nbytes} for {self.spec} and shape {shape}")
         return Payload(kernels.join_bytes(sections, out), self, shape, x.dtype, seed)
 
     def decode(self, payload: Payload) -> Tensor:
@@ -145,6 +151,10 @@ class Codec(ABC):
     def decode_add(self, payload: Payload, out: Tensor, weight: float = 1.0) -> None:
         """Add ``weight · decoded`` to ``out`` in place (product and sum rounded separately)."""
         out.add_(self.decode(payload).to(out.dtype).mul_(weight))
+
+    def codes(self, payload: Payload) -> Tensor | None:
+        """Return the unpacked integer codes, for statistics, or None if the codec has none."""
+        return None
 
     def payload_nbytes(self, shape: int | Shape) -> int:
         """Return the exact payload size before encoding.
@@ -236,7 +246,7 @@ def _fixed_options(codec: Codec) -> dict[str, Any]:
 
 
 def _option_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parse(field: str, text: str, default: Any) -> Any:

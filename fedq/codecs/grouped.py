@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedq import kernels
-from fedq.codecs.base import Codec, Shape
+from fedq.codecs.base import Codec, Payload, Shape
 from fedq.errors import FieldError
 
 _CHUNK = 1 << 15
@@ -26,8 +26,8 @@ _SMALLEST = 2.0**-126
 
 
 def safe_inverse(scale: Tensor) -> Tensor:
-    """Return 1/scale, and 0 where the scale is zero (NaN stays NaN)."""
-    return torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+    """Return 1/scale, and 0 where the scale is zero or denormal (NaN stays NaN)."""
+    return torch.where(scale < _SMALLEST, torch.zeros_like(scale), 1.0 / scale)
 
 
 def rounded_scale(scale: Tensor, *, up: bool = False) -> Tensor:
@@ -154,11 +154,14 @@ class Grouped(Codec):
             codes = self._unpack(data[at : at + self._codes_nbytes(self._num_codes(size))], self._num_codes(size))
             levels = kernels.to_groups(self._levels(codes), width)
             first = start // width
-            y = kernels.from_groups(
-                levels * scales[first : first + levels.shape[0]].unsqueeze(1), width, codes.numel()
-            )
+            y = kernels.from_groups(levels * scales[first : first + levels.shape[0]].unsqueeze(1), width, codes.numel())
             out[start : start + size] = kernels.unrotate(y, seed, size, start=start) if self.rotates else y
         return out
+
+    def codes(self, payload: Payload) -> Tensor:
+        """Return the unpacked codes, flat uint8; with rotation those of the padding too."""
+        num = self._num_codes(math.prod(payload.shape))
+        return self._unpack(payload.data[: self._codes_nbytes(num)], num)
 
     def _sections(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
         num = self._num_codes(math.prod(shape))

@@ -115,7 +115,7 @@ class Ternary(Grouped):
         else:
             keep = magnitude > 0.75 * (kernels.tree_sum(magnitude).unsqueeze(1) / counts)
             kept = kernels.tree_sum(keep.to(torch.float32))
-            total = kernels.tree_sum(torch.where(keep | magnitude.isnan(), magnitude, 0.0))
+            total = kernels.tree_sum(torch.where(keep | ~magnitude.isfinite(), magnitude, 0.0))
             scale = rounded_scale(total / kept.clamp(min=1.0))
         trit = torch.where(keep, groups.sign(), 0.0)
         return (trit + 1.0).to(torch.uint8), scale

@@ -28,6 +28,8 @@ class Sign(Grouped):
 
     def __post_init__(self) -> None:
         if self.scale in ("mean", "unbiased"):
+            if self.magnitude not in ("auto", self.scale):
+                raise FieldError("sign:magnitude", self.magnitude, f"{self.scale}, as scale={self.scale} says")
             object.__setattr__(self, "magnitude", self.scale)
             object.__setattr__(self, "scale", "block")
         if self.magnitude not in ("auto", "mean", "unbiased"):
@@ -45,7 +47,8 @@ class Sign(Grouped):
             return (~positive).to(torch.uint8), scale
         total = kernels.tree_sum(groups.abs())
         if self.magnitude == "unbiased":
-            scale = kernels.tree_sum(groups * groups) * safe_inverse(total)
+            # x·(x/|x|_1) instead of x²/|x|_1: a square leaves float32's range at 1e19 and at 1e-23.
+            scale = kernels.tree_sum(groups * (groups * safe_inverse(total).unsqueeze(1)))
         else:
             scale = total / counts[:, 0]
         return (groups < 0).to(torch.uint8), rounded_scale(scale)

@@ -101,7 +101,7 @@ class Sparse(Codec):
             return [values.contiguous().view(torch.uint8)]
         if self.bits == 16:
             return [kernels.bf16_bytes(values)]
-        magnitude, group = values.abs(), indices // _GROUP
+        magnitude, group = values.abs(), self._group(indices, num)
         step = self._first_step(magnitude, indices, num)
         cell = (magnitude * safe_inverse(step)[group] - (self._first_level - 0.5)).floor_()
         cell = cell.clamp_(0, self._num_levels - 1).nan_to_num_(0.0)
@@ -120,9 +120,13 @@ class Sparse(Codec):
             return kernels.bf16_from_bytes(data)
         at = kernels.packed_nbytes(kept, self.bits)
         codes = kernels.unpack_bits(data[:at], self.bits, kept)
-        scale = kernels.bf16_from_bytes(data[at:])[(indices // _GROUP).clamp(max=(num - 1) // _GROUP)]
+        scale = kernels.bf16_from_bytes(data[at:])[self._group(indices, num)]
         level = (codes & (self._num_levels - 1)).to(torch.float32) + self._first_level
         return torch.where(codes >= self._num_levels, -level, level) * scale
+
+    def _group(self, indices: Tensor, num: int) -> Tensor:
+        """Return the group of each position; padding after the last element belongs to the last group."""
+        return (indices // _GROUP).clamp(max=(num - 1) // _GROUP)
 
     def _first_step(self, magnitude: Tensor, indices: Tensor, num: int) -> Tensor:
         """Return the step that chooses codes, by group: from the mean magnitude (<= 3 bits) or the largest."""

@@ -12,6 +12,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from fedq.errors import FieldError
+
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 _NOISE = 0x85EBCA6B
@@ -306,12 +308,19 @@ def elias_fano_encode(indices: Tensor, universe: int) -> Tensor:
 
 
 def elias_fano_decode(data: Tensor, num: int, universe: int) -> Tensor:
-    """Undo `elias_fano_encode`: return ``num`` sorted int64 indices."""
+    """Undo `elias_fano_encode`: return ``num`` sorted int64 indices.
+
+    Raises:
+        FieldError: The bytes do not hold ``num`` indices.
+    """
     if num == 0:
         return data.new_empty(0, dtype=torch.int64)
     low = _low_bits(num, universe)
     split = packed_nbytes(num, low)
     lower = unpack_bits(data[:split], low, num).to(torch.int64)
     unary = unpack_bits(data[split:], 1, num + ((universe - 1) >> low))
-    upper = unary.nonzero().view(-1) - torch.arange(num, device=data.device)
+    ones = unary.nonzero().view(-1)
+    if ones.numel() != num:
+        raise FieldError("elias-fano:indices", ones.numel(), f"{num}")
+    upper = ones - torch.arange(num, device=data.device)
     return (upper << low) | lower

@@ -1,0 +1,126 @@
+"""The command line of `train.py`, `train_resnet50.py` and `fedq`: flags over a YAML file over defaults.
+
+What the settings mean lives in `fedq.config`; the work is done by `fedq.trainers`, imported only once the settings are
+known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fedq.config import Config, validate
+from fedq.configfile import load_config
+from fedq.errors import FieldError
+from fedq.runtime import Ranks, detect
+
+_DEFAULTS = Config()
+
+# A launcher ends all ranks when one fails; a silent rank that is early waits this long, so that the other can speak.
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Train a model on federated clients that send packed few-bit updates, and count every byte."""
+
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    """Settings as a run's config.yaml has them; flags go over them."""
+    job: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) -> Config:
+    """Read the settings from the command line, over those of `--config`, over `defaults`.
+
+    Args:
+        argv: Arguments without the program's name.
+        defaults: Settings that neither a flag nor the file gives.
+        is_heard: Whether help and errors are printed; False on all ranks but the first.
+
+    Returns:
+        The settings, not yet validated.
+
+    Raises:
+        FieldError: The file of `--config` cannot be used.
+        SystemExit: Help was asked for (code 0), or a flag or its value is wrong (code 2).
+    """
+    # The file is wanted before the flags are parsed, because it changes their defaults and so what --help shows.
+    # nargs="?": that the value is missing is for the second parser to tell.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path, nargs="?")
+    path = early.parse_known_args(argv)[0].config
+    job = defaults if path is None else load_config(path, defaults)
+    program = Path(sys.argv[0]).name
+    # Not tyro's console_outputs=False: with it, 1.0.17 still prints that a value does not parse.
+    with ExitStack() as silence:
+        if not is_heard:
+            silence.enter_context(redirect_stdout(io.StringIO()))
+            silence.enter_context(redirect_stderr(io.StringIO()))
+        marks = (tyro.conf.OmitArgPrefixes,)
+        return tyro.cli(_Arguments, prog=program, args=argv, default=_Arguments(path, job), config=marks).job
+
+
+def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> int:
+    """Run the job that the command line describes.
+
+    Settings that cannot be used are told in one line on stderr, without a traceback: those seen before any work by
+    rank 0 alone, those seen during it (data missing on one machine) by the first rank of a machine. Any other
+    exception keeps its traceback and names the rank.
+
+    Args:
+        argv: Arguments without the program's name. Default: the process's own.
+        defaults: Settings that neither a flag nor the file gives.
+
+    Returns:
+        The exit code: 0, or 2 for settings that cannot be used.
+    """
+    try:
+        ranks = detect(os.environ)
+    except FieldError as error:  # nobody knows which rank it is
+        return _refuse(error, "error")
+    is_root = ranks.rank == 0
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv, defaults=defaults, is_heard=is_root)
+        validate(config)
+    except FieldError as error:
+        return _refuse(error, "error" if is_root else None)
+    except SystemExit as stop:
+        if stop.code and not is_root:
+            time.sleep(_GRACE_S)
+        raise
+    return _run(config, ranks)
+
+
+def _run(config: Config, ranks: Ranks) -> int:
+    from fedq.trainers.federated import run_job
+
+    try:
+        run_job(config)
+    except FieldError as error:
+        if ranks.local_rank == 0:
+            return _refuse(error, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
+        return _refuse(error, None)
+    except Exception as error:
+        if ranks.world_size > 1:
+            print(f"rank {ranks.rank} of {ranks.world_size} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        raise
+    return 0
+
+
+def _refuse(error: FieldError, heading: str | None) -> int:
+    """Say what is wrong with the settings, unless another rank says it, and return the exit code."""
+    if heading is None:
+        time.sleep(_GRACE_S)
+    else:
+        print(f"{heading}: {error}", file=sys.stderr, flush=True)
+    return 2

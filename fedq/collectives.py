@@ -1,0 +1,117 @@
+"""Moves uint8 buffers between ranks and counts what it hands to the process group.
+
+`Transport` gathers messages of any size to rank 0, broadcasts from it and shares small metrics; without a process
+group (one rank) it moves nothing. Gloo cannot take CUDA tensors here, so payloads are staged through the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that one operation moved between ranks: the payload, and the size tables in front of it."""
+
+    payload: int = 0
+    sizes: int = 0
+
+
+class Transport:
+    """The process group as the rounds use it.
+
+    Args:
+        device: Where this rank's tensors live.
+        group: A process group; None: the default group if there is one, otherwise a single rank.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None) -> None:
+        self.device = torch.device(device)
+        active = dist.is_available() and dist.is_initialized()
+        self.group = group if group is not None or not active else dist.group.WORLD
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+        nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
+        self.wire_device = self.device if nccl else torch.device("cpu")
+
+    def gather(self, messages: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[list[Tensor]], Moved]:
+        """Send this rank's messages to rank 0.
+
+        Args:
+            messages: uint8, of any sizes.
+            counts: Messages of each rank, known to all.
+
+        Returns:
+            On rank 0 the messages of every rank, in rank order; elsewhere an empty list. And the bytes that crossed,
+            on rank 0.
+        """
+        if self.world_size == 1:
+            return [list(messages)], Moved()
+        if self.rank == 0:
+            return self._receive(messages, counts)
+        if counts[self.rank]:
+            sizes = torch.tensor([m.numel() for m in messages], dtype=torch.int64, device=self.wire_device)
+            dist.send(sizes.view(torch.uint8), 0, group=self.group)
+            works = [dist.isend(m.to(self.wire_device), 0, group=self.group) for m in messages]
+            for work in works:
+                _wait(work)
+        return [], Moved()
+
+    def _receive(self, own: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[list[Tensor]], Moved]:
+        """Receive on rank 0: every rank's size table, then all messages in flight together."""
+        received: list[list[Tensor]] = [list(own)]
+        works: list[dist.Work | None] = []
+        for rank in range(1, self.world_size):
+            sizes = self._empty(8 * counts[rank])
+            if counts[rank]:
+                dist.recv(sizes, rank, group=self.group)
+            buffers = [self._empty(int(n)) for n in sizes.view(torch.int64).tolist()]
+            works += [dist.irecv(buffer, rank, group=self.group) for buffer in buffers]
+            received.append(buffers)
+        for work in works:
+            _wait(work)
+        crossed = sum(m.numel() for messages in received[1:] for m in messages)
+        return [[m.to(self.device) for m in messages] for messages in received], Moved(crossed, 8 * sum(counts[1:]))
+
+    def broadcast(self, message: Tensor | None) -> tuple[Tensor, Moved]:
+        """Send a uint8 message of any size from rank 0 to all; return it on every rank, and the bytes that crossed."""
+        if self.world_size == 1:
+            assert message is not None
+            return message, Moved()
+        others = self.world_size - 1
+        size = torch.tensor([0 if message is None else message.numel()], device=self.wire_device).view(torch.uint8)
+        dist.broadcast(size, 0, group=self.group)
+        nbytes = int(size.view(torch.int64))
+        buffer = self._empty(nbytes) if message is None else message.to(self.wire_device)
+        dist.broadcast(buffer, 0, group=self.group)
+        return buffer.to(self.device), Moved(nbytes * others, 8 * others)
+
+    def all_gather(self, values: Tensor) -> tuple[Tensor, Moved]:
+        """Share one small tensor of equal size from each rank; return (world_size, ...) and the bytes that crossed."""
+        if self.world_size == 1:
+            return values.unsqueeze(0), Moved()
+        flat = values.contiguous().to(self.wire_device).view(torch.uint8).view(-1)
+        out = self._empty(self.world_size * flat.numel())
+        dist.all_gather_into_tensor(out, flat, group=self.group)
+        crossed = flat.numel() * self.world_size * (self.world_size - 1)
+        shaped = out.view(values.dtype).view(self.world_size, *values.shape)
+        return shaped.to(values.device), Moved(crossed)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def _empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.wire_device)
+
+
+def _wait(work: dist.Work | None) -> None:
+    """Wait for a point-to-point operation (None on a rank outside the group)."""
+    assert work is not None
+    work.wait()

@@ -1,0 +1,226 @@
+"""The whole of a job's settings: one tree of frozen dataclasses, read from flags and YAML.
+
+Only plain values live here; what a value means is checked where it is used, and `validate` checks what can be
+known before any work starts. Reading them from a file lives in `fedq.configfile`, from flags in `fedq.cli`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fedq.codecs import codec
+from fedq.errors import FieldError, one_of
+from fedq.federated.optim import server_optimizer
+from fedq.models import MODELS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and where they are."""
+
+    dataset: str = "auto"
+    """auto, cifar10, mnist, digits, or a folder of images or Parquet. auto: CIFAR-10 if on disk, otherwise digits."""
+    data_dir: Path = Path("data")
+    """Where data sets lie on disk."""
+    download: bool = False
+    """Fetch a missing data set (never done without this flag)."""
+    image_size: int | None = None
+    """Side of the square images; default: the data set's own (32; digits and MNIST are resized to 32)."""
+    train_examples: int | None = None
+    """Use only this many training images, a seeded subset. Default: all."""
+    val_fraction: float = 0.1
+    """Share of the training set held out for every choice (best round, early stop)."""
+    augment: bool = True
+    """Random crop with padding 4 and, where the data allow it, horizontal flip."""
+
+
+@dataclass(frozen=True)
+class ClientsConfig:
+    """Who takes part."""
+
+    num_clients: int = 4
+    """Clients in the federation; may exceed the ranks."""
+    cohort: int | None = None
+    """Clients sampled each round. Default: all."""
+    partition: str = "iid"
+    """iid, dirichlet:alpha=0.1, shards:classes=2, or groups:0-3/4-6/7-9 (label groups)."""
+    min_examples: int = 10
+    """Fewest training images a client may hold; a draw with fewer is redrawn."""
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What one client does in one round."""
+
+    model: str = "resnet18"
+    """resnet18, resnet50, resnet20, resnet32, improved_cnn, convnet9, cnn62k or cnn1m."""
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation layers of the ResNets and convnet9."""
+    local_epochs: int = 1
+    """Passes over the client's images each round."""
+    local_steps: int | None = None
+    """Optimizer steps each round, instead of --local-epochs."""
+    batch_size: int = 32
+    """Images a step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Local optimizer, with new state each round."""
+    lr: float = 0.05
+    """Local learning rate of the first round."""
+    lr_schedule: str = "cosine"
+    """Over rounds: constant, cosine, or steps:at=20+30,factor=0.1."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 5e-4
+    """Weight decay of the local optimizer."""
+    prox_mu: float = 0.0
+    """FedProx: pull towards the round's starting point."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of local training. auto: bf16 and channels_last where the hardware runs them fast."""
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """What travels, and what the server does with it."""
+
+    exchange: Literal["round", "none"] = "round"
+    """round: federated rounds. none: clients train alone (one client: a centralised arm)."""
+    uplink: str = "int4"
+    """Codec of the clients' updates, for example int4:block=256, sign, blocktopk:k=1,block=64,bits=2."""
+    downlink: str = "int8"
+    """Codec of the server's change to the model."""
+    feedback: Literal["auto", "on", "off"] = "auto"
+    """Error feedback of the uplink. auto: on for every codec that loses more than a cast does."""
+    downlink_to: Literal["cohort", "all"] = "cohort"
+    """Who is charged for a round's change: the clients of the next cohorts as they come, or every client at once."""
+    server: str = "fedavg"
+    """fedavg, fedavgm, fedadagrad, fedadam, fedyogi or any torch.optim class, as in fedadam:lr=0.01,tau=0.001."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where to, and how it is reported."""
+
+    rounds: int = 10
+    """Federated rounds."""
+    seed: int = 0
+    """Seed of everything: data split, partition, sampling, weights, noise."""
+    target_accuracy: float | None = None
+    """Stop cleanly once the validation accuracy (0 to 1) reaches this."""
+    eval_every: int = 1
+    """Rounds between evaluations on the validation set; the last round always counts."""
+    histogram_every: int = 0
+    """Rounds between histograms of weights and updates; 0: first and last round only."""
+    out: Path | None = None
+    """The run's folder. Default: runs/<time>-<name>."""
+    name: str | None = None
+    """Name of the run. Default: <dataset>-<model>-<uplink>."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    threads: int | None = None
+    """CPU threads a rank. Default: 1 when there are several ranks on a machine, otherwise torch's choice."""
+    memory_limit_gib: float = 4.0
+    """Above this, images are memory-mapped and client residuals spill to disk."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A federated job."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients a round."""
+        return self.clients.num_clients if self.clients.cohort is None else self.clients.cohort
+
+
+def parse_lr_schedule(spec: str) -> tuple[str, tuple[int, ...], float]:
+    """Split a learning rate schedule into its name, the rounds at which it steps, and the factor of a step.
+
+    Args:
+        spec: ``constant``, ``cosine``, or ``steps:at=20+30,factor=0.1`` with rising rounds.
+
+    Returns:
+        For example ``("steps", (20, 30), 0.1)``; without steps the rounds are empty and the factor is 1.
+
+    Raises:
+        FieldError: The text is none of these.
+    """
+    if spec in ("constant", "cosine"):
+        return spec, (), 1.0
+    match = re.fullmatch(r"steps:at=(\d+(?:\+\d+)*),factor=(\d*\.?\d+(?:[eE]-?\d+)?)", spec)
+    if match:
+        at, factor = tuple(int(number) for number in match[1].split("+")), float(match[2])
+        if all(a < b for a, b in zip((0, *at), at, strict=False)) and 0 < factor <= 1:
+            return "steps", at, factor
+    raise FieldError(
+        "lr_schedule",
+        spec,
+        "constant, cosine, or steps:at=20+30,factor=0.1 with rising rounds from 1 and a factor above 0 and at most 1",
+    )
+
+
+def validate(config: Config) -> None:
+    """Check everything that can be known before any work starts.
+
+    Raises:
+        FieldError: The first setting that cannot be used, by the name its flag has.
+    """
+    for name, value, is_allowed, allowed in _checks(config):
+        if not is_allowed:
+            raise FieldError(name, value, allowed)
+    parse_lr_schedule(config.local.lr_schedule)
+    _check_codec("uplink", config.exchange.uplink)
+    _check_codec("downlink", config.exchange.downlink)
+    server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
+
+
+def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
+    """Yield name, value, whether it is allowed, and what is; a NaN fails every comparison, as it should."""
+    data, clients, local, run = config.data, config.clients, config.local, config.run
+    yield "val_fraction", data.val_fraction, 0 <= data.val_fraction <= 0.5, "0 to 0.5"
+    yield "num_clients", clients.num_clients, clients.num_clients >= 1, "1 or more"
+    fits = 1 <= config.cohort_size <= clients.num_clients
+    yield "cohort", clients.cohort, fits, f"1 to {clients.num_clients}, the number of clients (num_clients)"
+    yield "model", local.model, local.model in MODELS, one_of(MODELS, local.model)
+    yield "momentum", local.momentum, 0 <= local.momentum < 1, "0 or more and below 1"
+    for name, rate in (("weight_decay", local.weight_decay), ("prox_mu", local.prox_mu)):
+        yield name, rate, 0 <= rate < math.inf, "0 or more"
+    for name, amount in (("lr", local.lr), ("memory_limit_gib", run.memory_limit_gib)):
+        yield name, amount, 0 < amount < math.inf, "above 0"
+    target = run.target_accuracy
+    yield "target_accuracy", target, target is None or 0 < target <= 1, "above 0 and at most 1"
+    for name, number in (
+        ("image_size", data.image_size),
+        ("train_examples", data.train_examples),
+        ("min_examples", clients.min_examples),
+        ("local_epochs", local.local_epochs),
+        ("local_steps", local.local_steps),
+        ("batch_size", local.batch_size),
+        ("rounds", run.rounds),
+        ("eval_every", run.eval_every),
+        ("threads", run.threads),
+    ):
+        yield name, number, number is None or number >= 1, "1 or more"
+    for name, number in (("seed", run.seed), ("histogram_every", run.histogram_every)):
+        yield name, number, number >= 0, "0 or more"
+
+
+def _check_codec(name: str, spec: str) -> None:
+    """Parse a codec, so that an error names the direction too and not only the codec's option."""
+    try:
+        codec(spec)
+    except FieldError as error:
+        about = "" if error.value == spec else f"for {error.field}, "
+        raise FieldError(name, spec, about + error.allowed) from None

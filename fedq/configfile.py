@@ -1,0 +1,126 @@
+"""Settings in a YAML file: a mapping of groups, as the `config.yaml` that every run writes.
+
+Reading is strict: a key or a type that the tree in `fedq.config` does not have is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fedq.config import Config
+from fedq.errors import FieldError, one_of
+from fedq.runfolder import SCHEMA_VERSION
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", Path: "a path"}
+
+
+def load_config(path: Path, defaults: Config) -> Config:
+    """Read settings from a YAML file; what the file leaves out keeps its default.
+
+    Args:
+        path: A YAML file, nested by group (`data`, `clients`, `local`, `exchange`, `run`).
+        defaults: The settings that the file changes.
+
+    Returns:
+        A new tree; no value is checked beyond its type.
+
+    Raises:
+        FieldError: The file cannot be read, or has an unknown key, a key twice or a value of a wrong type; the message
+            names `file: group.key`.
+    """
+    tree = _mapping(_read(path), str(path))
+    version = tree.pop("schema_version", SCHEMA_VERSION)
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise FieldError(f"{path}: schema_version", version, f"{SCHEMA_VERSION}, the version this program writes")
+    hints = get_type_hints(Config)
+    groups = {}
+    for name, values in tree.items():
+        if name not in hints:
+            raise FieldError(f"{path}: key", name, one_of([*hints, "schema_version"], name))
+        groups[name] = _group(getattr(defaults, name), values, f"{path}: {name}")
+    return replace(defaults, **groups)
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """Return the settings as nested plain values, complete, such that `load_config` reads the same tree back."""
+    return {
+        group: {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        for group, values in asdict(config).items()
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data in which `off` stays a word and a key that is given twice is an error.
+
+    PyYAML reads YAML 1.1, where `feedback: off` would be a boolean, and keeps the last of two equal keys.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping of unique keys."""
+        keys = [key.value for key, _ in node.value]
+        for (key, _), text in zip(node.value, keys, strict=True):
+            if keys.count(text) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {text!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_BOOL, _TIMESTAMP = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _TIMESTAMP)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _read(path: Path) -> Any:
+    try:
+        # Not safe_load: the loader is a SafeLoader of our own.
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise FieldError("config", str(path), f"a YAML file that can be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FieldError("config", str(path), f"a YAML file; {' '.join(str(error).split())}") from None
+
+
+def _mapping(value: Any, place: str) -> dict[Any, Any]:
+    if value is None:  # a group whose lines are all commented out
+        return {}
+    if not isinstance(value, Mapping):
+        raise FieldError(place, value, "a mapping of keys to values")
+    return dict(value)
+
+
+def _group(defaults: Any, values: Any, place: str) -> Any:
+    hints = get_type_hints(type(defaults))
+    changes = {}
+    for key, value in _mapping(values, place).items():
+        if key not in hints:
+            raise FieldError(f"{place}.{key}", value, f"only the keys {one_of(hints, key)}")
+        changes[key] = _typed(hints[key], value, f"{place}.{key}")
+    return replace(defaults, **changes)
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    """Return the value as the field's type, or raise; the one conversion of numbers is from whole to float."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value not in choices:
+            raise FieldError(place, value, one_of(choices, value))
+        return value
+    if NoneType in choices:
+        if value is None:
+            return None
+        hint = next(choice for choice in choices if choice is not NoneType)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)  # YAML 1.1 reads 5e-4, which has no dot, as text
+    accepted = {float: (int, float), Path: (str,)}.get(hint, (hint,))
+    if type(value) not in accepted:
+        raise FieldError(place, value, _WORDS[hint] + (" or null" if NoneType in choices else ""))
+    return hint(value)

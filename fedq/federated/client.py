@@ -1,0 +1,202 @@
+"""One client: local training from the replica, and the message that its update becomes.
+
+Nothing here knows ranks or transports; the same client runs in one process, over a process group, or across a
+network. Which client runs where is decided by the rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedq.data import Split, augment, batches, normalize
+from fedq.federated.precision import Precision
+from fedq.feedback import Feedback
+from fedq.kernels import derive_seed
+from fedq.layout import Layout
+from fedq.wire import Frame, Kind, join_payloads
+
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training leaves behind.
+
+    Args:
+        flat: The trained model in the layout's order, float32.
+        loss: Mean training loss over the examples seen.
+        accuracy: Share of them that were classified correctly while training.
+        num_steps: Optimizer steps.
+    """
+
+    flat: Tensor
+    loss: float
+    accuracy: float
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: its own images, with optimizer state that is new each round.
+
+    Args:
+        model: A module to train in; its values are overwritten.
+        layout: The model's layout.
+        split: Training images and labels of all clients, on the model's device.
+        mean: Channel means of pixels in 0..1.
+        std: Channel standard deviations.
+        make_optimizer: From parameters and learning rate to an optimizer.
+        precision: Arithmetic of forward and backward.
+        batch_size: Images a step; a smaller client uses a smaller batch.
+        epochs: Passes over the client's images.
+        steps: Optimizer steps instead of ``epochs``.
+        prox_mu: FedProx (Li et al. 2020): adds ``prox_mu · (w - w_0)`` to the gradient.
+        augment: Random crop with padding 4.
+        flip: Random horizontal flip too.
+    """
+
+    model: nn.Module
+    layout: Layout
+    split: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    make_optimizer: MakeOptimizer
+    precision: Precision
+    batch_size: int = 32
+    epochs: int = 1
+    steps: int | None = None
+    prox_mu: float = 0.0
+    augment: bool = True
+    flip: bool = False
+
+    def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
+        """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
+        self.layout.unflatten_(start, self.model)
+        self.model.train()
+        torch.manual_seed(seed)  # dropout
+        generator = torch.Generator().manual_seed(seed)
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        anchors = [p.detach().clone() for p in params] if self.prox_mu else []
+        optimizer, scaler = self.make_optimizer(params, lr), self.precision.grad_scaler()
+        images = self.split.images[indices.to(self.split.images.device)]
+        labels = self.split.labels[indices.to(self.split.labels.device)]
+        seen, totals = 0, torch.zeros(2, dtype=torch.float64, device=start.device)
+        steps = 0
+        for batch in self._batches(len(labels), generator):
+            x, y = self._inputs(images[batch.to(images.device)], generator), labels[batch.to(labels.device)]
+            loss, logits = self._backward(x, y, optimizer, scaler)
+            if anchors:
+                grads = [p.grad for p in params]
+                torch._foreach_add_(
+                    grads, torch._foreach_sub([p.detach() for p in params], anchors), alpha=self.prox_mu
+                )
+            scaler.step(optimizer)
+            scaler.update()
+            totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
+            seen, steps = seen + len(y), steps + 1
+        mean_loss, accuracy = (totals / max(1, seen)).tolist()
+        return Trained(self.layout.flatten(self.model), mean_loss, accuracy, steps)
+
+    def _batches(self, num: int, generator: torch.Generator) -> list[Tensor]:
+        """Return the round's index batches: whole epochs, or exactly ``steps`` batches."""
+        result: list[Tensor] = []
+        if self.steps is None:
+            for _ in range(self.epochs):
+                result += batches(num, self.batch_size, generator=generator)
+            return result
+        while len(result) < self.steps:
+            result += batches(num, self.batch_size, generator=generator)
+        return result[: self.steps]
+
+    def _inputs(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if self.augment:
+            images = augment(images, generator=generator, flip=self.flip)
+        return normalize(images, self.mean, self.std, channels_last=self.precision.channels_last)
+
+    def _backward(
+        self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> tuple[Tensor, Tensor]:
+        with self.precision.autocast():
+            logits = self.model(x)
+            loss = functional.cross_entropy(logits.float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.prox_mu:
+            scaler.unscale_(optimizer)
+        return loss, logits
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What every participant knows of a round.
+
+    Args:
+        round: Number, from 0.
+        lr: Local learning rate.
+        seed: The run's seed.
+    """
+
+    round: int
+    lr: float
+    seed: int
+
+    def uplink_seed(self, client: int) -> int:
+        """Return the client's message seed: rotation and index choice shared, rounding noise its own."""
+        shared = derive_seed(self.seed, "uplink", self.round)
+        return shared | derive_seed(self.seed, "noise", self.round, client) << 32
+
+    def downlink_seed(self) -> int:
+        """Return the server's message seed."""
+        shared = derive_seed(self.seed, "downlink", self.round)
+        return shared | derive_seed(self.seed, "noise", self.round, "server") << 32
+
+
+@dataclass(frozen=True)
+class Client:
+    """A member of the federation.
+
+    Args:
+        number: From 0.
+        indices: Its training examples.
+        training: How it trains.
+        layout: Layout of the uplink.
+        feedback: What encodes its updates.
+    """
+
+    number: int
+    indices: Tensor
+    training: LocalTraining
+    layout: Layout
+    feedback: Feedback
+
+    def train(self, replica: Tensor, context: RoundContext) -> Trained:
+        """Train from the replica in this round."""
+        seed = derive_seed(context.seed, "local", context.round, self.number)
+        return self.training.run(replica, self.indices, lr=context.lr, seed=seed)
+
+    def message(self, update: Tensor, trained: Trained, context: RoundContext) -> Frame:
+        """Return the update as a frame; one with a NaN or infinity becomes a frame that says so, without a body.
+
+        The residual changes only when an update is sent.
+        """
+        finite = bool(torch.isfinite(update).all())
+        seed = context.uplink_seed(self.number)
+        body = torch.empty(0, dtype=torch.uint8, device=update.device)
+        if finite:
+            body = join_payloads(self.layout, self.feedback.encode(self.number, self.layout, update, seed=seed))
+        return Frame(
+            kind=Kind.UPDATE if finite else Kind.LEFT_OUT,
+            round=context.round,
+            client=self.number,
+            layout_hash=self.layout.hash,
+            seed=seed,
+            weight=float(len(self.indices)),
+            loss=trained.loss,
+            accuracy=trained.accuracy,
+            body=body,
+        )

@@ -1,0 +1,73 @@
+"""What the downlink costs the protocol: who downloads which change, or the whole model, in which round.
+
+The broadcast between ranks is a matter of the simulation and is booked by the rounds as wire bytes; here are the
+payload bytes that a federation with these clients would send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from fedq.errors import FieldError
+from fedq.federated.accounting import plain_model
+from fedq.layout import Layout
+from fedq.ledger import Ledger, MessageParts
+
+Rule = Literal["cohort", "all"]
+
+
+class DownlinkCost:
+    """Books each client's downloads.
+
+    ``cohort``: a sampled client fetches every change since its last round, or the whole model in float32 where that
+    is smaller; the first time, the whole model. ``all``: every client gets the whole model at the start and every
+    change when it is made. In float32 either rule would send the whole model each time, and that is the raw cost.
+
+    Args:
+        ledger: Where to book.
+        layout: The downlink's layout.
+        rule: ``cohort`` or ``all``.
+        num_clients: Clients of the federation.
+    """
+
+    def __init__(self, ledger: Ledger, layout: Layout, rule: Rule, num_clients: int) -> None:
+        if rule not in ("cohort", "all"):
+            raise FieldError("downlink_to", rule, "cohort, all")
+        self._ledger = ledger
+        self._full = plain_model(layout)
+        self._rule = rule
+        self._num_clients = num_clients
+        self._changes: list[MessageParts] = []
+        self._next_change: dict[int, int] = {}
+
+    def start_round(self, round: int, cohort: Sequence[int]) -> None:
+        """Book what this round's clients download before they train."""
+        newcomers = cohort if self._rule == "cohort" else range(self._num_clients) if round == 0 else ()
+        for client in newcomers:
+            for parts in self._download(client):
+                self._ledger.record(round=round, client=client, direction="downlink", parts=parts)
+            self._next_change[client] = len(self._changes)
+
+    def end_round(self, round: int, change: MessageParts) -> None:
+        """Note a change that the server made, and book it at once if all clients get it."""
+        if self._rule == "cohort":
+            self._changes.append(change)
+            return
+        for client in range(self._num_clients):
+            self._ledger.record(round=round, client=client, direction="downlink", parts=change)
+
+    def _download(self, client: int) -> list[MessageParts]:
+        if client not in self._next_change:
+            return [self._full]
+        missed = self._changes[self._next_change[client] :]
+        if sum(change.nbytes for change in missed) >= self._full.nbytes:
+            return [self._full]
+        return [_without_raw(change) for change in missed[:-1]] + missed[-1:]
+
+
+def _without_raw(parts: MessageParts) -> MessageParts:
+    """Return the same bytes with no float32 cost: one download replaces one whole model, however many changes."""
+    return MessageParts(parts.tensors, parts.parts, np.zeros_like(parts.raw), parts.payload)

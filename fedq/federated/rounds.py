@@ -1,0 +1,201 @@
+"""Federated rounds over a process group: who trains where, what is sent, and what is booked.
+
+Rank 0 is the server and trains its share too. Results and payload bytes do not depend on how clients are laid over
+ranks: updates are averaged in client order, and everything random is seeded by round and client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.collectives import Moved, Transport
+from fedq.federated.accounting import framing, message_parts, plain_model
+from fedq.federated.client import Client, RoundContext
+from fedq.federated.downlink import DownlinkCost
+from fedq.federated.server import Server, aggregate, apply_change
+from fedq.kernels import derive_seed
+from fedq.layout import Layout
+from fedq.ledger import NO_CLIENT, Ledger, MessageParts
+from fedq.wire import Frame
+
+Observer = Callable[[RoundContext, int, Tensor, Frame], None]
+
+
+def sample_cohort(num_clients: int, size: int, *, seed: int, round: int) -> list[int]:
+    """Return the round's clients, sorted: a uniform draw without replacement."""
+    rng = np.random.default_rng(derive_seed(seed, "cohort", round))
+    return sorted(rng.choice(num_clients, size=size, replace=False).tolist())
+
+
+def assign(cohort: Sequence[int], world_size: int, *, sticky: bool) -> list[list[int]]:
+    """Return each rank's clients.
+
+    Sticky: a client always runs on rank ``client % world_size``, where its residual lives, so residuals never travel.
+    Otherwise the cohort is dealt evenly.
+    """
+    if sticky:
+        return [[c for c in cohort if c % world_size == rank] for rank in range(world_size)]
+    return [list(cohort[rank::world_size]) for rank in range(world_size)]
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What rank 0 knows after a round; the lists are empty on other ranks.
+
+    Args:
+        frames: The clients' messages, by rank.
+        left_out: Clients whose update was not used, with the reason.
+    """
+
+    frames: list[tuple[int, Frame]] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def train_loss(self) -> float:
+        """Mean local loss over examples."""
+        return self._mean([f.loss for _, f in self.frames])
+
+    @property
+    def train_accuracy(self) -> float:
+        """Mean local accuracy over examples."""
+        return self._mean([f.accuracy for _, f in self.frames])
+
+    def _mean(self, values: list[float]) -> float:
+        weights = [f.weight for _, f in self.frames]
+        return float(np.average(values, weights=weights)) if sum(weights) else float("nan")
+
+
+class FederatedRounds:
+    """Runs rounds; one instance on every rank.
+
+    Args:
+        transport: How buffers move.
+        clients: Every client by number; a rank uses those of its share.
+        server: The server on rank 0, None elsewhere.
+        uplink: Layout of updates.
+        downlink: Layout of changes.
+        replica: The model that every participant holds, flat float32; updated in place.
+        ledger: Where rank 0 books.
+        downlink_cost: How rank 0 charges clients for downloads.
+        cohort_size: Clients a round.
+        sticky: Whether clients keep to one rank (they have residuals there).
+        observe: Called on rank 0 for each update that it trained.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        clients: Mapping[int, Client],
+        server: Server | None,
+        uplink: Layout,
+        downlink: Layout,
+        replica: Tensor,
+        ledger: Ledger,
+        downlink_cost: DownlinkCost,
+        cohort_size: int,
+        sticky: bool,
+        observe: Observer | None = None,
+    ) -> None:
+        self.transport = transport
+        self.clients = clients
+        self.server = server
+        self.uplink = uplink
+        self.downlink = downlink
+        self.replica = replica
+        self.ledger = ledger
+        self.downlink_cost = downlink_cost
+        self.cohort_size = cohort_size
+        self.sticky = sticky
+        self.observe = observe
+
+    def share_start(self) -> None:
+        """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
+        message, moved = self.transport.broadcast(self.replica.view(torch.uint8) if self.transport.rank == 0 else None)
+        self.replica.copy_(message.view(torch.float32))
+        self._book_broadcast(0, plain_model(self.downlink), moved)
+
+    def run(self, context: RoundContext) -> RoundResult:
+        """Run one round on this rank: train the share, send, aggregate on rank 0, apply the change everywhere."""
+        cohort = sample_cohort(len(self.clients), self.cohort_size, seed=context.seed, round=context.round)
+        shares = assign(cohort, self.transport.world_size, sticky=self.sticky)
+        if self.server:
+            self.downlink_cost.start_round(context.round, cohort)
+        messages = [self._train(self.clients[c], context) for c in shares[self.transport.rank]]
+        gathered, moved = self.transport.gather(messages, [len(share) for share in shares])
+        result, change = self._serve(gathered, moved, context) if self.server else (RoundResult(), None)
+        self._share_change(change, context)
+        return result
+
+    def _train(self, client: Client, context: RoundContext) -> Tensor:
+        trained = client.train(self.replica, context)
+        update = trained.flat.sub_(self.replica)
+        frame = client.message(update, trained, context)
+        if self.observe and self.transport.rank == 0:
+            self.observe(context, client.number, update, frame)
+        return frame.pack()
+
+    def _serve(
+        self, gathered: list[list[Tensor]], moved: Moved, context: RoundContext
+    ) -> tuple[RoundResult, Frame | None]:
+        """Aggregate and step on rank 0; the change is None if no client remained."""
+        assert self.server is not None
+        ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
+        ranked.sort(key=lambda pair: pair[1].client)
+        for rank, frame in ranked:
+            parts, crossed = message_parts(self.uplink, frame), int(rank != 0)
+            self._book(context.round, frame.client, "uplink", parts, payload_times=1, wire_times=crossed)
+        if moved.sizes:
+            self._book(context.round, NO_CLIENT, "uplink", framing("sizes", moved.sizes), wire_times=1)
+        outcome = aggregate(self.uplink, [frame for _, frame in ranked], self.replica.device)
+        change = None
+        if outcome.mean is not None:
+            self.server.step(outcome.mean)
+            change = self.server.change(self.replica, context)
+        return RoundResult(ranked, outcome.left_out), change
+
+    def _share_change(self, change: Frame | None, context: RoundContext) -> None:
+        """Broadcast the change and apply it; an empty message says that there is none."""
+        message = None
+        if self.transport.rank == 0:
+            message = change.pack() if change else torch.empty(0, dtype=torch.uint8, device=self.replica.device)
+        message, moved = self.transport.broadcast(message)
+        if not message.numel():
+            self._book_broadcast(context.round, framing("change", 0), moved)
+            return
+        frame = Frame.unpack(message)
+        apply_change(self.downlink, frame, self.replica)
+        if self.server:
+            parts = message_parts(self.downlink, frame)
+            self._book_broadcast(context.round, parts, moved)
+            self.downlink_cost.end_round(context.round, parts)
+
+    def _book_broadcast(self, round: int, parts: MessageParts, moved: Moved) -> None:
+        others = self.transport.world_size - 1
+        if others and self.transport.rank == 0:
+            self._book(round, NO_CLIENT, "downlink", parts, wire_times=others)
+            self._book(round, NO_CLIENT, "downlink", framing("sizes", moved.sizes), wire_times=1)
+
+    def _book(
+        self,
+        round: int,
+        client: int,
+        direction: str,
+        parts: MessageParts,
+        *,
+        payload_times: int = 0,
+        wire_times: int = 0,
+    ) -> None:
+        self.ledger.record(
+            round=round,
+            client=client,
+            direction=direction,
+            parts=parts,
+            payload_times=payload_times,
+            wire_times=wire_times,
+        )

@@ -1,0 +1,151 @@
+"""Error feedback: what a codec loses is kept and added to the next update of the same owner.
+
+Residuals are float32, keyed by owner (a client) and laid out by parameter name; statistics have none. The store
+keeps them in memory up to a limit and spills the rest to disk, so none is ever dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq import kernels
+from fedq.codecs import Payload
+from fedq.errors import FieldError, one_of
+from fedq.layout import Layout
+
+
+class Feedback(Protocol):
+    """What encodes an owner's updates, with or without a memory."""
+
+    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int) -> list[Payload]:
+        """Encode a flat update of ``owner``."""
+
+
+class NoFeedback:
+    """Encode and forget."""
+
+    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int) -> list[Payload]:
+        """Encode a flat update; ``owner`` does not matter."""
+        return layout.encode(flat, seed=seed)
+
+
+class ErrorFeedback:
+    """Encode ``update + residual`` and keep the new residual (Seide et al. 2014, Karimireddy et al. 2019).
+
+    Guarantees for every parameter ``decoded + new residual = update + old residual`` to one float32 rounding, so what
+    was applied and what was meant differ by the last residual alone. A parameter whose update is not finite leaves
+    its residual as it was and sends the non-finite value on.
+
+    Args:
+        store: Where residuals live.
+    """
+
+    def __init__(self, store: ResidualStore) -> None:
+        self.store = store
+
+    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int) -> list[Payload]:
+        """Encode a flat update of ``owner`` and replace its residual."""
+        residual = self.store.get(owner, layout.num_params).to(flat.device)
+        payloads = []
+        for i, span in enumerate(layout.spans):
+            x, span_seed = flat[span.slice].view(span.shape), kernels.span_seed(seed, i)
+            if span.role == "stats":
+                payloads.append(span.codec.encode(x, seed=span_seed))
+                continue
+            old = residual[span.slice].view(span.shape)
+            payload, new = span.codec.encode_with_residual(x, old, seed=span_seed)
+            payloads.append(payload)
+            if bool(torch.isfinite(new).all()):
+                old.copy_(new)
+        self.store.put(owner, residual)
+        return payloads
+
+    def state_dict(self, layout: Layout) -> dict[int, dict[str, Tensor]]:
+        """Return every residual by owner and parameter name (copies, on the CPU)."""
+        spans = [s for s in layout.spans if s.role != "stats"]
+        state = {}
+        for owner in self.store.owners():
+            flat = self.store.get(owner, layout.num_params)
+            state[owner] = {s.name: flat[s.slice].view(s.shape).to("cpu", copy=True) for s in spans}
+        return state
+
+    def load_state_dict(self, layout: Layout, state: dict[int, dict[str, Tensor]]) -> None:
+        """Take residuals over by name; parameters that are not named start from zero.
+
+        Raises:
+            FieldError: A residual of no parameter of the layout, or of another shape.
+        """
+        params = {s.name: s for s in layout.spans if s.role != "stats"}
+        for owner, residuals in state.items():
+            flat = torch.zeros(layout.num_params)
+            for name, value in residuals.items():
+                if name not in params:
+                    raise FieldError("residual of", name, one_of(params, name))
+                span = params[name]
+                if tuple(value.shape) != span.shape:
+                    raise FieldError(f"residual of {name}", tuple(value.shape), f"shape {span.shape}")
+                flat[span.slice] = value.reshape(-1)
+            self.store.put(owner, flat)
+
+
+class ResidualStore:
+    """Flat float32 residuals by owner: the most recently used in memory, the others in files.
+
+    Args:
+        limit_bytes: Memory for residuals; one always stays in memory.
+        folder: Where to spill; made when it is first needed.
+    """
+
+    def __init__(self, limit_bytes: int = 4 << 30, folder: Path | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.folder = folder
+        self._memory: OrderedDict[int, Tensor] = OrderedDict()
+        self._on_disk: set[int] = set()
+
+    def owners(self) -> Iterable[int]:
+        """Return the owners that have a residual, in order."""
+        return sorted(set(self._memory) | self._on_disk)
+
+    def get(self, owner: int, numel: int) -> Tensor:
+        """Return the owner's residual on the CPU or where it was put, zeros if there is none yet."""
+        if owner in self._memory:
+            self._memory.move_to_end(owner)
+            flat = self._memory[owner]
+        elif owner in self._on_disk:
+            flat = torch.from_numpy(np.fromfile(self._path(owner), dtype=np.float32))
+        else:
+            return torch.zeros(numel)
+        if flat.numel() != numel:
+            raise FieldError(f"residual of client {owner}", flat.numel(), f"{numel} elements")
+        return flat
+
+    def put(self, owner: int, flat: Tensor) -> None:
+        """Keep the owner's residual; spill the least recently used ones above the limit."""
+        self._memory[owner] = flat
+        self._memory.move_to_end(owner)
+        while len(self._memory) > 1 and self._memory_bytes() > self.limit_bytes and self.folder is not None:
+            self._spill(*self._memory.popitem(last=False))
+
+    def _memory_bytes(self) -> int:
+        return sum(flat.numel() * flat.element_size() for flat in self._memory.values())
+
+    def _spill(self, owner: int, flat: Tensor) -> None:
+        """Write one residual atomically: a crash leaves the old file or the new one."""
+        path = self._path(owner)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        flat.detach().cpu().numpy().tofile(temporary)
+        os.replace(temporary, path)
+        self._on_disk.add(owner)
+
+    def _path(self, owner: int) -> Path:
+        assert self.folder is not None, "nothing is spilled without a folder"
+        return self.folder / f"client-{owner:06d}.f32"

@@ -1,0 +1,159 @@
+"""How a model's tensors lie in one flat buffer, and which codec each of them gets.
+
+A `Layout` is shared by client and server: spans, residual keys, ledger rows and the check that both sides speak of
+the same model all come from it. It holds no values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedq import kernels
+from fedq.codecs import Codec, Payload, codec
+from fedq.codecs.dense import Cast
+from fedq.errors import FieldError
+
+Role = Literal["coded", "exempt", "stats"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tensor's place in the flat buffer.
+
+    Args:
+        name: The tensor's name in the module.
+        shape: Its shape.
+        offset: Its first element in the flat buffer.
+        codec: What encodes it.
+        role: ``coded`` (the chosen codec), ``exempt`` (1-D parameters, a cast) or ``stats`` (float buffers, such as
+            BatchNorm's running statistics, a cast; never through a server optimizer).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    codec: Codec
+    role: Role
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def slice(self) -> slice:
+        """Place in the flat buffer."""
+        return slice(self.offset, self.offset + self.numel)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ordered spans: coded parameters first, then exempt ones, then statistics.
+
+    The order depends on the model alone, so layouts of one model with different codecs share their offsets.
+    """
+
+    spans: tuple[Span, ...]
+    _by_name: dict[str, Span] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {span.name: span for span in self.spans})
+
+    @classmethod
+    def of(cls, module: nn.Module, spec: str | Codec) -> Layout:
+        """Lay out a module's float parameters and float buffers for a codec.
+
+        Parameters with at most one dimension are exempt from lossy codecs and travel as bfloat16, as statistics do;
+        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Integer buffers never travel.
+        """
+        chosen = codec(spec)
+        plain = chosen if isinstance(chosen, Cast) else Cast("bf16")
+        params = list(module.named_parameters())
+        groups: list[tuple[list[tuple[str, Tensor]], Codec, Role]] = [
+            ([(n, p) for n, p in params if p.dim() > 1], chosen, "coded"),
+            ([(n, p) for n, p in params if p.dim() <= 1], plain, "exempt"),
+            ([(n, b) for n, b in module.named_buffers() if b.is_floating_point()], plain, "stats"),
+        ]
+        spans, offset = [], 0
+        for tensors, span_codec, role in groups:
+            for name, tensor in tensors:
+                spans.append(Span(name, tuple(tensor.shape), offset, span_codec, role))
+                offset += tensor.numel()
+        return cls(tuple(spans))
+
+    def __getitem__(self, name: str) -> Span:
+        return self._by_name[name]
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the flat buffer."""
+        return sum(span.numel for span in self.spans)
+
+    @cached_property
+    def num_params(self) -> int:
+        """Elements that are parameters: the first part of the flat buffer."""
+        return sum(span.numel for span in self.spans if span.role != "stats")
+
+    @cached_property
+    def hash(self) -> int:
+        """64 bits that agree only if names, shapes, order and codecs agree."""
+        text = "\n".join(f"{s.name} {list(s.shape)} {s.codec.spec} {s.role}" for s in self.spans)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    @cached_property
+    def fixed_nbytes(self) -> int | None:
+        """Bytes of an encoded model, or None if a codec's size depends on the values."""
+        if not all(span.codec.fixed_size for span in self.spans):
+            return None
+        return sum(span.codec.payload_nbytes(span.shape) for span in self.spans)
+
+    # ---- tensors <-> flat buffer ---------------------------------------------------------------------------------
+
+    def flatten(self, module: nn.Module) -> Tensor:
+        """Copy a module's tensors into a new flat float32 buffer, in logical (row-major) order."""
+        flat = torch.empty(self.numel, device=next(module.parameters()).device)
+        views = [flat[s.slice].view(s.shape) for s in self.spans]
+        torch._foreach_copy_(views, self.tensors(module))
+        return flat
+
+    def unflatten_(self, flat: Tensor, module: nn.Module) -> None:
+        """Copy a flat buffer into a module's tensors, keeping their memory formats."""
+        torch._foreach_copy_(self.tensors(module), [flat[s.slice].view(s.shape) for s in self.spans])
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """Return the module's own tensors, detached, in span order."""
+        named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+        return [named[span.name].detach() for span in self.spans]
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the flat buffer's tensors by name, without a copy."""
+        return {span.name: flat[span.slice].view(span.shape) for span in self.spans}
+
+    # ---- flat buffer <-> payloads --------------------------------------------------------------------------------
+
+    def encode(self, flat: Tensor, *, seed: int) -> list[Payload]:
+        """Encode every span; the i-th takes ``span_seed(seed, i)``."""
+        return [
+            span.codec.encode(flat[span.slice].view(span.shape), seed=kernels.span_seed(seed, i))
+            for i, span in enumerate(self.spans)
+        ]
+
+    def payloads(self, datas: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Span, Payload]]:
+        """Pair the spans with payloads made of received bytes, in order."""
+        if len(datas) != len(self.spans):
+            raise FieldError("payloads", len(datas), f"{len(self.spans)}, one for each tensor of the layout")
+        for i, (span, data) in enumerate(zip(self.spans, datas, strict=True)):
+            yield span, Payload(data, span.codec, span.shape, torch.float32, kernels.span_seed(seed, i))
+
+    def decode_add(self, datas: Sequence[Tensor], out: Tensor, *, seed: int, weight: float = 1.0) -> None:
+        """Add ``weight · decoded`` to a flat float32 buffer in place."""
+        for span, payload in self.payloads(datas, seed=seed):
+            span.codec.decode_add(payload, out[span.slice].view(span.shape), weight)

@@ -1,0 +1,200 @@
+"""The process group and the device of this rank, and who goes first on a machine.
+
+What travels over the group lives in `fedq.collectives`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fedq.errors import FieldError
+from fedq.runtime.launcher import Ranks, detect, rendezvous
+
+T = TypeVar("T")
+
+# Numbers this process's groups, so that a second one does not find the first one's keys in the launcher's store.
+_group_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Runtime(Ranks):
+    """This process's ranks, with the device and the back end they use."""
+
+    device: torch.device
+    backend: str | None
+    """gloo, nccl, or None for one rank."""
+    note: str
+    """One line for the user, for example "2 ranks on 1 GPU: Gloo, payloads staged through the host"."""
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0, which is also the server."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(
+    device: str = "auto",
+    threads: int | None = None,
+    timeout_s: float = 600,
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[Runtime]:
+    """Start the process group for the body and destroy it after, whatever happens in the body.
+
+    NCCL is used only when every rank of this machine has a GPU to itself, otherwise Gloo; one rank has no group. A
+    group that is already there is used as it is and left alone.
+
+    Args:
+        device: auto, cpu or cuda; auto is cuda where there is a GPU.
+        threads: CPU threads of this process; default 1 when ranks share the machine, otherwise torch's choice.
+        timeout_s: Seconds that a rank waits for the others before it fails.
+        environ: The launcher's environment; default `os.environ`.
+
+    Yields:
+        This rank's runtime.
+
+    Raises:
+        FieldError: The launcher's variables are wrong, or there is no GPU for `device="cuda"`.
+        RuntimeError: The real number of ranks is not WORLD_SIZE.
+    """
+    environ = os.environ if environ is None else environ
+    is_ours = not dist.is_initialized()
+    runtime = _runtime(detect(environ), device, None if is_ours else dist.get_backend())
+    if threads is not None or runtime.local_world_size > 1:
+        torch.set_num_threads(threads or 1)
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+    if is_ours and runtime.backend is not None:
+        _start_group(runtime, environ, timedelta(seconds=timeout_s))
+    try:
+        _check_world_size(runtime)
+        yield runtime
+    finally:
+        if is_ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def local_root_first(runtime: Runtime) -> Iterator[None]:
+    """Run the body on the first rank of every machine, then on the others, so that a cache is written once.
+
+    The others go on even when the first one fails: what stopped it stops them too, with the same message.
+    """
+    is_first = runtime.local_rank == 0
+    if runtime.world_size > 1 and not is_first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if runtime.world_size > 1 and is_first:
+            dist.barrier()
+
+
+def on_root(runtime: Runtime, action: Callable[[], T]) -> T | None:
+    """Call `action` on rank 0 while the others wait, and refuse its FieldError on every rank.
+
+    Returns:
+        The action's result on rank 0, None on the others.
+
+    Raises:
+        FieldError: The action raised it, on whichever rank this is.
+    """
+    result: T | None = None
+    refusal: FieldError | None = None
+    if runtime.is_root:
+        try:
+            result = action()
+        except FieldError as error:
+            refusal = error
+    if runtime.world_size > 1:
+        told = [refusal and (refusal.field, str(refusal.value), refusal.allowed)]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] and not runtime.is_root:
+            refusal = FieldError(*told[0])
+    if refusal is not None:
+        raise refusal
+    return result
+
+
+def _runtime(ranks: Ranks, device: str, existing_backend: str | None) -> Runtime:
+    if device not in ("auto", "cpu", "cuda"):
+        raise FieldError("device", device, "auto, cpu, cuda")
+    num_gpus = torch.cuda.device_count()
+    if device == "cuda" and num_gpus == 0:
+        raise FieldError("device", device, "auto or cpu, because torch sees no GPU here")
+    num_gpus = 0 if device == "cpu" else num_gpus
+    where = torch.device("cuda", ranks.local_rank % num_gpus) if num_gpus else torch.device("cpu")
+    backend = existing_backend
+    if backend is None and ranks.world_size > 1:
+        backend = "nccl" if 0 < ranks.local_world_size <= num_gpus else "gloo"
+    return Runtime(**asdict(ranks), device=where, backend=backend, note=_note(ranks, backend, num_gpus))
+
+
+def _note(ranks: Ranks, backend: str | None, num_gpus: int) -> str:
+    who = f"{ranks.world_size} rank{'s' if ranks.world_size > 1 else ''}"
+    if backend == "nccl":
+        return f"{who}, each on its own GPU: NCCL"
+    if num_gpus == 0 or backend is None:
+        place = f"{who} on the CPU" if num_gpus == 0 else f"{who} on a GPU"
+        return f"{place}: Gloo" if backend else place
+    several = "" if ranks.local_world_size == ranks.world_size else f", {ranks.local_world_size} on this machine's"
+    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
+    return f"{who}{several or ' on'} {gpus}: Gloo, payloads staged through the host"
+
+
+def _start_group(runtime: Runtime, environ: Mapping[str, str], timeout: timedelta) -> None:
+    # A store of our own, as torch's env:// would make, because that one reads os.environ and cannot count the ranks.
+    address, port = rendezvous(runtime, environ)
+    is_served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent listens there already
+    is_server = runtime.is_root and not is_served
+    server = dist.TCPStore(address, port, is_master=is_server, timeout=timeout, wait_for_workers=False)
+    store = dist.PrefixStore(f"fedq/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_group_numbers)}", server)
+    _count_ranks(store, runtime, timeout)
+    dist.init_process_group(
+        runtime.backend,
+        store=store,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        timeout=timeout,
+        device_id=runtime.device if runtime.backend == "nccl" else None,
+    )
+
+
+def _count_ranks(store: dist.Store, runtime: Runtime, timeout: timedelta) -> None:
+    """Wait until WORLD_SIZE ranks have come, each once and all of one mind about how many they are."""
+    rank, world_size = runtime.rank, runtime.world_size
+    first = int(store.compare_set("world_size", "", str(world_size)))
+    if first != world_size:
+        raise RuntimeError(f"WORLD_SIZE={world_size} on rank {rank}, but {first} on another rank")
+    if store.add(f"rank{rank}", 1) > 1:
+        raise RuntimeError(f"RANK={rank} came twice to a job of WORLD_SIZE={world_size}")
+    if store.add("num_ranks", 1) == world_size:
+        store.set("complete", "")
+    try:
+        store.wait(["complete"], timeout)
+    except dist.DistStoreError as error:  # the time is over
+        came, waited_s = store.add("num_ranks", 0), timeout.total_seconds()
+        raise RuntimeError(
+            f"WORLD_SIZE={world_size}, but after {waited_s:g} s the real number of ranks is {came}"
+        ) from error
+
+
+def _check_world_size(runtime: Runtime) -> None:
+    """Compare the environment's world size with the number of ranks that really answer."""
+    if not dist.is_initialized():
+        return
+    ones = torch.ones(1, device=runtime.device if runtime.backend == "nccl" else "cpu")
+    dist.all_reduce(ones)
+    if int(ones) != runtime.world_size:
+        raise RuntimeError(
+            f"WORLD_SIZE={runtime.world_size}, but the real number of ranks in the process group is {int(ones)}"
+        )

@@ -1,0 +1,154 @@
+"""What the launcher's environment says: this process's ranks, and where they meet.
+
+Nothing is read at import, and nothing here needs torch. The process group lives in `fedq.runtime.group`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedq.errors import FieldError
+
+# Step ids from here on are SLURM's own (batch script, interactive shell), not started by srun; see slurm.h.
+_FIRST_RESERVED_STEP = 0xFFFFFFFA
+_SCONTROL_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the job's processes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+    """python, torchrun, srun, or env (something else that sets RANK and WORLD_SIZE)."""
+
+
+def detect(environ: Mapping[str, str]) -> Ranks:
+    """Read this process's ranks: RANK and WORLD_SIZE first, SLURM's variables only inside an srun step.
+
+    Args:
+        environ: The environment, normally `os.environ`.
+
+    Returns:
+        The ranks; one of one when there is no launcher.
+
+    Raises:
+        FieldError: A variable is missing from its set, is no whole number, or is out of range; it is named.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _from_env(environ)
+    if _in_srun_step(environ):
+        return _from_slurm(environ)
+    return Ranks(0, 1, 0, 1, "python")
+
+
+def rendezvous(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int]:
+    """Return the address and port at which the ranks meet: MASTER_ADDR and MASTER_PORT, or under srun derived.
+
+    Raises:
+        FieldError: They are not set and cannot be derived.
+    """
+    is_srun = ranks.launcher == "srun"
+    if "MASTER_ADDR" in environ or not is_srun:
+        address = _text(environ, "MASTER_ADDR", "the address of the machine that runs rank 0")
+    else:
+        address = _first_host(environ)
+    if "MASTER_PORT" in environ or not is_srun:
+        return address, _count(environ, "MASTER_PORT", 1, 65535)
+    return address, _step_port(environ)
+
+
+def _from_env(environ: Mapping[str, str]) -> Ranks:
+    world_size = _count(environ, "WORLD_SIZE", 1)
+    rank = _count(environ, "RANK", 0, world_size - 1)
+    # DeepSpeed says LOCAL_SIZE; a launcher that says neither is taken to run on one machine.
+    size_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE")
+    local_world_size = _count(environ, size_name, 1, world_size)
+    has_local_rank = "LOCAL_RANK" in environ or size_name != "WORLD_SIZE"
+    local_rank = _count(environ, "LOCAL_RANK", 0, local_world_size - 1) if has_local_rank else rank
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "env"
+    return Ranks(rank, world_size, local_rank, local_world_size, launcher)
+
+
+def _in_srun_step(environ: Mapping[str, str]) -> bool:
+    # A batch script sees SLURM_NTASKS and SLURM_PROCID=0 too, but only srun has started the tasks that they count.
+    step = environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in environ and step.isdecimal() and int(step) < _FIRST_RESERVED_STEP
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Ranks:
+    world_size = _count(environ, _first_set(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), 1)
+    rank = _count(environ, "SLURM_PROCID", 0, world_size - 1)
+    local_world_size = _slurm_local_size(environ, world_size)
+    local_rank = _count(environ, "SLURM_LOCALID", 0, local_world_size - 1)
+    return Ranks(rank, world_size, local_rank, local_world_size, "srun")
+
+
+def _slurm_local_size(environ: Mapping[str, str], world_size: int) -> int:
+    """Return the tasks on this node, from tasks a node such as `2(x3),1`; without them there is one node."""
+    name = _first_set(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+    text = environ.get(name, str(world_size))
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text):
+        raise FieldError(name, text, "tasks a node, such as 2 or 2(x3),1")
+    sizes = [int(size) for size, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+    return sizes[0] if len(set(sizes)) == 1 else sizes[_count(environ, "SLURM_NODEID", 0, len(sizes) - 1)]
+
+
+def _first_set(environ: Mapping[str, str], *names: str) -> str:
+    return next((name for name in names if name in environ), names[-1])
+
+
+def _text(environ: Mapping[str, str], name: str, allowed: str) -> str:
+    if not environ.get(name):
+        raise FieldError(name, environ.get(name), f"{allowed}; the launcher sets it")
+    return environ[name]
+
+
+def _count(environ: Mapping[str, str], name: str, low: int, high: int | None = None) -> int:
+    allowed = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+    text = _text(environ, name, allowed)
+    # isascii: isdecimal alone takes other scripts' digits
+    if not (text.isascii() and text.isdecimal()) or int(text) < low or (high is not None and int(text) > high):
+        raise FieldError(name, text, allowed)
+    return int(text)
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """Return an address of the step's first host, which runs rank 0."""
+    name = _first_set(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
+    hosts = _scontrol(environ, "show", "hostnames", _text(environ, name, "the step's hosts")).split()
+    if not hosts:
+        raise FieldError(name, environ[name], "at least one host")
+    try:
+        socket.getaddrinfo(hosts[0], None)
+    except OSError:  # a node's name need not resolve; SLURM itself goes by its address
+        match = re.search(r"\bNodeAddr=(\S+)", _scontrol(environ, "-o", "show", "node", hosts[0]))
+        return match[1] if match else hosts[0]
+    return hosts[0]
+
+
+def _scontrol(environ: Mapping[str, str], *arguments: str) -> str:
+    command = ["scontrol", *arguments]
+    try:
+        done = subprocess.run(
+            command, env=dict(environ), capture_output=True, text=True, check=True, timeout=_SCONTROL_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        allowed = f"the address of the first node; it could not be derived, because `{' '.join(command)}` failed"
+        raise FieldError("MASTER_ADDR", None, f"{allowed} ({error})") from None
+    return done.stdout
+
+
+def _step_port(environ: Mapping[str, str]) -> int:
+    """Return a port that all ranks of a step agree on and that other steps on the machine are unlikely to use."""
+    job = _text(environ, _first_set(environ, "SLURM_JOB_ID", "SLURM_JOBID"), "the job's number")
+    digest = hashlib.sha256(f"{job}.{environ['SLURM_STEP_ID']}".encode()).digest()
+    return 20000 + int.from_bytes(digest[:8], "big") % 40000

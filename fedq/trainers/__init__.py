@@ -1,0 +1,1 @@
+"""Whole jobs: settings in, a run's folder out."""

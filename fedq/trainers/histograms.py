@@ -1,0 +1,45 @@
+"""Histograms of weights and updates, before and after coding, for one client of some rounds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedq.federated.client import RoundContext
+from fedq.layout import Layout
+from fedq.trainers.job import Job
+from fedq.wire import Frame, Kind, split_body
+
+
+class HistogramLog:
+    """Writes the histograms of a round's first client on rank 0, in the first, the last and every n-th round.
+
+    Args:
+        job: Whose settings say how often, and whose folder takes them.
+        layout: Layout of the uplink.
+    """
+
+    def __init__(self, job: Job, layout: Layout) -> None:
+        self._job = job
+        self._layout = layout
+        self._last_round = -1
+
+    def __call__(self, context: RoundContext, client: int, update: Tensor, frame: Frame) -> None:
+        """Take one update; the job's model still holds the weights that the client trained."""
+        if frame.kind != Kind.UPDATE or context.round == self._last_round or not self._is_due(context.round):
+            return
+        self._last_round = context.round
+        weights = self._job.training.layout.tensors(self._job.model)
+        datas = split_body(self._layout, frame.body)
+        for (span, payload), weight in zip(self._layout.payloads(datas, seed=frame.seed), weights, strict=True):
+            if span.role != "coded":
+                continue
+            stages = {"weight": weight, "update": update[span.slice], "decoded": payload.decode()}
+            codes = span.codec.codes(payload)
+            if codes is not None:
+                stages["codes"] = codes
+            for stage, values in stages.items():
+                self._job.folder.log_histogram(context.round, client, span.name, stage, values)
+
+    def _is_due(self, round: int) -> bool:
+        run = self._job.config.run
+        return round in (0, run.rounds - 1) or (run.histogram_every > 0 and round % run.histogram_every == 0)

@@ -1,0 +1,192 @@
+"""What every job sets up from its settings: data, clients' shares, model, training, evaluation, the run's folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fedq
+from fedq.collectives import Transport
+from fedq.config import Config, parse_lr_schedule
+from fedq.configfile import config_dict
+from fedq.data import Dataset, load_dataset
+from fedq.federated.client import LocalTraining
+from fedq.federated.evaluate import Evaluator
+from fedq.federated.partition import label_counts, partition
+from fedq.federated.precision import choose_precision
+from fedq.kernels import derive_seed
+from fedq.layout import Layout
+from fedq.ledger import Ledger
+from fedq.models import build_model, num_parameters
+from fedq.report import print_header
+from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
+from fedq.runtime import Runtime, distributed, local_root_first, on_root
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the trainers share; the same on every rank, but for the folder and the ranks themselves."""
+
+    config: Config
+    runtime: Runtime
+    folder: RunFolder | NullRunFolder
+    dataset: Dataset
+    parts: list[Tensor]
+    label_counts: Tensor
+    model: nn.Module
+    training: LocalTraining
+    evaluator: Evaluator
+    transport: Transport
+    ledger: Ledger
+    started: float
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank reports."""
+        return self.runtime.is_root
+
+    def lr(self, round: int) -> float:
+        """Return the local learning rate of a round."""
+        local = self.config.local
+        name, steps, factor = parse_lr_schedule(local.lr_schedule)
+        if name == "cosine":
+            return local.lr * 0.5 * (1.0 + math.cos(math.pi * round / self.config.run.rounds))
+        return local.lr * factor ** sum(round >= at for at in steps)
+
+    def summary(self, **results: Any) -> dict[str, Any]:
+        """Return the run's summary: what was asked for, where it ran, and the results given."""
+        config, runtime = self.config, self.runtime
+        return {
+            "dataset": self.dataset.description,
+            "model": config.local.model,
+            "num_params": num_parameters(self.model),
+            "world_size": runtime.world_size,
+            "launcher": runtime.launcher,
+            "backend": runtime.backend,
+            "device": runtime.device.type,
+            "precision": self.training.precision.name,
+            "threads": torch.get_num_threads(),
+            "num_clients": config.clients.num_clients,
+            "cohort": config.cohort_size,
+            "partition": config.clients.partition,
+            "exchange": config.exchange.exchange,
+            "uplink": config.exchange.uplink,
+            "downlink": config.exchange.downlink,
+            "downlink_to": config.exchange.downlink_to,
+            "server": config.exchange.server,
+            "seed": config.run.seed,
+            "git_commit": git_commit(Path(fedq.__file__).parent),
+            **environment_info(),
+            **results,
+        }
+
+
+@contextmanager
+def open_job(config: Config) -> Iterator[Job]:
+    """Set a job up and close its folder and process group afterwards."""
+    run = config.run
+    with distributed(run.device, run.threads) as runtime:
+        started = time.perf_counter()
+        folder = on_root(runtime, lambda: RunFolder.create(run.out, name=_name(config))) or NullRunFolder()
+        with folder:
+            folder.write_config(config_dict(config))
+            dataset = _load(config, runtime)
+            if runtime.is_root:
+                print_header([f"{dataset.description} | {runtime.note}"])
+            yield _job(config, runtime, folder, dataset, started)
+
+
+def _name(config: Config) -> str:
+    name = f"{config.data.dataset}-{config.local.model}-{config.exchange.uplink}"
+    return config.run.name or name.replace(":", "-")
+
+
+def _load(config: Config, runtime: Runtime) -> Dataset:
+    data = config.data
+    with local_root_first(runtime):
+        return load_dataset(
+            data.dataset,
+            data_dir=data.data_dir,
+            download=data.download,
+            image_size=data.image_size,
+            train_examples=data.train_examples,
+            val_fraction=data.val_fraction,
+            seed=config.run.seed,
+            memory_limit_bytes=int(config.run.memory_limit_gib * GIB),
+            progress=runtime.is_root,
+        )
+
+
+def _job(config: Config, runtime: Runtime, folder: RunFolder | NullRunFolder, data: Dataset, started: float) -> Job:
+    clients, local, seed = config.clients, config.local, config.run.seed
+    labels = data.train.labels
+    parts = partition(labels, clients.num_clients, clients.partition, seed=seed, min_examples=clients.min_examples)
+    smallest = min(len(p) for p in parts)
+    if runtime.is_root and smallest < local.batch_size:
+        small = sum(len(p) < local.batch_size for p in parts)
+        print_header(
+            [f"{small} of {len(parts)} clients hold fewer than {local.batch_size} images: smaller batches there"]
+        )
+    on_device = data.to(runtime.device) if _fits(data, config) else data
+    precision = choose_precision(local.precision, runtime.device)
+    torch.manual_seed(derive_seed(seed, "weights"))
+    channels, size = data.image_shape[0], data.image_shape[1]
+    model = build_model(
+        local.model, num_classes=data.num_classes, in_channels=channels, image_size=size, norm=local.norm
+    )
+    memory_format = torch.channels_last if precision.channels_last else torch.contiguous_format
+    model = model.to(runtime.device, memory_format=memory_format)  # type: ignore[call-overload]
+    transport = Transport(runtime.device)
+    training = LocalTraining(
+        model=model,
+        layout=Layout.of(model, "fp32"),
+        split=on_device.train,
+        mean=data.mean,
+        std=data.std,
+        make_optimizer=lambda params, lr: _local_optimizer(config, params, lr),
+        precision=precision,
+        batch_size=local.batch_size,
+        epochs=local.local_epochs,
+        steps=local.local_steps,
+        prox_mu=local.prox_mu,
+        augment=config.data.augment,
+        flip=data.flip,
+    )
+    return Job(
+        config=config,
+        runtime=runtime,
+        folder=folder,
+        dataset=on_device,
+        parts=parts,
+        label_counts=label_counts(labels, parts, data.num_classes),
+        model=model,
+        training=training,
+        evaluator=Evaluator(data.mean, data.std, precision, transport),
+        transport=transport,
+        ledger=Ledger(),
+        started=started,
+    )
+
+
+def _fits(data: Dataset, config: Config) -> bool:
+    """Whether the images go to the device whole; mapped ones stay on disk."""
+    nbytes = sum(split.images.numel() for split in (data.train, data.val, data.test))
+    return nbytes <= config.run.memory_limit_gib * GIB
+
+
+def _local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Return a fresh fused optimizer."""
+    local = config.local
+    if local.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=lr, weight_decay=local.weight_decay, fused=True)
+    return torch.optim.SGD(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)

@@ -1,0 +1,145 @@
+"""The round message: a versioned frame of fixed size in front of the payload bytes.
+
+Everything a receiver needs beyond the shared `Layout` is in the header: who, when, with what weight, from which
+seed. No pickle; sizes are checked before anything is decoded. How a frame travels is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fedq.codecs import Payload
+from fedq.errors import FieldError
+from fedq.layout import Layout
+
+MAGIC = b"FQ"
+VERSION = 1
+_HEADER = struct.Struct("<2sBBIIQQdffQ")
+HEADER_NBYTES = _HEADER.size
+"""Bytes of the header: 52."""
+
+
+class Kind(IntEnum):
+    """What a frame carries."""
+
+    UPDATE = 1
+    """A client's update."""
+    LEFT_OUT = 2
+    """No update: the client's values were not finite; the body is empty."""
+    CHANGE = 3
+    """The server's change to the replica."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message.
+
+    Args:
+        kind: What it carries.
+        round: Round number, from 0.
+        client: Client number, or 2^32 - 1 for the server.
+        layout_hash: `Layout.hash` of the sender.
+        seed: Message seed; a span's seed follows from it.
+        weight: Weight in the average, here the client's number of examples.
+        loss: Mean local training loss.
+        accuracy: Local training accuracy, 0 to 1.
+        body: uint8, the payloads one after another; in front of them 8 bytes of size for each span whose codec has
+            no fixed size.
+    """
+
+    kind: Kind
+    round: int
+    client: int
+    layout_hash: int
+    seed: int
+    weight: float
+    loss: float
+    accuracy: float
+    body: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel, header included."""
+        return HEADER_NBYTES + self.body.numel()
+
+    def pack(self) -> Tensor:
+        """Return the whole message as one uint8 tensor, on the body's device."""
+        head = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.kind,
+            self.round,
+            self.client,
+            self.layout_hash,
+            self.seed,
+            self.weight,
+            self.loss,
+            self.accuracy,
+            self.body.numel(),
+        )
+        header = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(self.body.device)
+        return torch.cat((header, self.body))
+
+    @classmethod
+    def unpack(cls, message: Tensor) -> Frame:
+        """Read a message; the body is a view of it.
+
+        Raises:
+            FieldError: Not a frame, another version, cut short, or a weight that cannot be averaged with.
+        """
+        if message.numel() < HEADER_NBYTES:
+            raise FieldError("frame bytes", message.numel(), f"at least {HEADER_NBYTES}")
+        head = message[:HEADER_NBYTES].cpu().numpy().tobytes()
+        magic, version, kind, number, client, layout_hash, seed, weight, loss, accuracy, nbytes = _HEADER.unpack(head)
+        if magic != MAGIC or version != VERSION:
+            raise FieldError("frame version", (magic, version), f"({MAGIC!r}, {VERSION})")
+        if kind not in set(Kind):
+            raise FieldError("frame kind", kind, ", ".join(f"{k.value} ({k.name})" for k in Kind))
+        if nbytes != message.numel() - HEADER_NBYTES:
+            raise FieldError("frame body bytes", message.numel() - HEADER_NBYTES, f"{nbytes}, as its header says")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise FieldError("frame weight", weight, "a finite number of at least 0")
+        body = message[HEADER_NBYTES:]
+        return cls(Kind(kind), number, client, layout_hash, seed, weight, loss, accuracy, body)
+
+
+def join_payloads(layout: Layout, payloads: Sequence[Payload]) -> Tensor:
+    """Return the body: sizes of the spans without a fixed size, then all payloads in layout order."""
+    datas = [payload.data for payload in payloads]
+    sizes = [p.nbytes for p, span in zip(payloads, layout.spans, strict=True) if not span.codec.fixed_size]
+    table = torch.tensor(sizes, dtype=torch.int64, device=datas[0].device).view(torch.uint8)
+    return torch.cat((table, *datas))
+
+
+def split_body(layout: Layout, body: Tensor) -> list[Tensor]:
+    """Undo `join_payloads`: return each span's bytes, as views.
+
+    Raises:
+        FieldError: The body has another size than the layout calls for.
+    """
+    num_sizes = sum(not span.codec.fixed_size for span in layout.spans)
+    if body.numel() < 8 * num_sizes:
+        raise FieldError("frame body bytes", body.numel(), f"at least {8 * num_sizes}")
+    table = iter(body[: 8 * num_sizes].clone().view(torch.int64).tolist())
+    sizes = [s.codec.payload_nbytes(s.shape) if s.codec.fixed_size else next(table) for s in layout.spans]
+    if min(sizes, default=0) < 0 or 8 * num_sizes + sum(sizes) != body.numel():
+        raise FieldError("frame body bytes", body.numel(), f"{8 * num_sizes + sum(sizes)} for this layout")
+    datas, start = [], 8 * num_sizes
+    for size in sizes:
+        datas.append(body[start : start + size])
+        start += size
+    return datas
+
+
+def check_layout(frame: Frame, layout: Layout) -> None:
+    """Raise `FieldError` unless sender and receiver have the same model and codecs."""
+    if frame.layout_hash != layout.hash:
+        allowed = f"{layout.hash:016x} (the same model and codecs on both sides)"
+        raise FieldError("frame layout", f"{frame.layout_hash:016x}", allowed)

@@ -1,0 +1,283 @@
+"""Networks by name: their sizes, shapes and initial weights, and that they compute what their papers say."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedq.errors import FieldError
+from fedq.models import MODELS, build_model, num_parameters
+from fedq.models.resnet import ZeroPadShortcut
+
+NAMES_AND_NORMS = [(name, "batch") for name in MODELS]
+NAMES_AND_NORMS += [(name, "group") for name in MODELS if name not in ("cnn62k", "cnn1m")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def conv(inputs: int, outputs: int, kernel: int, bias: int = 0) -> int:
+    return inputs * outputs * kernel**2 + bias * outputs
+
+
+def thin_resnet(blocks_per_stage: int) -> int:
+    """Parameters of a (6n + 2)-layer network, from the table in section 4.2 of the paper."""
+    total = conv(3, 16, 3) + 2 * 16 + (64 * 10 + 10)
+    for inputs, width in ((16, 16), (16, 32), (32, 64)):
+        total += conv(inputs, width, 3) + (2 * blocks_per_stage - 1) * conv(width, width, 3)
+        total += 2 * blocks_per_stage * 2 * width
+    return total
+
+
+def convnet9() -> int:
+    widths = (3, 32, 32, 64, 64, 64, 128, 128, 256, 256)
+    return sum(conv(i, o, 3) + 2 * o for i, o in pairwise(widths)) + 256 * 10 + 10
+
+
+def improved_cnn(in_channels: int, side: int) -> int:
+    convs = conv(in_channels, 32, 3, bias=1) + 2 * 32 + conv(32, 64, 3, bias=1) + 2 * 64
+    return convs + (64 * side * side * 512 + 512) + (512 * 10 + 10)
+
+
+# The first number is the published or measured one; the second is counted here, layer by layer.
+COUNTS = {
+    "resnet20": (269_722, thin_resnet(3)),
+    "resnet32": (464_154, thin_resnet(5)),
+    "improved_cnn": (2_122_378, improved_cnn(3, 8)),
+    "convnet9": (1_212_778, convnet9()),
+    "cnn62k": (62_006, conv(3, 6, 5, 1) + conv(6, 16, 5, 1) + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10),
+    "cnn1m": (1_203_666, conv(3, 32, 5, 1) + conv(32, 64, 5, 1) + 4096 * 280 + 280 + 280 * 10 + 10),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_exact(name):
+    published, counted = COUNTS[name]
+    assert num_parameters(build_model(name)) == published == counted
+
+
+def test_improved_cnn_has_the_published_hidden_layer_for_28_pixels_and_one_channel():
+    model = build_model("improved_cnn", in_channels=1, image_size=28)
+    assert model.fc1.in_features == 3136
+    assert num_parameters(model) == 1_630_282 == improved_cnn(1, 7)
+
+
+def test_num_parameters_counts_neither_frozen_parameters_nor_buffers():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[0].bias.requires_grad_(False)
+    assert num_parameters(model) == 3 * 4 + 2 * 4
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 11_173_962), ("resnet50", 23_520_842)])
+def test_resnets_equal_torchvisions_with_the_small_stem(name, count):
+    ours = build_model(name)
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool = nn.Identity()
+    assert num_parameters(ours) == count == num_parameters(theirs)
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):  # away from 1 and 0, so that every layer matters
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        # Same sums in the same order except for the final mean: float32 rounding of logits of the order of 1 to 10.
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_size", [28, 32])
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize(("name", "norm"), NAMES_AND_NORMS)
+def test_logits_have_one_column_a_class(name, norm, in_channels, image_size):
+    with torch.device("meta"):  # shapes only: the arithmetic is tested below
+        model = build_model(name, num_classes=7, in_channels=in_channels, image_size=image_size, norm=norm)
+        assert model(torch.empty(2, in_channels, image_size, image_size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("side", [7, 8])
+def test_zero_pad_shortcut_keeps_every_second_pixel_and_appends_zeros(side, channels_last):
+    x = torch.randn(2, 3, side, side)
+    expected = torch.zeros(2, 8, (side + 1) // 2, (side + 1) // 2)
+    for row in range(0, side, 2):
+        for column in range(0, side, 2):
+            expected[:, :3, row // 2, column // 2] = x[:, :, row, column]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = ZeroPadShortcut(3, 8, 2, nn.BatchNorm2d)(x.to(memory_format=layout))
+    assert torch.equal(out, expected)
+    if side == 8:  # as everywhere in ResNet-20/32 on images of 28 or 32 pixels
+        assert out.is_contiguous(memory_format=layout)
+
+
+def test_thin_resnet_computes_the_papers_blocks():
+    model = build_model("resnet20").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        out = F.relu(model.norm1(model.conv1(images)))
+        for block in (block for stage in model.stages for block in stage):
+            inner = block.norm2(block.conv2(F.relu(block.norm1(block.conv1(out)))))
+            stride, missing = out.shape[2] // inner.shape[2], inner.shape[1] - out.shape[1]
+            shortcut = out[:, :, ::stride, ::stride]
+            zeros = shortcut.new_zeros(len(out), missing, *shortcut.shape[2:])
+            out = F.relu(inner + torch.cat((shortcut, zeros), dim=1))
+        assert torch.equal(model(images), model.fc(out.mean((2, 3))))
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == 20
+
+
+def reference_improved_cnn(model: nn.Module, x: Tensor) -> Tensor:
+    for convolution, norm in ((model.conv1, model.norm1), (model.conv2, model.norm2)):
+        x = F.max_pool2d(F.relu(norm(convolution(x))), 2)
+    return model.fc2(F.relu(model.fc1(x.flatten(1))))
+
+
+def reference_two_conv_net(model: nn.Module, x: Tensor) -> Tensor:
+    for convolution in (model.conv1, model.conv2):
+        x = F.max_pool2d(F.relu(convolution(x)), 2)
+    x = x.flatten(1)
+    for layer in model.fc[:-1]:
+        x = F.relu(layer(x))
+    return model.fc[-1](x)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("improved_cnn", reference_improved_cnn),
+        ("cnn62k", reference_two_conv_net),
+        ("cnn1m", reference_two_conv_net),
+    ],
+)
+def test_pooling_before_relu_changes_neither_logits_nor_gradients(name, reference):
+    model = build_model(name).eval()
+    images = torch.randn(4, 3, 32, 32)
+    labels = torch.tensor([0, 3, 3, 9])
+    twin = copy.deepcopy(model)
+    ours, expected = model(images), reference(twin, images)
+    assert torch.equal(ours, expected)  # the same numbers go through the same kernels
+    F.cross_entropy(ours, labels).backward()
+    F.cross_entropy(expected, labels).backward()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+# On eight images without BatchNorm's help the deep networks want smaller steps, and the smallest network larger ones.
+LEARNING_RATES = {("resnet18", "group"): 1e-4, ("resnet50", "group"): 1e-4, ("cnn62k", "batch"): 5e-3}
+
+
+@pytest.mark.parametrize(("name", "norm"), NAMES_AND_NORMS)
+def test_a_few_steps_in_bf16_and_channels_last_reduce_the_loss(name, norm):
+    model = build_model(name, image_size=16, norm=norm).to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last)
+    labels = torch.arange(8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATES.get((name, norm), 1e-3))
+    losses = []
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "improved_cnn", "convnet9"])
+def test_group_norm_replaces_every_batch_norm_and_leaves_no_running_statistics(name):
+    batch, group = build_model(name), build_model(name, norm="group")
+    norms = [module for module in group.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in batch.modules()) > 0
+    assert all(module.num_groups == 2 for module in norms)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in group.modules())
+    assert not list(group.buffers())
+    assert num_parameters(group) == num_parameters(batch)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_seed_decides_the_weights(name):
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(build_model(name).parameters())
+
+    first = weights(1)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
+
+
+def test_convolution_kernels_have_the_kaiming_deviation_and_biases_are_zero():
+    for name in ("resnet18", "cnn1m"):
+        for module in build_model(name).modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                # A sample deviation of n normal numbers has a relative error of 1 / sqrt(2 n); five of those.
+                tolerance = 5 / (2 * module.weight.numel()) ** 0.5
+                assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=tolerance)
+                assert module.bias is None or not module.bias.any()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "convnet9", "improved_cnn"])
+def test_training_updates_running_statistics_and_evaluation_does_not(name):
+    model = build_model(name)
+    assert model.training
+    images = torch.randn(4, 3, 32, 32)
+    fresh = copy.deepcopy(dict(model.named_buffers()))
+    with torch.no_grad():
+        model(images)
+        trained = copy.deepcopy(dict(model.named_buffers()))
+        assert not any(torch.equal(fresh[key], trained[key]) for key in fresh)
+        model.eval()
+        together = model(images)
+        # Each image alone: other batch sizes may choose other convolution kernels, so equal up to float32 rounding.
+        alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(trained[key], value) for key, value in model.named_buffers())
+
+
+def test_dropout_acts_in_training_only():
+    model = build_model("improved_cnn", norm="group")
+    images = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_smallest_image_that_is_allowed_works(name):
+    with pytest.raises(FieldError, match="image_size=0 is not allowed; allowed: an integer of at least") as caught:
+        build_model(name, image_size=0)
+    smallest = int(caught.value.allowed.split()[-1])
+    model = build_model(name, image_size=smallest).eval()
+    assert model(torch.randn(1, 3, smallest, smallest)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet19", {}, r"model='resnet19' .*convnet9.*did you mean 'resnet18'"),
+        ("ResNet18", {}, r"model='ResNet18' .*did you mean 'resnet18'"),
+        ("cnn1m", {"norm": "group"}, r"norm='group' .*batch, since cnn1m has no normalisation"),
+        ("cnn62k", {"norm": "group"}, r"norm='group' .*batch, since cnn62k"),
+        ("resnet18", {"norm": "bach"}, r"norm='bach' .*batch, group \(did you mean 'batch'"),
+        ("cnn62k", {"image_size": 15}, "image_size=15 .*at least 16"),
+        ("cnn1m", {"image_size": 3}, "image_size=3 .*at least 4"),
+        ("resnet20", {"in_channels": 0}, "in_channels=0 .*at least 1"),
+        ("resnet20", {"num_classes": 0}, "num_classes=0 .*at least 1"),
+        ("resnet20", {"num_classes": 10.0}, r"num_classes=10\.0 .*an integer"),
+    ],
+)
+def test_bad_settings_are_named(name, options, message):
+    with pytest.raises(FieldError, match=message):
+        build_model(name, **options)

@@ -1,0 +1,362 @@
+"""The launcher's environment, and real Gloo ranks that meet, disagree, wait for each other and fail."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedq.errors import FieldError
+from fedq.runtime import Ranks, Runtime, detect, distributed, local_root_first, on_root, rendezvous
+from fedq.runtime.group import _runtime
+
+LIMIT_S = 90  # hard limit of one spawned test; a rank that hangs is killed then
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "2",
+    "SLURM_NTASKS": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+}
+
+
+# ---- what the environment says ----
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Ranks(0, 1, 0, 1, "python")),
+        (TORCHRUN, Ranks(3, 4, 1, 2, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2, 1, 2, "env")),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, Ranks(3, 4, 1, 2, "env")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Ranks(1, 2, 0, 2, "env")),
+        (SRUN, Ranks(2, 3, 0, 1, "srun")),
+        (SRUN | TORCHRUN, Ranks(3, 4, 1, 2, "torchrun")),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "8"}, Ranks(2, 3, 0, 1, "srun")),
+        (SRUN | {"SLURM_STEP_ID": "4294967291"}, Ranks(0, 1, 0, 1, "python")),  # the batch script
+        (SRUN | {"SLURM_STEP_ID": "4294967290"}, Ranks(0, 1, 0, 1, "python")),  # salloc's interactive shell
+        (SRUN | {"SLURM_STEP_ID": "batch"}, Ranks(0, 1, 0, 1, "python")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Ranks(0, 1, 0, 1, "python")),
+    ],
+)
+def test_ranks_of_each_launcher(environ: dict[str, str], expected: Ranks) -> None:
+    assert detect(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "field", "value"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE", None),
+        ({"WORLD_SIZE": "2"}, "RANK", None),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE", ""),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE", "two"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE", "0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK", "-1"),
+        ({"RANK": "٣", "WORLD_SIZE": "4"}, "RANK", "٣"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK", "2"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK", "2"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE", "5"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK", None),
+        (SRUN | {"SLURM_PROCID": "3"}, "SLURM_PROCID", "3"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE", "2(x"),
+        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID", "2"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_NTASKS", None),
+    ],
+)
+def test_a_broken_environment_names_variable_and_value(environ: dict[str, str], field: str, value: str | None) -> None:
+    with pytest.raises(FieldError) as caught:
+        detect(environ)
+    assert (caught.value.field, caught.value.value) == (field, value)
+    assert field in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_srun_tasks_a_node_are_expanded(sizes: list[int], data: st.DataObject) -> None:
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
+    text = ",".join(f"{size}(x{times})" if times > 1 else str(size) for size, times in runs)
+    node = data.draw(st.integers(0, len(sizes) - 1))
+    environ = {
+        "SLURM_STEP_ID": "1",
+        "SLURM_NTASKS": str(sum(sizes)),
+        "SLURM_PROCID": str(sum(sizes[:node])),
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(node),
+        "SLURM_STEP_TASKS_PER_NODE": text,
+    }
+    assert detect(environ) == Ranks(sum(sizes[:node]), sum(sizes), 0, sizes[node], "srun")
+
+
+# ---- where the ranks meet ----
+
+
+def fake_scontrol(folder: Path, host: str) -> dict[str, str]:
+    """An environment whose scontrol knows the one node `host`, at 10.1.2.3."""
+    script = folder / "scontrol"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'[ "$*" = "show hostnames {host},other" ] && echo {host} && echo other && exit 0\n'
+        f'[ "$*" = "-o show node {host}" ] && echo "NodeName={host} NodeAddr=10.1.2.3 NodeHostName=x" && exit 0\n'
+        "exit 1\n"
+    )
+    script.chmod(0o755)
+    return SRUN | {"PATH": str(folder), "SLURM_STEP_NODELIST": f"{host},other", "SLURM_JOB_ID": "71"}
+
+
+@pytest.mark.parametrize(("host", "address"), [("localhost", "localhost"), ("no-such-node.invalid", "10.1.2.3")])
+def test_srun_meets_at_the_first_host(tmp_path: Path, host: str, address: str) -> None:
+    environ = fake_scontrol(tmp_path, host)
+    where = rendezvous(detect(environ), environ)
+    assert where[0] == address
+    assert 20000 <= where[1] <= 59999
+    other_rank = environ | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+    assert rendezvous(detect(other_rank), other_rank) == where
+    other_step = environ | {"SLURM_STEP_ID": "1"}
+    assert rendezvous(detect(other_step), other_step)[1] != where[1]
+
+
+def test_a_given_address_goes_before_a_derived_one(tmp_path: Path) -> None:
+    environ = fake_scontrol(tmp_path, "localhost") | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
+    assert rendezvous(detect(environ), environ) == ("10.0.0.7", 1234)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR=None"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "70000"}, "MASTER_PORT='70000'"),
+        (SRUN | {"PATH": "/nowhere", "SLURM_JOB_NODELIST": "n[1-2]"}, r"MASTER_ADDR=None.*scontrol show hostnames"),
+        (SRUN, "SLURM_JOB_NODELIST=None"),
+    ],
+)
+def test_no_place_to_meet(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(FieldError, match=words):
+        rendezvous(detect(environ), environ)
+
+
+# ---- device and back end ----
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "num_gpus", "device", "backend", "index"),
+    [
+        (1, 2, 0, "auto", "gloo", None),
+        (1, 2, 1, "auto", "gloo", 0),
+        (1, 2, 1, "cpu", "gloo", None),
+        (1, 2, 2, "cuda", "nccl", 1),
+        (3, 4, 2, "auto", "gloo", 1),
+        (0, 1, 1, "auto", None, 0),
+    ],
+)
+def test_nccl_only_when_every_local_rank_has_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    local_rank: int,
+    local_size: int,
+    num_gpus: int,
+    device: str,
+    backend: str | None,
+    index: int | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    runtime = _runtime(Ranks(local_rank, local_size, local_rank, local_size, "env"), device, None)
+    assert (runtime.backend, runtime.device.index) == (backend, index)
+    assert runtime.device.type == ("cpu" if index is None else "cuda")
+    assert ("staged through the host" in runtime.note) == (backend == "gloo" and index is not None)
+
+
+def test_two_ranks_on_one_gpu_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    note = _runtime(Ranks(0, 2, 0, 2, "torchrun"), "auto", None).note
+    assert note == "2 ranks on 1 GPU: Gloo, payloads staged through the host"
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(FieldError, match=f"device='{device}'"), distributed(device, environ={}):
+        raise AssertionError("the body must not run")
+
+
+def test_one_rank_needs_no_group() -> None:
+    with distributed("cpu", environ={}) as runtime, local_root_first(runtime):
+        assert runtime == Runtime(0, 1, 0, 1, "python", torch.device("cpu"), None, "1 rank on the CPU")
+        assert runtime.is_root
+        assert not dist.is_initialized()
+        assert on_root(runtime, lambda: 7) == 7
+
+
+# ---- real ranks ----
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def environ_of(rank: int, world_size: int, port: str) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def run_ranks(body: Callable, *arguments: tuple) -> list:
+    """Call body(*arguments) in one process each; return its result, or the text of what it raised."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "fedq.runtime"])
+    pipes = [context.Pipe(duplex=False) for _ in arguments]
+    ranks = [
+        context.Process(target=_call, args=(pipe[1], body, given), daemon=True)
+        for pipe, given in zip(pipes, arguments, strict=True)
+    ]
+    for rank in ranks:
+        rank.start()
+    for _, sender in pipes:
+        sender.close()  # so that a rank that dies gives EOFError here and no endless wait
+    end = time.monotonic() + LIMIT_S
+    try:
+        for receiver, _ in pipes:
+            assert receiver.poll(max(0.0, end - time.monotonic())), "a rank hangs"
+        return [receiver.recv() for receiver, _ in pipes]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _call(sender, body: Callable, arguments: tuple) -> None:
+    try:
+        sender.send(body(*arguments))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _meet(environ: dict[str, str], folder: Path) -> dict:
+    """Everything two ranks do with a runtime, in one go, because each spawn costs a second."""
+    seen: dict = {}
+    with distributed("cpu", environ=environ, timeout_s=60) as runtime:
+        total = torch.tensor([runtime.rank + 1])
+        dist.all_reduce(total)
+        seen |= {"sum": int(total), "note": runtime.note, "launcher": runtime.launcher}
+        seen |= {"backend": dist.get_backend(), "threads": torch.get_num_threads()}
+        with local_root_first(runtime):
+            seen["cached"] = (folder / "cache").exists()
+            (folder / "cache").touch()
+        try:
+            with local_root_first(runtime):
+                raise FieldError("file", runtime.rank, "a good one")
+        except FieldError as error:
+            seen["both told"] = error.value
+        seen["root's"] = on_root(runtime, lambda: runtime.rank + 5)
+        try:
+            on_root(runtime, lambda: _refuse(runtime.rank))
+        except FieldError as error:
+            seen["refused"] = str(error)
+    seen["ended"] = not dist.is_initialized()
+    return seen
+
+
+def _refuse(rank: int) -> None:
+    raise FieldError("out", "/x", f"a folder that rank {rank} can write to")
+
+
+@pytest.mark.parametrize("launcher", ["env", "srun"])
+def test_two_ranks_meet_and_take_turns(tmp_path: Path, launcher: str) -> None:
+    port = free_port()
+    environs = [environ_of(rank, 2, port) for rank in range(2)]
+    if launcher == "srun":
+        # one node with two tasks; the port is a free one, because a derived one may be taken on a test machine
+        base = fake_scontrol(tmp_path, "localhost") | {"MASTER_PORT": port, "SLURM_NTASKS": "2"}
+        base |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+        environs = [base | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    first, second = run_ranks(_meet, *[(environ, tmp_path) for environ in environs])
+    refused = "out='/x' is not allowed; allowed: a folder that rank 0 can write to"
+    same = {"sum": 3, "note": "2 ranks on the CPU: Gloo", "launcher": launcher, "backend": "gloo", "threads": 1}
+    same |= {"refused": refused, "ended": True}
+    assert first == same | {"cached": False, "both told": 0, "root's": 5}
+    assert second == same | {"cached": True, "both told": 1, "root's": None}
+
+
+def _fail_inside(environ: dict[str, str]) -> bool:
+    try:
+        with distributed("cpu", environ=environ, timeout_s=60):
+            raise KeyError("body")
+    except KeyError:
+        return not dist.is_initialized()
+
+
+def test_the_group_ends_when_the_body_fails() -> None:
+    port = free_port()
+    assert run_ranks(_fail_inside, *[(environ_of(rank, 2, port),) for rank in range(2)]) == [True, True]
+
+
+def _enter(environ: dict[str, str], timeout_s: float) -> str:
+    with distributed("cpu", environ=environ, timeout_s=timeout_s):
+        return "entered"
+
+
+def test_world_sizes_that_disagree_are_told() -> None:
+    port = free_port()
+    # Rank 0 waits its 2 s for the second of its two ranks, which has gone away.
+    texts = run_ranks(_enter, (environ_of(0, 2, port), 2), (environ_of(1, 3, port), 2))
+    named = ("WORLD_SIZE=3 on rank 1, but 2 on another", "WORLD_SIZE=2 on rank 0, but 3 on another")
+    assert any(text.startswith(f"RuntimeError: {start}") for text in texts for start in named), texts
+    assert "entered" not in texts
+
+
+def test_too_few_ranks_are_told() -> None:
+    (text,) = run_ranks(_enter, (environ_of(0, 2, free_port()), 1))
+    assert text == "RuntimeError: WORLD_SIZE=2, but after 1 s the real number of ranks is 1"
+
+
+def test_a_rank_that_comes_twice_is_told() -> None:
+    port = free_port()
+    texts = run_ranks(_enter, *[(environ_of(rank, 3, port), 2) for rank in (0, 1, 1)])
+    assert "RuntimeError: RANK=1 came twice to a job of WORLD_SIZE=3" in texts[1:]
+    assert "entered" not in texts
+
+
+def test_a_group_of_another_size_is_refused_and_left_alone() -> None:
+    """Such as two processes that were each given a group of their own although WORLD_SIZE says 2."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with (
+            pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the real number of ranks in the process group is 1"),
+            distributed("cpu", threads=torch.get_num_threads(), environ=environ_of(0, 2, "1")),
+        ):
+            raise AssertionError("the body must not run")
+        with distributed("cpu", environ={}) as runtime:
+            assert runtime.backend == "gloo"
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_torchrun_serves_the_store_for_two_groups_in_turn(tmp_path: Path) -> None:
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "from fedq.runtime import distributed\n"
+        "for turn in range(2):\n"
+        "    with distributed('cpu', timeout_s=60) as runtime:\n"
+        "        open(f'{runtime.launcher}-{runtime.rank}-{turn}', 'x').close()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    here = str(Path(__file__).parents[1])
+    subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": here}, check=True, capture_output=True, timeout=LIMIT_S
+    )
+    expected = {f"torchrun-{rank}-{turn}" for rank in range(2) for turn in range(2)}
+    assert {path.name for path in tmp_path.glob("torchrun-*")} == expected
