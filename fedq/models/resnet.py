@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions around a shortcut; the output has four times ``width`` channels.
 
     The last normalisation starts with weight 0, so that a block starts as its shortcut (Goyal et al. 2017,
-    arXiv 1706.02677, section 5.1); otherwise the first steps of ResNet-50 diverge at usual learning rates.
+    arXiv 1706.02677, section 5.1); otherwise ResNet-50's loss jumps in its first steps at usual learning rates.
     """
 
     expansion = 4
