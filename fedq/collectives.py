@@ -56,8 +56,8 @@ class Transport:
             return self._receive(messages, counts)
         if counts[self.rank]:
             sizes = torch.tensor([m.numel() for m in messages], dtype=torch.int64, device=self.wire_device)
-            dist.send(sizes.view(torch.uint8), 0, group=self.group)
-            works = [dist.isend(m.to(self.wire_device), 0, group=self.group) for m in messages]
+            dist.send(sizes.view(torch.uint8), group=self.group, group_dst=0)
+            works = [dist.isend(m.to(self.wire_device), group=self.group, group_dst=0) for m in messages]
             for work in works:
                 _wait(work)
         return [], Moved()
@@ -69,9 +69,9 @@ class Transport:
         for rank in range(1, self.world_size):
             sizes = self._empty(8 * counts[rank])
             if counts[rank]:
-                dist.recv(sizes, rank, group=self.group)
+                dist.recv(sizes, group=self.group, group_src=rank)
             buffers = [self._empty(int(n)) for n in sizes.view(torch.int64).tolist()]
-            works += [dist.irecv(buffer, rank, group=self.group) for buffer in buffers]
+            works += [dist.irecv(buffer, group=self.group, group_src=rank) for buffer in buffers]
             received.append(buffers)
         for work in works:
             _wait(work)
@@ -85,17 +85,17 @@ class Transport:
             return message, Moved()
         others = self.world_size - 1
         size = torch.tensor([0 if message is None else message.numel()], device=self.wire_device).view(torch.uint8)
-        dist.broadcast(size, 0, group=self.group)
+        dist.broadcast(size, group=self.group, group_src=0)
         nbytes = int(size.view(torch.int64))
         buffer = self._empty(nbytes) if message is None else message.to(self.wire_device)
-        dist.broadcast(buffer, 0, group=self.group)
+        dist.broadcast(buffer, group=self.group, group_src=0)
         return buffer.to(self.device), Moved(nbytes * others, 8 * others)
 
     def all_gather(self, values: Tensor) -> tuple[Tensor, Moved]:
         """Share one small tensor of equal size from each rank; return (world_size, ...) and the bytes that crossed."""
         if self.world_size == 1:
             return values.unsqueeze(0), Moved()
-        flat = values.contiguous().to(self.wire_device).view(torch.uint8).view(-1)
+        flat = values.contiguous().to(self.wire_device).view(-1).view(torch.uint8)
         out = self._empty(self.world_size * flat.numel())
         dist.all_gather_into_tensor(out, flat, group=self.group)
         crossed = flat.numel() * self.world_size * (self.world_size - 1)

@@ -62,16 +62,16 @@ class LocalConfig:
     model: str = "resnet18"
     """resnet18, resnet50, resnet20, resnet32, improved_cnn, convnet9, cnn62k or cnn1m."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation layers of the ResNets and convnet9."""
+    """Normalisation layers of the ResNets, convnet9 and improved_cnn."""
     local_epochs: int = 1
     """Passes over the client's images each round."""
     local_steps: int | None = None
     """Optimizer steps each round, instead of --local-epochs."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Local optimizer, with new state each round."""
-    lr: float = 0.05
+    lr: float = 0.03
     """Local learning rate of the first round."""
     lr_schedule: str = "cosine"
     """Over rounds: constant, cosine, or steps:at=20+30,factor=0.1."""
@@ -107,7 +107,7 @@ class ExchangeConfig:
 class RunConfig:
     """How long, where to, and how it is reported."""
 
-    rounds: int = 10
+    rounds: int = 7
     """Federated rounds."""
     seed: int = 0
     """Seed of everything: data split, partition, sampling, weights, noise."""

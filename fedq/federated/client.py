@@ -47,7 +47,7 @@ class LocalTraining:
     Args:
         model: A module to train in; its values are overwritten.
         layout: The model's layout.
-        split: Training images and labels of all clients, on the model's device.
+        split: Training images and labels of all clients, on the model's device or mapped from disk.
         mean: Channel means of pixels in 0..1.
         std: Channel standard deviations.
         make_optimizer: From parameters and learning rate to an optimizer.
@@ -83,24 +83,28 @@ class LocalTraining:
         params = [p for p in self.model.parameters() if p.requires_grad]
         anchors = [p.detach().clone() for p in params] if self.prox_mu else []
         optimizer, scaler = self.make_optimizer(params, lr), self.precision.grad_scaler()
-        images = self.split.images[indices.to(self.split.images.device)]
-        labels = self.split.labels[indices.to(self.split.labels.device)]
-        seen, totals = 0, torch.zeros(2, dtype=torch.float64, device=start.device)
-        steps = 0
-        for batch in self._batches(len(labels), generator):
-            x, y = self._inputs(images[batch.to(images.device)], generator), labels[batch.to(labels.device)]
+        device, where = start.device, self.split.images.device
+        indices = indices.to(where)
+        seen, steps, totals = 0, 0, torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in self._batches(len(indices), generator):
+            picked = indices[batch.to(where)]
+            x = self._inputs(self.split.images[picked].to(device), generator)
+            y = self.split.labels[picked].to(device)
             loss, logits = self._backward(x, y, optimizer, scaler)
             if anchors:
-                grads = [p.grad for p in params]
-                torch._foreach_add_(
-                    grads, torch._foreach_sub([p.detach() for p in params], anchors), alpha=self.prox_mu
-                )
+                self._pull(params, anchors)
             scaler.step(optimizer)
             scaler.update()
             totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
             seen, steps = seen + len(y), steps + 1
         mean_loss, accuracy = (totals / max(1, seen)).tolist()
         return Trained(self.layout.flatten(self.model), mean_loss, accuracy, steps)
+
+    def _pull(self, params: list[nn.Parameter], anchors: list[Tensor]) -> None:
+        """Add the gradient of the proximal term."""
+        for param, anchor in zip(params, anchors, strict=True):
+            if param.grad is not None:
+                param.grad.add_(param.detach() - anchor, alpha=self.prox_mu)
 
     def _batches(self, num: int, generator: torch.Generator) -> list[Tensor]:
         """Return the round's index batches: whole epochs, or exactly ``steps`` batches."""

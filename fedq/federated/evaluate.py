@@ -39,11 +39,11 @@ class Evaluator:
         """
         index_batches = list(batches(len(split), self.batch_size))
         rank, world_size = (self.transport.rank, self.transport.world_size) if self.transport else (0, 1)
-        sums = torch.zeros(len(index_batches), 2, dtype=torch.float64, device=split.images.device)
+        sums = torch.zeros(len(index_batches), 2, dtype=torch.float64, device=next(model.parameters()).device)
         model.eval()
         with torch.no_grad():
             for i in range(rank, len(index_batches), world_size):
-                sums[i] = self._batch(model, split, index_batches[i].to(split.images.device))
+                sums[i] = self._batch(model, split, index_batches[i].to(split.images.device), sums.device)
         moved = Moved()
         if self.transport:
             gathered, moved = self.transport.all_gather(sums)
@@ -51,9 +51,9 @@ class Evaluator:
         loss, correct = sums.sum(dim=0).tolist()
         return loss / max(1, len(split)), correct / max(1, len(split)), moved
 
-    def _batch(self, model: nn.Module, split: Split, indices: Tensor) -> Tensor:
-        x = normalize(split.images[indices], self.mean, self.std, channels_last=self.precision.channels_last)
-        y = split.labels[indices]
+    def _batch(self, model: nn.Module, split: Split, indices: Tensor, device: torch.device) -> Tensor:
+        images, y = split.images[indices].to(device), split.labels[indices].to(device)
+        x = normalize(images, self.mean, self.std, channels_last=self.precision.channels_last)
         with self.precision.autocast():
             logits = model(x).float()
         loss = functional.cross_entropy(logits, y, reduction="sum")
