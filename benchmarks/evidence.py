@@ -49,14 +49,7 @@ def run_job(plan: Plan, arm: str, seed: int, work: Path, data_dir: Path) -> dict
     out = work / f"{re.sub(r'[^A-Za-z0-9]+', '-', arm)}-seed{seed}"
     summary = out / "summary.json"
     if not summary.exists():
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(plan.ranks),
-            "--master-port=0",
-        ]
+        launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {plan.ranks}".split()
         flags = [*shlex.split(plan.flags(arm, seed)), "--data-dir", str(data_dir), "--out", str(out)]
         begin = time.time()
         subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL)
