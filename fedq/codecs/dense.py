@@ -46,7 +46,7 @@ class Cast(Codec):
             x = torch.where(x.isinf(), x, x.clamp(-65504.0, 65504.0))
         if self.dtype == "bf16":
             return [kernels.bf16_bytes(x)]
-        return [x.to(_DTYPES[self.dtype]).contiguous().view(torch.uint8)]
+        return [x.to(_DTYPES[self.dtype], copy=True).view(torch.uint8)]  # a payload never shares the input's memory
 
     def _decode(self, data: Tensor, shape: Shape, seed: int) -> Tensor:
         return data.clone().view(_DTYPES[self.dtype]).to(torch.float32)

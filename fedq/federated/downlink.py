@@ -41,6 +41,7 @@ class DownlinkCost:
         self._rule = rule
         self._num_clients = num_clients
         self._changes: list[MessageParts] = []
+        self._num_dropped = 0
         self._next_change: dict[int, int] = {}
 
     def start_round(self, round: int, cohort: Sequence[int]) -> None:
@@ -49,23 +50,35 @@ class DownlinkCost:
         for client in newcomers:
             for parts in self._download(client):
                 self._ledger.record(round=round, client=client, direction="downlink", parts=parts)
-            self._next_change[client] = len(self._changes)
+            self._next_change[client] = self._num_dropped + len(self._changes)
 
     def end_round(self, round: int, change: MessageParts) -> None:
         """Note a change that the server made, and book it at once if all clients get it."""
         if self._rule == "cohort":
             self._changes.append(change)
+            self._drop_what_nobody_fetches()
             return
         for client in range(self._num_clients):
             self._ledger.record(round=round, client=client, direction="downlink", parts=change)
 
     def _download(self, client: int) -> list[MessageParts]:
-        if client not in self._next_change:
+        seen = self._next_change.get(client, -1)
+        if seen < self._num_dropped:
             return [self._full]
-        missed = self._changes[self._next_change[client] :]
-        if sum(change.nbytes for change in missed) >= self._full.nbytes:
+        missed = self._changes[seen - self._num_dropped :]
+        if _nbytes(missed) >= self._full.nbytes:
             return [self._full]
         return [_without_raw(change) for change in missed[:-1]] + missed[-1:]
+
+    def _drop_what_nobody_fetches(self) -> None:
+        """Forget a change when the later ones alone weigh as much as the whole model."""
+        while _nbytes(self._changes[1:]) >= self._full.nbytes:
+            del self._changes[0]
+            self._num_dropped += 1
+
+
+def _nbytes(changes: Sequence[MessageParts]) -> int:
+    return sum(change.nbytes for change in changes)
 
 
 def _without_raw(parts: MessageParts) -> MessageParts:
