@@ -2,9 +2,8 @@
 
     python benchmarks/distortion.py --markdown
 
-NMSE is ``|decoded - x|^2 / |x|^2`` on iid samples; ``2^(-2R)`` is the rate-distortion bound of a Gaussian at the bits an
-element that really travel. Decoding includes no addition to a sum. Times are medians on one thread unless
-``--threads`` says otherwise.
+NMSE is ``|decoded - x|^2 / |x|^2`` on iid samples; ``2^(-2R)`` is the rate-distortion bound of a Gaussian at the bits
+an element that really travel. Times are medians, on one thread unless ``--threads`` says otherwise.
 """
 
 from __future__ import annotations

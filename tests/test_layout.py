@@ -1,0 +1,185 @@
+"""Layouts: the order of spans, flat buffers, and what a model weighs under each codec."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedq import kernels
+from fedq.codecs import codec
+from fedq.errors import FieldError
+from fedq.layout import Layout
+from fedq.models import build_model
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+
+
+def test_spans_are_coded_then_exempt_then_statistics() -> None:
+    layout = Layout.of(small_model(), "int4")
+    assert [(s.name, s.role, s.codec.spec) for s in layout.spans] == [
+        ("0.weight", "coded", "int4"),
+        ("3.weight", "coded", "int4"),
+        ("0.bias", "exempt", "bf16"),
+        ("1.weight", "exempt", "bf16"),
+        ("1.bias", "exempt", "bf16"),
+        ("3.bias", "exempt", "bf16"),
+        ("1.running_mean", "stats", "bf16"),
+        ("1.running_var", "stats", "bf16"),
+    ]
+    offset = 0
+    for span in layout.spans:
+        assert span.offset == offset
+        assert span.slice == slice(offset, offset + span.numel)
+        offset += span.numel
+    assert layout.numel == offset
+    assert layout.num_params == sum(p.numel() for p in small_model().parameters())
+    assert layout["3.weight"].shape == (5, 8)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+def test_a_cast_carries_everything(name: str) -> None:
+    layout = Layout.of(small_model(), name)
+    assert {s.codec.spec for s in layout.spans} == {name}
+    assert layout.fixed_nbytes == layout.numel * (4 if name == "fp32" else 2)
+
+
+def test_offsets_do_not_depend_on_the_codec() -> None:
+    layouts = [Layout.of(small_model(), spec) for spec in ("fp32", "int4", "topk", "threshold")]
+    assert len({tuple((s.name, s.shape, s.offset, s.role) for s in layout.spans) for layout in layouts}) == 1
+
+
+def test_hash_is_of_names_shapes_order_and_codecs() -> None:
+    base = Layout.of(small_model(), "int4")
+    assert base.hash == Layout.of(small_model(seed=5), codec("int4:block=256")).hash
+    assert 0 <= base.hash < 2**64
+    conv, norm, flatten, linear = small_model()
+    others = [
+        Layout.of(small_model(), "int3"),
+        Layout.of(small_model(), "int4:block=512"),
+        Layout.of(nn.Sequential(conv, norm, flatten, nn.Linear(8, 6)), "int4"),
+        Layout.of(nn.Sequential(conv, norm, linear), "int4"),
+        Layout.of(nn.Sequential(conv, nn.GroupNorm(2, 8), flatten, linear), "int4"),
+        Layout.of(small_model(), "topk:density=0.0123456"),
+        Layout.of(small_model(), "topk:density=0.01234561"),
+    ]
+    assert len({base.hash, *(layout.hash for layout in others)}) == len(others) + 1
+
+
+def test_flatten_is_the_tensors_in_order() -> None:
+    model = small_model()
+    layout = Layout.of(model, "int4")
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    expected = torch.cat([named[s.name].detach().reshape(-1) for s in layout.spans])
+    flat = layout.flatten(model)
+    assert torch.equal(flat, expected)
+    views = layout.views(flat)
+    assert list(views) == [s.name for s in layout.spans]
+    views["3.bias"].fill_(4.0)
+    assert (flat[layout["3.bias"].slice] == 4.0).all()
+
+
+def test_channels_last_keeps_values_and_memory_format() -> None:
+    plain, last = small_model(), small_model().to(memory_format=torch.channels_last)
+    layout = Layout.of(plain, "int4")
+    assert torch.equal(layout.flatten(plain), layout.flatten(last))
+    flat = torch.arange(layout.numel, dtype=torch.float32)
+    layout.unflatten_(flat, last)
+    weight = last.get_parameter("0.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(weight.detach().reshape(-1), flat[: weight.numel()])
+    assert torch.equal(layout.flatten(last), flat)
+    assert last[1].num_batches_tracked == 0
+
+
+def test_half_precision_modules_flatten_to_float32() -> None:
+    model = small_model().to(torch.bfloat16)
+    layout = Layout.of(model, "int8")
+    flat = layout.flatten(model)
+    assert flat.dtype == torch.float32
+    layout.unflatten_(flat * 2, model)
+    assert torch.equal(layout.flatten(model), flat * 2)
+
+
+def test_tied_parameters_travel_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert [s.name for s in Layout.of(model, "int4").spans] == ["0.weight", "0.bias", "1.bias"]
+
+
+@pytest.mark.parametrize("spec", ["fp32", "int4", "sign", "topk:density=0.1", "threshold:value=0.1"])
+def test_encode_and_decode_add_go_span_by_span(spec: str) -> None:
+    model, seed = small_model(), 7 | 9 << 32
+    layout = Layout.of(model, spec)
+    flat = layout.flatten(model)
+    payloads = layout.encode(flat, seed=seed)
+    out = torch.ones(layout.numel)
+    layout.decode_add([p.data for p in payloads], out, seed=seed, weight=0.5)
+    for i, span in enumerate(layout.spans):
+        x = flat[span.slice].view(span.shape)
+        alone = span.codec.encode(x, seed=kernels.span_seed(seed, i))
+        assert torch.equal(alone.data, payloads[i].data)
+        assert torch.equal(out[span.slice], (1 + 0.5 * alone.decode()).view(-1))
+    if layout.fixed_nbytes is not None:
+        assert layout.fixed_nbytes == sum(p.nbytes for p in payloads)
+    assert (layout.fixed_nbytes is None) is spec.startswith("threshold")
+
+
+def test_payloads_are_counted() -> None:
+    layout = Layout.of(small_model(), "int8")
+    with pytest.raises(FieldError, match=r"payloads=1 .*allowed: 8"):
+        layout.decode_add([torch.zeros(3, dtype=torch.uint8)], torch.zeros(layout.numel), seed=0)
+
+
+# Coded weights alone against float32: b/8 + 2/block bytes an element and so on, each within 1 % for the block ends.
+RATIOS = [
+    ("int8", (1 + 2 / 256) / 4),
+    ("int4", 0.12695),
+    ("int2", (0.25 + 2 / 256) / 4),
+    ("ternary", (0.2 + 2 / 256) / 4),
+    ("sign", 1 / 31.5),
+    ("blocktopk:k=1,block=64,bits=2", 1 / 248.2),
+    ("blocktopk:k=1,block=64", (22 / 64 / 8) / 4),
+    ("topk:density=0.01", 0.01 * (16 + 2 + math.log2(100)) / 32),
+    ("randk:density=0.01", 0.005),
+]
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> nn.Module:
+    with torch.device("meta"):
+        return build_model("resnet18")
+
+
+@pytest.mark.parametrize(("spec", "ratio"), RATIOS)
+def test_resnet18_bytes(resnet18: nn.Module, spec: str, ratio: float) -> None:
+    layout = Layout.of(resnet18, spec)
+    coded = [s for s in layout.spans if s.role == "coded"]
+    raw = 4 * sum(s.numel for s in coded)
+    nbytes = sum(s.codec.payload_nbytes(s.shape) for s in coded)
+    # Elias-Fano spends between 1.5 and 2 bits beyond log2(n/k): up to 3 % of a top-k entry.
+    assert nbytes / raw == pytest.approx(ratio, rel=0.03 if spec.startswith("topk") else 0.01)
+    exempt = sum(s.numel for s in layout.spans if s.role == "exempt")
+    stats = sum(s.numel for s in layout.spans if s.role == "stats")
+    assert (exempt, stats) == (9610, 9600)
+    assert layout.num_params == 11_173_962
+    assert layout.fixed_nbytes is not None
+    assert layout.fixed_nbytes == nbytes + 2 * (exempt + stats)
+    assert layout.fixed_nbytes == pytest.approx(
+        ratio * raw + 2 * (exempt + stats), rel=0.03 if "topk:d" in spec else 0.01
+    )
+
+
+def test_resnet18_whole_messages(resnet18: nn.Module) -> None:
+    raw = Layout.of(resnet18, "fp32").fixed_nbytes
+    assert raw == 4 * (11_173_962 + 9600)
+    nbytes = {s: Layout.of(resnet18, s).fixed_nbytes for s in ("int4", "sign", "blocktopk:k=1,block=64,bits=2")}
+    assert all(isinstance(n, int) for n in nbytes.values())
+    assert nbytes["int4"] / raw == pytest.approx(0.128, rel=0.01)
+    assert 1 / 31 < nbytes["sign"] / raw < 1 / 29
+    assert raw / nbytes["blocktopk:k=1,block=64,bits=2"] > 190
