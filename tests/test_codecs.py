@@ -31,7 +31,7 @@ OPTIONS = {
     "int6": ["scale=channel,rounding=stochastic"],
     "int8": ["rotate=true", "scale=channel", "rounding=stochastic", "block=8"],
     "ternary": ["rotate=true", "rounding=stochastic", "scale=channel", "scale=tensor"],
-    "sign": ["scale=unbiased", "rotate=true", "rounding=stochastic", "scale=tensor", "scale=channel,block=64"],
+    "sign": ["scale=unbiased", "rotate=true", "rounding=stochastic", "scale=tensor", "scale=channel"],
     "topk": ["density=0.1,bits=32", "density=0.123456789,bits=4", "density=1,bits=1"],
     "blocktopk": ["k=1,block=64,bits=2", "k=7,block=16,bits=8", "k=12000,block=16384,bits=4"],
     "randk": ["density=0.1,bits=32", "density=0.5,bits=3", "density=0.1,unbias=true"],
@@ -547,6 +547,8 @@ def test_codecs_under_feedback_contract(spec: str) -> None:
         ("", "codec", "", "blocktopk"),
         ("int0", "codec", "int0", "int1"),
         ("int4:blok=256", "int4:option", "blok", "did you mean 'block'"),
+        ("int4:block=512,scale=tensor", "int4:block", 512, "left out unless scale=block"),
+        ("sign:rounding=stochastic,magnitude=mean", "sign:magnitude", "mean", "left out with rounding=stochastic"),
         ("int4:bits=3", "int4:option", "bits", "block, rotate, rounding, scale"),
         ("fp32:block=8", "fp32:option", "block", "no options"),
         ("int4:block=300", "int4:block", 300, "a power of two"),
@@ -588,5 +590,5 @@ def test_messages_name_field_value_and_what_is_allowed(spec: str, field: str, va
 
 
 def test_specs_are_forgiving_about_case_and_blanks() -> None:
-    assert codec(" INT4: block=512 , scale=tensor ") == codec("int4:block=512,scale=tensor")
+    assert codec(" INT4: block=512 , rotate=false ") == codec("int4:block=512,rotate=false")
     assert codec("int4:block=256").spec == "int4"

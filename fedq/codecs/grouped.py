@@ -59,6 +59,8 @@ class Grouped(Codec):
             raise FieldError(f"{name}:scale", self.scale, "block, tensor, channel")
         if self.rounding not in ("nearest", "stochastic"):
             raise FieldError(f"{name}:rounding", self.rounding, "nearest, stochastic")
+        if self.scale != "block" and self.block != type(self).block:
+            raise FieldError(f"{name}:block", self.block, "left out unless scale=block")
         if self.rotate not in ("auto", "true", "false"):
             raise FieldError(f"{name}:rotate", self.rotate, "auto, true, false")
         if self.rotates and self.scale == "channel":

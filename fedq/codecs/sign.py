@@ -35,10 +35,16 @@ class Sign(Grouped):
         if self.magnitude not in ("auto", "mean", "unbiased"):
             raise FieldError("sign:magnitude", self.magnitude, "auto, mean, unbiased")
         super().__post_init__()
+        if self.rounding == "stochastic" and self.magnitude != "auto":
+            raise FieldError("sign:magnitude", self.magnitude, "left out with rounding=stochastic (it takes absmax)")
 
     def resolved(self, *, feedback: bool) -> Codec:
         """Choose ``mean`` with error feedback and ``unbiased`` without."""
-        return replace(self, magnitude="mean" if feedback else "unbiased") if self.magnitude == "auto" else self
+        return (
+            replace(self, magnitude="mean" if feedback else "unbiased")
+            if self.magnitude == "auto" and self.rounding == "nearest"
+            else self
+        )
 
     def _quantize(self, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         if noise is not None:

@@ -25,10 +25,10 @@ _GROUP = 4096
 class Sparse(Codec):
     """A codec that keeps some elements: ``indices | codes | scales``.
 
-    ``bits`` of a kept value: 32 (float32), 16 (bfloat16), or 1-8: sign and magnitude with one bfloat16 scale for
-    every 4,096 elements of the tensor. Up to 3 bits the magnitudes are ``s·(j + (L + 1)/2)``, ``L = 2^(bits-1)``,
-    around the mean kept magnitude (kept values are never small); above, ``s·(j + 1/2)`` up to the largest. ``s`` is
-    the least-squares scale of the chosen levels.
+    ``bits`` of a kept value: 32 (float32), 16 (bfloat16), or 1-8: a sign and a magnitude ``s·(j + 1/2)`` with one
+    bfloat16 scale for every 4,096 elements of the tensor. Codes are chosen with the step ``absmax / 2^(bits-1)``, at 2
+    bits with 5/3 of the mean kept magnitude (updates have heavy tails: a grid up to the largest would send most values
+    as the same level); then ``s`` is the least-squares scale of the chosen levels.
     """
 
     bits: int = 16
@@ -92,10 +92,6 @@ class Sparse(Codec):
     def _num_levels(self) -> int:
         return 1 << (self.bits - 1)
 
-    @property
-    def _first_level(self) -> float:
-        return (self._num_levels + 1) / 2 if self.bits <= 3 else 0.5
-
     def _values_encode(self, values: Tensor, indices: Tensor, num: int) -> list[Tensor]:
         if self.bits == 32:
             return [values.contiguous().view(torch.uint8)]
@@ -103,9 +99,9 @@ class Sparse(Codec):
             return [kernels.bf16_bytes(values)]
         magnitude, group = values.abs(), self._group(indices, num)
         step = self._first_step(magnitude, indices, num)
-        cell = (magnitude * safe_inverse(step)[group] - (self._first_level - 0.5)).floor_()
+        cell = (magnitude * safe_inverse(step)[group]).floor_()
         cell = cell.clamp_(0, self._num_levels - 1).nan_to_num_(0.0)
-        level = cell + self._first_level
+        level = cell + 0.5
         scale = self._group_sum(magnitude * level, indices, num) * safe_inverse(
             self._group_sum(level * level, indices, num)
         )
@@ -121,7 +117,7 @@ class Sparse(Codec):
         at = kernels.packed_nbytes(kept, self.bits)
         codes = kernels.unpack_bits(data[:at], self.bits, kept)
         scale = kernels.bf16_from_bytes(data[at:])[self._group(indices, num)]
-        level = (codes & (self._num_levels - 1)).to(torch.float32) + self._first_level
+        level = (codes & (self._num_levels - 1)).to(torch.float32) + 0.5
         return torch.where(codes >= self._num_levels, -level, level) * scale
 
     def _group(self, indices: Tensor, num: int) -> Tensor:
@@ -129,11 +125,11 @@ class Sparse(Codec):
         return (indices // _GROUP).clamp(max=(num - 1) // _GROUP)
 
     def _first_step(self, magnitude: Tensor, indices: Tensor, num: int) -> Tensor:
-        """Return the step that chooses codes, by group: from the mean magnitude (<= 3 bits) or the largest."""
-        if self.bits > 3:
+        """Return the step that chooses codes, by group (at 1 bit there is nothing to choose)."""
+        if self.bits > 2:
             return kernels.absmax(self._spread(magnitude, indices, num)) / self._num_levels
         count = self._group_sum(torch.ones_like(magnitude), indices, num)
-        return self._group_sum(magnitude, indices, num) / count.clamp(min=1.0) / self._num_levels
+        return self._group_sum(magnitude, indices, num) / count.clamp(min=1.0) * (5.0 / 3.0)
 
     def _spread(self, values: Tensor, indices: Tensor, num: int) -> Tensor:
         """Return the kept values at their positions, (groups, 4096), zeros elsewhere."""

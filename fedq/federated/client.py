@@ -78,6 +78,8 @@ class LocalTraining:
         """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
         self.layout.unflatten_(start, self.model)
         self.model.train()
+        counters = [buffer for buffer in self.model.buffers() if not buffer.is_floating_point()]
+        counts = [counter.clone() for counter in counters]
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
         params = [p for p in self.model.parameters() if p.requires_grad]
@@ -97,6 +99,8 @@ class LocalTraining:
             scaler.update()
             totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
             seen, steps = seen + len(y), steps + 1
+        for counter, count in zip(counters, counts, strict=True):  # never averaged, so no client's may stay behind
+            counter.copy_(count)
         mean_loss, accuracy = (totals / max(1, seen)).tolist()
         return Trained(self.layout.flatten(self.model), mean_loss, accuracy, steps)
 
