@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,44 +48,56 @@ def run_job(config: Config) -> dict[str, Any]:
     return summary
 
 
+@dataclass
+class Progress:
+    """How far the rounds are: what the summary and the decision to stop need."""
+
+    num_rounds: int = 0
+    val_accuracy: float = math.nan
+    best_val_accuracy: float = 0.0
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+
+
 def run_rounds(job: Job) -> dict[str, Any]:
     """Run federated rounds and write their results."""
+    run, so_far = job.config.run, Progress()
     rounds = build_rounds(job)
     rounds.share_start()
-    best_val, val_accuracy, left_out, num_rounds = 0.0, math.nan, [], 0
-    setup_s = time.perf_counter() - job.started
     begin = time.perf_counter()
-    run = job.config.run
     with round_progress(run.rounds, job.is_root) as progress:
         for number in range(run.rounds):
-            round_begin = time.perf_counter()
-            context = RoundContext(number, job.lr(number), run.seed)
-            result = rounds.run(context)
-            num_rounds = number + 1
-            left_out += _report_left_out(number, result)
-            metrics: dict[str, Any] = {}
-            if num_rounds % run.eval_every == 0 or num_rounds == run.rounds:
-                val_loss, val_accuracy = _evaluate(job, rounds.replica, job.dataset.val, number)
-                best_val = max(best_val, val_accuracy)
-                metrics = {"val_loss": val_loss, "val_accuracy": val_accuracy}
-            metrics |= {"lr": context.lr, "seconds": time.perf_counter() - round_begin}
-            _log_round(job, number, result, metrics)
-            progress.update(num_rounds, _progress_text(job, val_accuracy))
-            if run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
+            _run_round(job, rounds, number, so_far)
+            progress.update(so_far.num_rounds, _progress_text(job, so_far.val_accuracy))
+            if run.target_accuracy is not None and so_far.val_accuracy >= run.target_accuracy:
                 break
     training_s = time.perf_counter() - begin
-    test_loss, test_accuracy = _evaluate(job, rounds.replica, job.dataset.test, num_rounds - 1)
+    test_loss, test_accuracy = _evaluate(job, rounds.replica, job.dataset.test, so_far.num_rounds - 1)
     return _finish(
         job,
         rounds,
-        rounds_done=num_rounds,
+        rounds=so_far.num_rounds,
         test_accuracy=test_accuracy,
         test_loss=test_loss,
-        best_val_accuracy=best_val,
-        left_out=left_out,
-        seconds_setup=setup_s,
-        seconds_per_round=training_s / num_rounds,
+        best_val_accuracy=so_far.best_val_accuracy,
+        left_out=so_far.left_out,
+        seconds_setup=begin - job.started,
+        seconds_per_round=training_s / so_far.num_rounds,
     )
+
+
+def _run_round(job: Job, rounds: FederatedRounds, number: int, so_far: Progress) -> None:
+    """Run one round, evaluate where it is due, and write its rows."""
+    run, begin = job.config.run, time.perf_counter()
+    context = RoundContext(number, job.lr(number), run.seed)
+    result = rounds.run(context)
+    so_far.num_rounds = number + 1
+    so_far.left_out += _report_left_out(number, result)
+    metrics: dict[str, Any] = {"lr": context.lr}
+    if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
+        metrics["val_loss"], metrics["val_accuracy"] = _evaluate(job, rounds.replica, job.dataset.val, number)
+        so_far.val_accuracy = metrics["val_accuracy"]
+        so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
+    _log_round(job, number, result, metrics | {"seconds": time.perf_counter() - begin})
 
 
 def build_rounds(job: Job) -> FederatedRounds:
@@ -188,23 +201,22 @@ def _progress_text(job: Job, val_accuracy: float) -> str:
     return f"val accuracy {100 * val_accuracy:.1f} %, up {up}, down {down}"
 
 
-def _finish(job: Job, rounds: FederatedRounds, *, rounds_done: int, **results: Any) -> dict[str, Any]:
+def _finish(job: Job, federation: FederatedRounds, **results: Any) -> dict[str, Any]:
     """Write model, checkpoint, ledger and summary on rank 0."""
     if not job.is_root:
         return {}
-    assert rounds.server is not None
-    job.training.layout.unflatten_(rounds.replica, job.model)
+    assert federation.server is not None
+    job.training.layout.unflatten_(federation.replica, job.model)
     job.folder.save_model(job.model.state_dict())
     views = {
-        "master": job.training.layout.views(rounds.server.master),
-        "replica": job.training.layout.views(rounds.replica),
+        "master": job.training.layout.views(federation.server.master),
+        "replica": job.training.layout.views(federation.replica),
     }
     job.folder.save_checkpoint({f"{kind}/{name}": t for kind, named in views.items() for name, t in named.items()})
     job.folder.write_ledger(job.ledger)
     up, down = job.ledger.totals("uplink"), job.ledger.totals("downlink")
     summary = job.summary(
-        rounds=rounds_done,
-        feedback=rounds.sticky,
+        feedback=federation.sticky,
         uplink_bytes=up.payload,
         downlink_bytes=down.payload,
         uplink_bytes_fp32=up.raw,

@@ -21,7 +21,7 @@ from fedq.data import Dataset, load_dataset
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.partition import label_counts, partition
-from fedq.federated.precision import choose_precision
+from fedq.federated.precision import Precision, choose_precision
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.ledger import Ledger
@@ -128,29 +128,53 @@ def _load(config: Config, runtime: Runtime) -> Dataset:
 
 
 def _job(config: Config, runtime: Runtime, folder: RunFolder | NullRunFolder, data: Dataset, started: float) -> Job:
-    clients, local, seed = config.clients, config.local, config.run.seed
-    labels = data.train.labels
-    parts = partition(labels, clients.num_clients, clients.partition, seed=seed, min_examples=clients.min_examples)
-    smallest = min(len(p) for p in parts)
-    if runtime.is_root and smallest < local.batch_size:
-        small = sum(len(p) < local.batch_size for p in parts)
-        print_header(
-            [f"{small} of {len(parts)} clients hold fewer than {local.batch_size} images: smaller batches there"]
-        )
+    clients, labels = config.clients, data.train.labels
+    parts = partition(
+        labels, clients.num_clients, clients.partition, seed=config.run.seed, min_examples=clients.min_examples
+    )
+    if runtime.is_root:
+        _report_small_clients(parts, config.local.batch_size)
     on_device = data.to(runtime.device) if _fits(data, config) else data
-    precision = choose_precision(local.precision, runtime.device)
-    torch.manual_seed(derive_seed(seed, "weights"))
+    precision = choose_precision(config.local.precision, runtime.device)
+    model = _model(config, data, runtime.device, precision)
+    transport = Transport(runtime.device)
+    return Job(
+        config=config,
+        runtime=runtime,
+        folder=folder,
+        dataset=on_device,
+        parts=parts,
+        label_counts=label_counts(labels, parts, data.num_classes),
+        model=model,
+        training=_training(config, on_device, model, precision),
+        evaluator=Evaluator(data.mean, data.std, precision, transport),
+        transport=transport,
+        ledger=Ledger(),
+        started=started,
+    )
+
+
+def _model(config: Config, data: Dataset, device: torch.device, precision: Precision) -> nn.Module:
+    """Build the model with weights that follow from the run's seed."""
+    torch.manual_seed(derive_seed(config.run.seed, "weights"))
     channels, size = data.image_shape[0], data.image_shape[1]
     model = build_model(
-        local.model, num_classes=data.num_classes, in_channels=channels, image_size=size, norm=local.norm
+        config.local.model,
+        num_classes=data.num_classes,
+        in_channels=channels,
+        image_size=size,
+        norm=config.local.norm,
     )
     memory_format = torch.channels_last if precision.channels_last else torch.contiguous_format
-    model = model.to(runtime.device, memory_format=memory_format)  # type: ignore[call-overload]
-    transport = Transport(runtime.device)
-    training = LocalTraining(
+    return model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def _training(config: Config, data: Dataset, model: nn.Module, precision: Precision) -> LocalTraining:
+    local = config.local
+    return LocalTraining(
         model=model,
         layout=Layout.of(model, "fp32"),
-        split=on_device.train,
+        split=data.train,
         mean=data.mean,
         std=data.std,
         make_optimizer=lambda params, lr: _local_optimizer(config, params, lr),
@@ -162,20 +186,12 @@ def _job(config: Config, runtime: Runtime, folder: RunFolder | NullRunFolder, da
         augment=config.data.augment,
         flip=data.flip,
     )
-    return Job(
-        config=config,
-        runtime=runtime,
-        folder=folder,
-        dataset=on_device,
-        parts=parts,
-        label_counts=label_counts(labels, parts, data.num_classes),
-        model=model,
-        training=training,
-        evaluator=Evaluator(data.mean, data.std, precision, transport),
-        transport=transport,
-        ledger=Ledger(),
-        started=started,
-    )
+
+
+def _report_small_clients(parts: list[Tensor], batch_size: int) -> None:
+    small = sum(len(part) < batch_size for part in parts)
+    if small:
+        print_header([f"{small} of {len(parts)} clients hold fewer than {batch_size} images: smaller batches there"])
 
 
 def _fits(data: Dataset, config: Config) -> bool:
