@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from distributed import LIMIT_S, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +20,6 @@ from fedq.errors import FieldError
 from fedq.runtime import Ranks, Runtime, detect, distributed, local_root_first, on_root, rendezvous
 from fedq.runtime.group import _runtime
 
-LIMIT_S = 90  # hard limit of one spawned test; a rank that hangs is killed then
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
 SRUN = {
     "SLURM_STEP_ID": "0",
@@ -211,37 +208,6 @@ def free_port() -> str:
 
 def environ_of(rank: int, world_size: int, port: str) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-
-def run_ranks(body: Callable, *arguments: tuple) -> list:
-    """Call body(*arguments) in one process each; return its result, or the text of what it raised."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fedq.runtime"])
-    pipes = [context.Pipe(duplex=False) for _ in arguments]
-    ranks = [
-        context.Process(target=_call, args=(pipe[1], body, given), daemon=True)
-        for pipe, given in zip(pipes, arguments, strict=True)
-    ]
-    for rank in ranks:
-        rank.start()
-    for _, sender in pipes:
-        sender.close()  # so that a rank that dies gives EOFError here and no endless wait
-    end = time.monotonic() + LIMIT_S
-    try:
-        for receiver, _ in pipes:
-            assert receiver.poll(max(0.0, end - time.monotonic())), "a rank hangs"
-        return [receiver.recv() for receiver, _ in pipes]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-
-
-def _call(sender, body: Callable, arguments: tuple) -> None:
-    try:
-        sender.send(body(*arguments))
-    except Exception as error:
-        sender.send(f"{type(error).__name__}: {error}")
 
 
 def _meet(environ: dict[str, str], folder: Path) -> dict:

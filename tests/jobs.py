@@ -1,0 +1,114 @@
+"""Small real jobs for tests, watched: every uplink frame, every byte that the process group was given."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import Spy
+
+from fedq.collectives import Transport
+from fedq.config import Config, validate
+from fedq.federated import rounds
+from fedq.federated.client import Client, RoundContext, Trained
+from fedq.trainers import federated, job
+
+SMALL = {
+    "dataset": "digits",
+    "train_examples": 280,
+    "model": "cnn62k",
+    "num_clients": 7,
+    "cohort": 5,
+    "local_steps": 2,
+    "batch_size": 16,
+    "rounds": 3,
+    "precision": "fp32",
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+def small_config(out: Path, **flags: Any) -> Config:
+    """Return the settings of a job of a second: `SMALL`, with other values by the names of the flags."""
+    given, parts = SMALL | {"out": out} | flags, {}
+    for part in fields(Config):
+        section = getattr(Config(), part.name)
+        names = {field.name for field in fields(section)} & given.keys()
+        parts[part.name] = replace(section, **{name: given.pop(name) for name in names})
+    assert not given, f"no such settings: {given}"
+    config = Config(**parts)
+    validate(config)
+    return config
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one rank saw of a job; frames by (round, client), as hash and bytes, on rank 0 alone; its last replica."""
+
+    summary: dict[str, Any]
+    frames: dict[tuple[int, int], tuple[str, int]]
+    sent: int
+    received: int
+    replica: str | None
+
+
+def run_watched(rank: int, jobs: list[tuple[Config, tuple[int, int] | None]]) -> list[Watched]:
+    """Run jobs one after another; a (round, client) says whose update becomes NaN.
+
+    Ranks other than 0 draw another initial model, so only what rank 0 sends can make them agree.
+
+    Bytes count from the moment when the job has its transport: the handshake before (one all-reduce, one small object
+    with the verdict on the run's folder) belongs to the launcher and is no part of training.
+    """
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return [_run(rank, config, nan_at) for config, nan_at in jobs]
+
+
+def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
+    frames: dict[tuple[int, int], tuple[str, int]] = {}
+    spies: list[Spy] = []
+    replicas: list[torch.Tensor] = []
+    aggregate, train, build = rounds.aggregate, Client.train, federated.build_rounds
+
+    def watched_aggregate(layout, received, device):
+        for frame in received:
+            data = frame.pack().numpy().tobytes()
+            frames[frame.round, frame.client] = (hashlib.sha256(data).hexdigest(), len(data))
+        return aggregate(layout, received, device)
+
+    def broken_train(client: Client, replica: torch.Tensor, context: RoundContext) -> Trained:
+        trained = train(client, replica, context)
+        if (context.round, client.number) == nan_at:
+            trained.flat[0] = float("nan")
+        return trained
+
+    def noted_build(built_for: job.Job) -> rounds.FederatedRounds:
+        built = build(built_for)
+        built.replica += rank
+        replicas.append(built.replica)
+        return built
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spied_transport(device: torch.device) -> Transport:
+            spies.append(Spy(patch))
+            return Transport(device)
+
+        patch.setattr(rounds, "aggregate", watched_aggregate)
+        patch.setattr(Client, "train", broken_train)
+        patch.setattr(federated, "build_rounds", noted_build)
+        patch.setattr(job, "Transport", spied_transport)
+        summary = federated.run_job(config)
+    (spy,) = spies
+    hashes = [hashlib.sha256(replica.numpy().tobytes()).hexdigest() for replica in replicas]
+    return Watched(summary, frames, spy.sent, spy.received, *(hashes or [None]))
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
