@@ -267,6 +267,10 @@ def test_training_alone_sends_nothing(solo: Results) -> None:
     assert told["exchange"] == "none"
     assert told["uplink_bytes"] == told["downlink_bytes"] == told["wire_bytes"] == 0
     assert told["test_accuracy"] > 0
+    rows = pq.read_table(solo.folder / "central" / "clients.parquet").to_pylist()
+    assert [row["round"] for row in rows] == list(range(told["rounds"]))
+    assert all(sum(row["label_counts"]) == row["num_examples"] for row in rows)
+    assert max(row["val_accuracy"] for row in rows) == told["best_val_accuracy"]
 
 
 def test_small_clients_are_told_of_once_and_every_client_is_counted(solo: Results) -> None:

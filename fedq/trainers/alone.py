@@ -23,46 +23,76 @@ def run_alone(job: Job) -> dict[str, Any]:
     """Train every client from the same start on its own images; nothing is sent.
 
     The cohort does not matter: every client trains in every round. Accuracies are means over clients, each on the
-    whole validation or test set.
+    whole validation or test set; `model.safetensors` is client 0's model.
     """
-    run = job.config.run
+    run, begin = job.config.run, time.perf_counter()
     mine = assign(range(len(job.parts)), job.transport.world_size, sticky=True)[job.transport.rank]
     start = job.training.layout.flatten(job.model)
     models = {client: start.clone() for client in mine}
-    best_val, rounds_done, begin = 0.0, 0, time.perf_counter()
+    best_val, num_rounds = 0.0, 0
     with round_progress(run.rounds, job.is_root) as progress:
         for number in range(run.rounds):
             trained = {client: _train(job, client, models[client], number) for client in mine}
             models = {client: result.flat for client, result in trained.items()}
-            rounds_done = number + 1
-            if rounds_done % run.eval_every and rounds_done != run.rounds:
+            num_rounds = number + 1
+            if num_rounds % run.eval_every and num_rounds != run.rounds:
                 continue
-            val = _mean_over_clients(job, {c: _accuracy(job, flat, job.dataset.val) for c, flat in models.items()})
-            best_val = max(best_val, val)
-            loss = _mean_over_clients(job, {c: result.loss for c, result in trained.items()})
-            job.folder.log_metrics(number, train_loss=loss, val_accuracy=val, lr=job.lr(number))
-            progress.update(rounds_done, f"val accuracy {100 * val:.1f} %")
-            if run.target_accuracy is not None and val >= run.target_accuracy:
+            val_accuracy = _evaluate_round(job, trained, number)
+            best_val = max(best_val, val_accuracy)
+            progress.update(num_rounds, f"val accuracy {100 * val_accuracy:.1f} %")
+            if run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
                 break
-    seconds_per_round = (time.perf_counter() - begin) / rounds_done
-    accuracies = {c: _accuracy(job, flat, job.dataset.test) for c, flat in models.items()}
-    test = _mean_over_clients(job, accuracies)
+    seconds_per_round = (time.perf_counter() - begin) / num_rounds
+    test = _share(job, {c: [_accuracy(job, flat, job.dataset.test)] for c, flat in models.items()}, num_rounds - 1, 1)
     if not job.is_root:
         return {}
-    job.training.layout.unflatten_(models[0], job.model)
+    return _finish(
+        job,
+        models[0],
+        rounds=num_rounds,
+        test_accuracy=float(test.mean()),
+        client_test_accuracy=test[:, 0].tolist(),
+        best_val_accuracy=best_val,
+        seconds_per_round=seconds_per_round,
+    )
+
+
+def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
+    """Evaluate every client, write the round's rows, and return the mean validation accuracy."""
+    mine = {c: [t.loss, t.accuracy, _accuracy(job, t.flat, job.dataset.val)] for c, t in trained.items()}
+    values = _share(job, mine, round, 3)
+    world_size = job.transport.world_size
+    job.folder.log_clients(
+        [
+            {
+                "round": round,
+                "client": client,
+                "rank": client % world_size,
+                "num_examples": len(job.parts[client]),
+                "train_loss": loss,
+                "train_accuracy": train_accuracy,
+                "val_accuracy": val_accuracy,
+                "status": "ok",
+                "label_counts": job.label_counts[client].tolist(),
+            }
+            for client, (loss, train_accuracy, val_accuracy) in enumerate(values.tolist())
+        ]
+    )
+    loss, train_accuracy, val_accuracy = values.mean(dim=0).tolist()
+    job.folder.log_metrics(
+        round, train_loss=loss, train_accuracy=train_accuracy, val_accuracy=val_accuracy, lr=job.lr(round)
+    )
+    return float(val_accuracy)
+
+
+def _finish(job: Job, flat: Tensor, **results: Any) -> dict[str, Any]:
+    """Write model, ledger and summary on rank 0."""
+    job.training.layout.unflatten_(flat, job.model)
     job.folder.save_model(job.model.state_dict())
     job.folder.write_ledger(job.ledger)
+    nothing = dict.fromkeys(("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32"), 0)
     summary = job.summary(
-        rounds=rounds_done,
-        test_accuracy=test,
-        best_val_accuracy=best_val,
-        uplink_bytes=0,
-        downlink_bytes=0,
-        uplink_bytes_fp32=0,
-        downlink_bytes_fp32=0,
-        wire_bytes=job.ledger.totals().wire,
-        seconds=time.perf_counter() - job.started,
-        seconds_per_round=seconds_per_round,
+        **nothing, **results, wire_bytes=job.ledger.totals().wire, seconds=time.perf_counter() - job.started
     )
     job.folder.write_summary(summary)
     return summary
@@ -79,19 +109,13 @@ def _accuracy(job: Job, flat: Tensor, split: Split) -> float:
     return replace(job.evaluator, transport=None).run(job.model, split)[1]
 
 
-def _mean_over_clients(job: Job, values: dict[int, float]) -> float:
-    """Return the mean over all clients of values that each rank knows for its own."""
-    mine = torch.zeros(len(job.parts), dtype=torch.float64)
-    for client, value in values.items():
-        mine[client] = value
-    gathered, moved = job.transport.all_gather(mine)
+def _share(job: Job, mine: dict[int, list[float]], round: int, num_values: int) -> Tensor:
+    """Return every client's values, (clients, values) float64, of which each rank knows its own clients'."""
+    values = torch.zeros(len(job.parts), num_values, dtype=torch.float64)
+    for client, row in mine.items():
+        values[client] = torch.tensor(row, dtype=torch.float64)
+    gathered, moved = job.transport.all_gather(values)
     if job.is_root and moved.payload:
-        job.ledger.record(
-            round=0,
-            client=NO_CLIENT,
-            direction="peer",
-            parts=framing("metrics", moved.payload),
-            payload_times=0,
-            wire_times=1,
-        )
-    return float(gathered.sum(dim=0).mean())
+        parts = framing("metrics", moved.payload)
+        job.ledger.record(round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
+    return gathered.sum(dim=0)
