@@ -92,6 +92,7 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], command: str) ->
     first = next(iter(results.values()))
     spent = sum(r["seconds"] for runs in results.values() for r in runs) / 60
     head = first[0]
+    commits = sorted({(r["git_commit"] or "unknown")[:10] for runs in results.values() for r in runs})
     lines = [
         f"## {plan.title}",
         "",
@@ -99,8 +100,9 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], command: str) ->
         "",
         f"{head['dataset']}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
         f"({head['partition']}), {head['cohort']} a round, {head['rounds']} rounds, {head['precision']}, server "
-        f"{head['server']}; {head['world_size']} ranks on {head['cpu']}, torch {head['versions']['torch']}; seeds "
-        f"{', '.join(map(str, plan.seeds))}; {spent:.0f} minutes in all. Differences are paired by seed.",
+        f"{head['server']}; {head['world_size']} ranks on {head['cpu']}, torch {head['versions']['torch']}, commit "
+        f"{', '.join(commits)}; seeds {', '.join(map(str, plan.seeds))}; {spent:.0f} minutes in all. Differences are "
+        f"paired by seed.",
         "",
         "| arm | test accuracy, % | difference to the first arm (95 %) | MB up | float32 / up | MB down | s |",
         "|---|---|---|---|---|---|---|",
