@@ -87,7 +87,7 @@ def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) ->
     return "| " + " | ".join(cells) + " |"
 
 
-def table(plan: Plan, results: dict[str, list[dict[str, Any]]], command: str) -> str:
+def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, command: str) -> str:
     """Return the section: what was run, the table, and every arm's command."""
     first = next(iter(results.values()))
     spent = sum(r["seconds"] for runs in results.values() for r in runs) / 60
@@ -98,7 +98,7 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], command: str) ->
         "",
         f"{plan.note}",
         "",
-        f"{head['dataset']}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
+        f"{re.sub(r' from [/~][^:]*', data_note and f' ({data_note})', head['dataset'])}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
         f"({head['partition']}), {head['cohort']} a round, {head['rounds']} rounds, {head['precision']}, server "
         f"{head['server']}; {head['world_size']} ranks on {head['cpu']}, torch {head['versions']['torch']}, commit "
         f"{', '.join(commits)}; seeds {', '.join(map(str, plan.seeds))}; {spent:.0f} minutes in all. Differences are "
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="where the runs' folders go")
+    parser.add_argument("--data-note", default="", help="what a reader must know of these files, e.g. JPEG quality")
     parser.add_argument("--table", type=Path, help="Markdown file whose section is replaced; default: print")
     args = parser.parse_args()
     plan = Plan(**yaml.safe_load(args.plan.read_text()))
@@ -139,7 +140,7 @@ def main() -> None:
         for arm in plan.arms:
             results[arm].append(run_job(plan, arm, seed, args.work, args.data_dir))
     command = f"python benchmarks/evidence.py {args.plan.name} --data-dir DIR --work DIR --table docs/results.md"
-    section = table(plan, results, command.replace(args.plan.name, f"benchmarks/{args.plan.name}"))
+    section = table(plan, results, args.data_note, command.replace(args.plan.name, f"benchmarks/{args.plan.name}"))
     if args.table:
         replace_section(args.table, plan.title, section)
     else:

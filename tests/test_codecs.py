@@ -422,7 +422,10 @@ def test_sign_scales() -> None:
         decoded = codec(spec).encode(x, seed=0).decode()
         assert decoded.abs().max().item() == pytest.approx(expected.item(), rel=2.0**-8)  # bfloat16
     assert codec("sign").resolved(feedback=True) == codec("sign:magnitude=mean") == codec("sign:scale=mean")
-    assert codec("sign").resolved(feedback=False) == codec("sign:scale=unbiased")
+    assert codec("sign").resolved(feedback=False) == codec("sign:scale=mean")
+    rotated = codec("sign:rotate=true")
+    assert rotated.resolved(feedback=False) == codec("sign:rotate=true,scale=unbiased")
+    assert rotated.resolved(feedback=True) == codec("sign:rotate=true,scale=mean")
 
 
 # ---- sparse codecs ---------------------------------------------------------------------------------------------------

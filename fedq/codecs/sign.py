@@ -19,7 +19,7 @@ class Sign(Grouped):
     """Scaled sign: ``1 + 16/block`` bits an element, bit 1 for a negative value.
 
     ``magnitude=mean`` is ``|x|_1 / n``, the contraction of EF-signSGD (Karimireddy et al. 2019); ``unbiased`` is
-    ``|x|_2^2 / |x|_1`` (DRIVE, Vargaftik et al. 2021), for use without feedback; ``auto`` picks between them.
+    ``|x|_2^2 / |x|_1`` (DRIVE, Vargaftik et al. 2021), for rotated values without feedback; ``auto`` picks.
     ``scale=mean`` and ``scale=unbiased`` are short for these. ``rounding=stochastic``: P(+) = (1 + x/absmax)/2.
     """
 
@@ -39,12 +39,14 @@ class Sign(Grouped):
             raise FieldError("sign:magnitude", self.magnitude, "left out with rounding=stochastic (it takes absmax)")
 
     def resolved(self, *, feedback: bool) -> Codec:
-        """Choose ``mean`` with error feedback and ``unbiased`` without."""
-        return (
-            replace(self, magnitude="mean" if feedback else "unbiased")
-            if self.magnitude == "auto" and self.rounding == "nearest"
-            else self
-        )
+        """Choose ``unbiased`` without error feedback if rotated, otherwise ``mean``.
+
+        DRIVE's magnitude is unbiased under a random rotation only. On plain heavy-tailed updates it overshoots and, as
+        measured in ``docs/results.md``, training can diverge.
+        """
+        if self.magnitude != "auto" or self.rounding == "stochastic":
+            return self
+        return replace(self, magnitude="unbiased" if self.rotates and not feedback else "mean")
 
     def _quantize(self, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         if noise is not None:
