@@ -92,13 +92,14 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, 
     first = next(iter(results.values()))
     spent = sum(r["seconds"] for runs in results.values() for r in runs) / 60
     head = first[0]
+    data = re.sub(r" from [/~][^:]*", data_note and f" ({data_note})", head["dataset"])  # no machine's paths
     commits = sorted({(r["git_commit"] or "unknown")[:10] for runs in results.values() for r in runs})
     lines = [
         f"## {plan.title}",
         "",
         f"{plan.note}",
         "",
-        f"{re.sub(r' from [/~][^:]*', data_note and f' ({data_note})', head['dataset'])}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
+        f"{data}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
         f"({head['partition']}), {head['cohort']} a round, {head['rounds']} rounds, {head['precision']}, server "
         f"{head['server']}; {head['world_size']} ranks on {head['cpu']}, torch {head['versions']['torch']}, commit "
         f"{', '.join(commits)}; seeds {', '.join(map(str, plan.seeds))}; {spent:.0f} minutes in all. Differences are "
