@@ -1,0 +1,188 @@
+"""Checkpoints on disk: nested state as safetensors and JSON, written atomically, with checksums, the last two kept.
+
+Nothing is executed when one is read. What a job's state consists of is not decided here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.errors import FieldError
+from fedq.files import replace_file, sync_folder
+
+FORMAT = 1
+KEPT = 2
+"""Checkpoints that stay on disk."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or of another kind; names the file and what is wrong with it."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"checkpoint {path}: {problem}")
+        self.path = path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was read.
+
+    Args:
+        number: Rounds that were finished when it was written.
+        state: The nested state, as it was given to `Checkpoints.save`.
+        refused: Newer checkpoints that were damaged, each with the reason.
+    """
+
+    number: int
+    state: dict[str, Any]
+    refused: tuple[str, ...] = ()
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they lie, one sub-folder each; made when the first is saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, number: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint; after a crash at any moment it is there whole or not at all.
+
+        Args:
+            number: Rounds finished; the newest checkpoint is the one with the highest number.
+            state: Dictionaries (string or integer keys), lists and tuples of tensors, arrays, strings, numbers,
+                booleans and None.
+        """
+        target = self.folder / f"{number:08d}"
+        temporary = self.folder / f".{target.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_state(temporary, number, state)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync_folder(self.folder)
+        for old in self.numbers()[:-KEPT]:
+            shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+
+    def load(self, number: int) -> Loaded:
+        """Read a checkpoint.
+
+        Raises:
+            CheckpointError: It is damaged, or was written by another version.
+        """
+        return Loaded(number, _read_state(self.folder / f"{number:08d}", number))
+
+    def numbers(self) -> list[int]:
+        """Return the checkpoints' numbers, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
+
+
+def _write_state(folder: Path, number: int, state: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    document = {"format": FORMAT, "number": number, "state": _to_plain(state, "state", tensors)}
+    data = save(tensors)
+    document["tensors_crc32"] = zlib.crc32(data)
+    text = json.dumps(document, allow_nan=True).encode()
+    replace_file(folder / "state.safetensors", data)
+    replace_file(folder / "state.json", text + f"\n{zlib.crc32(text):08x}\n".encode())
+
+
+def _read_state(folder: Path, number: int) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    file, tensors_file = folder / "state.json", folder / "state.safetensors"
+    text, _, trailer = _read(file).partition(b"\n")
+    if trailer != f"{zlib.crc32(text):08x}\n".encode():
+        raise CheckpointError(file, "its checksum does not match")
+    document = json.loads(text)
+    if document["format"] != FORMAT:
+        raise CheckpointError(file, f"format {document['format']}; this version reads {FORMAT}")
+    if document["number"] != number:
+        raise CheckpointError(file, f"it belongs to checkpoint {document['number']}")
+    data = _read(tensors_file)
+    if zlib.crc32(data) != document["tensors_crc32"]:
+        raise CheckpointError(tensors_file, "its checksum does not match")
+    try:
+        state: dict[str, Any] = _from_plain(document["state"], load(data))
+    except SafetensorError as error:
+        raise CheckpointError(tensors_file, str(error)) from None
+    return state
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(path, f"it cannot be read ({error.strerror})") from None
+
+
+def _to_plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value in JSON's types; tensors go to ``tensors`` and leave their key behind."""
+    if isinstance(value, np.ndarray):
+        return {"array": _keep(_from_array(value, path), path, tensors)}
+    if isinstance(value, Tensor):
+        return {"tensor": _keep(value, path, tensors)}
+    if isinstance(value, dict):
+        return {"items": [[_key(key, path), _to_plain(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_to_plain(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise FieldError(path, type(value).__name__, "tensors, arrays, dictionaries, lists, strings and numbers")
+
+
+def _key(key: Any, path: str) -> str | int:
+    if not isinstance(key, str | int):
+        raise FieldError(f"key of {path}", key, "strings and whole numbers")
+    return key
+
+
+def _from_array(array: np.ndarray, path: str) -> Tensor:
+    try:
+        return torch.from_numpy(array.copy())
+    except TypeError:
+        raise FieldError(path, f"array of {array.dtype}", "arrays of numbers and booleans") from None
+
+
+def _keep(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    """Keep an own copy (safetensors refuses tensors that share memory), and return its key.
+
+    The number keeps apart what a path alone does not: ``{1: x}`` from ``{"1": x}``, ``{"a/b": x}`` from nested ones.
+    """
+    key = f"{len(tensors)}:{path}"
+    tensors[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return key
+
+
+def _from_plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "items":
+        return {key: _from_plain(item, tensors) for key, item in content}
+    items: Iterator[Any] = (_from_plain(item, tensors) for item in content)
+    return list(items) if kind == "list" else tuple(items)
