@@ -6,9 +6,10 @@ keeps them in memory up to a limit and spills the rest to disk, so none is ever 
 
 from __future__ import annotations
 
-import os
+import struct
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,11 @@ from torch import Tensor
 from fedq import kernels
 from fedq.codecs import Payload
 from fedq.errors import FieldError, one_of
+from fedq.files import replace_file
 from fedq.layout import Layout
+
+_MAGIC = b"FQR1"
+_TRAILER = struct.Struct("<4sI")
 
 
 class Feedback(Protocol):
@@ -99,28 +104,36 @@ class ErrorFeedback:
 class ResidualStore:
     """Flat float32 residuals by owner: the most recently used in memory, the others in files.
 
+    A file is never changed: `save` writes what changed under a new number, so an older checkpoint stays whole until
+    `prune`. Files carry a checksum.
+
     Args:
         limit_bytes: Memory for residuals; one always stays in memory.
-        folder: Where to spill; made when it is first needed.
+        folder: Where files go; made when it is first needed. None: everything stays in memory.
     """
 
     def __init__(self, limit_bytes: int = 4 << 30, folder: Path | None = None) -> None:
         self.limit_bytes = limit_bytes
         self.folder = folder
         self._memory: OrderedDict[int, Tensor] = OrderedDict()
-        self._on_disk: set[int] = set()
+        self._files: dict[int, Path] = {}
+        self._changed: set[int] = set()
 
     def owners(self) -> Iterable[int]:
         """Return the owners that have a residual, in order."""
-        return sorted(set(self._memory) | self._on_disk)
+        return sorted(set(self._memory) | set(self._files))
 
     def get(self, owner: int, numel: int) -> Tensor:
-        """Return the owner's residual on the CPU or where it was put, zeros if there is none yet."""
+        """Return the owner's residual on the CPU or where it was put, zeros if there is none yet.
+
+        Raises:
+            FieldError: It has another size, or its file is damaged.
+        """
         if owner in self._memory:
             self._memory.move_to_end(owner)
             flat = self._memory[owner]
-        elif owner in self._on_disk:
-            flat = torch.from_numpy(np.fromfile(self._path(owner), dtype=np.float32))
+        elif owner in self._files:
+            flat = read_residual(self._files[owner])
         else:
             return torch.zeros(numel)
         if flat.numel() != numel:
@@ -131,21 +144,64 @@ class ResidualStore:
         """Keep the owner's residual; spill the least recently used ones above the limit."""
         self._memory[owner] = flat
         self._memory.move_to_end(owner)
+        self._changed.add(owner)
         while len(self._memory) > 1 and self._memory_bytes() > self.limit_bytes and self.folder is not None:
             self._spill(*self._memory.popitem(last=False))
+
+    def save(self, number: int) -> list[int]:
+        """Write the residuals that changed since the last `save` as version ``number``; return their owners."""
+        saved = sorted(self._changed)
+        for owner in saved:
+            flat = self._memory[owner] if owner in self._memory else read_residual(self._files[owner])
+            self._files[owner] = self._write(self.path(owner, number), flat)
+        self._changed.clear()
+        return saved
+
+    def attach(self, versions: Mapping[int, int]) -> None:
+        """Take over saved residuals, by owner and version; they are read when they are needed."""
+        self._memory.clear()
+        self._changed.clear()
+        self._files = {owner: self.path(owner, number) for owner, number in versions.items()}
+
+    def path(self, owner: int, number: int) -> Path:
+        """Return the file of a saved version."""
+        assert self.folder is not None, "residuals are saved in a folder"
+        return self.folder / f"client-{owner:06d}-{number:08d}.f32"
 
     def _memory_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._memory.values())
 
     def _spill(self, owner: int, flat: Tensor) -> None:
-        """Write one residual atomically: a crash leaves the old file or the new one."""
-        path = self._path(owner)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        flat.detach().cpu().numpy().tofile(temporary)
-        os.replace(temporary, path)
-        self._on_disk.add(owner)
+        """Drop a residual from memory; write it first if no file holds it."""
+        assert self.folder is not None
+        if owner in self._changed:
+            self._files[owner] = self._write(self.folder / f"client-{owner:06d}.spill.f32", flat)
 
-    def _path(self, owner: int) -> Path:
-        assert self.folder is not None, "nothing is spilled without a folder"
-        return self.folder / f"client-{owner:06d}.f32"
+    def _write(self, path: Path, flat: Tensor) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = flat.detach().cpu().contiguous().numpy().data.cast("B")
+        replace_file(path, data, _TRAILER.pack(_MAGIC, zlib.crc32(data)))
+        return path
+
+
+def read_residual(path: Path) -> Tensor:
+    """Read a residual's file.
+
+    Raises:
+        FieldError: It is missing, cut short, or its checksum does not match; the text names it.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise FieldError("residual file", str(path), f"a file that can be read ({error.strerror})") from None
+    body, trailer = data[: -_TRAILER.size], data[-_TRAILER.size :].tobytes()
+    if len(trailer) < _TRAILER.size or _TRAILER.unpack(trailer) != (_MAGIC, zlib.crc32(body.data)):
+        raise FieldError("residual file", str(path), "a whole file whose checksum matches")
+    return torch.from_numpy(body.view(np.float32))
+
+
+def prune_residuals(folder: Path, keep: Collection[Path]) -> None:
+    """Delete saved residuals that no checkpoint refers to any more."""
+    for path in folder.glob("client-*-*.f32"):
+        if path not in keep:
+            path.unlink(missing_ok=True)

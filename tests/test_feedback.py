@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
-from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
+from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore, prune_residuals, read_residual
 from fedq.layout import Layout
 
 
@@ -116,7 +116,7 @@ def test_spilling_changes_nothing(model: nn.Module, tmp_path: Path) -> None:
         assert torch.equal(spilling.store.get(owner, layout.num_params), memory.store.get(owner, layout.num_params))
     files = sorted(path.name for path in (tmp_path / "residuals").iterdir())
     assert all(name.startswith("client-") and name.endswith(".f32") for name in files)
-    assert (tmp_path / "residuals" / files[0]).stat().st_size == nbytes
+    assert (tmp_path / "residuals" / files[0]).stat().st_size == nbytes + 8  # with mark and checksum
 
 
 def test_one_residual_always_stays_in_memory(tmp_path: Path) -> None:
@@ -171,3 +171,96 @@ def test_state_of_another_model_is_refused(model: nn.Module) -> None:
     residual = feedback.store.get(0, layout.num_params)
     assert residual.sum() == 4
     assert (residual[layout["2.bias"].slice] == 1).all()
+
+
+# ---- versions on disk ----
+
+
+def versions_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_save_writes_only_what_changed(tmp_path: Path) -> None:
+    store = ResidualStore(folder=tmp_path)
+    for owner in (2, 0):
+        store.put(owner, torch.full((10,), float(owner)))
+    assert store.save(1) == [0, 2]
+    assert store.save(2) == []
+    store.put(2, torch.full((10,), 5.0))
+    assert store.save(3) == [2]
+    assert versions_in(tmp_path) == {
+        "client-000000-00000001.f32",
+        "client-000002-00000001.f32",
+        "client-000002-00000003.f32",
+    }
+    assert torch.equal(read_residual(store.path(2, 1)), torch.full((10,), 2.0)), "an old version stays as it was"
+    assert torch.equal(read_residual(store.path(2, 3)), torch.full((10,), 5.0))
+
+
+@pytest.mark.parametrize("limit_bytes", [1 << 30, 1])
+def test_another_store_goes_on_from_any_saved_versions(tmp_path: Path, limit_bytes: int) -> None:
+    """Also when residuals had spilled to disk before they were saved."""
+    store = ResidualStore(limit_bytes, tmp_path)
+    for number in (1, 2):
+        for owner in range(3):
+            store.put(owner, torch.full((7,), 10.0 * number + owner))
+        assert store.save(number) == [0, 1, 2]
+    store.put(1, torch.full((7,), -1.0))
+    store.put(0, torch.full((7,), -1.0))
+
+    other = ResidualStore(limit_bytes, tmp_path)
+    other.put(9, torch.ones(7))
+    other.attach({0: 2, 1: 1})
+    assert list(other.owners()) == [0, 1]
+    assert torch.equal(other.get(0, 7), torch.full((7,), 20.0))
+    assert torch.equal(other.get(1, 7), torch.full((7,), 11.0))
+    assert torch.equal(other.get(2, 7), torch.zeros(7))
+    assert other.save(3) == [], "nothing has changed since"
+    other.get(0, 7).fill_(99.0)
+    assert torch.equal(read_residual(other.path(0, 2)), torch.full((7,), 20.0)), "a file is never changed"
+
+
+def test_a_spilled_residual_is_saved_and_may_change_again(tmp_path: Path) -> None:
+    store = ResidualStore(limit_bytes=1, folder=tmp_path)
+    store.put(0, torch.ones(5))
+    store.put(1, torch.ones(5))  # spills 0
+    assert store.save(1) == [0, 1]
+    store.put(0, store.get(0, 5) + 1)
+    store.put(1, store.get(1, 5) + 1)  # spills 0 again; its version 1 must not change
+    assert torch.equal(read_residual(store.path(0, 1)), torch.ones(5))
+    assert torch.equal(store.get(0, 5), torch.full((5,), 2.0))
+    assert store.save(2) == [0, 1]
+    assert [float(read_residual(store.path(owner, 2))[0]) for owner in (0, 1)] == [2.0, 2.0]
+
+
+def test_any_damage_to_a_residual_is_noticed_and_the_file_named(tmp_path: Path) -> None:
+    store = ResidualStore(folder=tmp_path)
+    store.put(3, torch.arange(6.0))
+    store.save(1)
+    path = store.path(3, 1)
+    whole = path.read_bytes()
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))]
+    for data in (*flipped, *(whole[:n] for n in range(len(whole))), whole + b"\0"):
+        path.write_bytes(data)
+        with pytest.raises(FieldError, match=f"residual file='{path}'.*whole file whose checksum matches"):
+            read_residual(path)
+    store.attach({3: 1})
+    with pytest.raises(FieldError, match="checksum"):
+        store.get(3, 6)
+    path.unlink()
+    with pytest.raises(FieldError, match="No such file"):
+        store.get(3, 6)
+
+
+def test_pruning_deletes_saved_versions_alone(tmp_path: Path) -> None:
+    store = ResidualStore(limit_bytes=1, folder=tmp_path)
+    for number in (1, 2, 3):
+        for owner in (0, 1):
+            store.put(owner, torch.full((4,), float(number)))
+        store.save(number)
+    store.put(0, torch.ones(4))
+    store.put(1, torch.ones(4))  # spills 0
+    kept = {store.path(0, 2), store.path(1, 3)}
+    prune_residuals(tmp_path, kept)
+    assert versions_in(tmp_path) == {path.name for path in kept} | {"client-000000.spill.f32"}
+    prune_residuals(tmp_path / "missing", set())
