@@ -35,6 +35,13 @@ class Kind(IntEnum):
     """No update: the client's values were not finite; the body is empty."""
     CHANGE = 3
     """The server's change to the replica."""
+    FAILED = 4
+    """No update: the client's training raised; the body is the error's text in UTF-8."""
+
+    @property
+    def has_payloads(self) -> bool:
+        """Whether the body is made of payloads."""
+        return self in (Kind.UPDATE, Kind.CHANGE)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import numpy as np
 
 from fedq.layout import Layout
 from fedq.ledger import MessageParts
-from fedq.wire import Frame, Kind, split_body
+from fedq.wire import Frame, split_body
 
 
 def message_parts(layout: Layout, frame: Frame) -> MessageParts:
     """Return the frame's bytes by tensor and part, counted from its buffers."""
     rows: list[tuple[str, str, int, int]] = []
-    datas = split_body(layout, frame.body) if frame.kind != Kind.LEFT_OUT else []
+    datas = split_body(layout, frame.body) if frame.kind.has_payloads else []
     for span, data in zip(layout.spans, datas, strict=False):
         if span.role == "coded":
             sections = span.codec.section_nbytes(span.shape, data)

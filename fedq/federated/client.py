@@ -6,7 +6,9 @@ network. Which client runs where is decided by the rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,8 @@ from fedq.feedback import Feedback
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.wire import Frame, Kind, join_payloads
+
+_MAX_ERROR_NBYTES = 500
 
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -58,6 +62,7 @@ class LocalTraining:
         prox_mu: FedProx (Li et al. 2020): adds ``prox_mu · (w - w_0)`` to the gradient.
         augment: Random crop with padding 4.
         flip: Random horizontal flip too.
+        beat: Called after every step, as a sign of life.
     """
 
     model: nn.Module
@@ -73,13 +78,13 @@ class LocalTraining:
     prox_mu: float = 0.0
     augment: bool = True
     flip: bool = False
+    beat: Callable[[], None] = lambda: None
 
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
         self.layout.unflatten_(start, self.model)
         self.model.train()
         counters = [buffer for buffer in self.model.buffers() if not buffer.is_floating_point()]
-        counts = [counter.clone() for counter in counters]
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
         params = [p for p in self.model.parameters() if p.requires_grad]
@@ -88,19 +93,19 @@ class LocalTraining:
         device, where = start.device, self.split.images.device
         indices = indices.to(where)
         seen, steps, totals = 0, 0, torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in self._batches(len(indices), generator):
-            picked = indices[batch.to(where)]
-            x = self._inputs(self.split.images[picked].to(device), generator)
-            y = self.split.labels[picked].to(device)
-            loss, logits = self._backward(x, y, optimizer, scaler)
-            if anchors:
-                self._pull(params, anchors)
-            scaler.step(optimizer)
-            scaler.update()
-            totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
-            seen, steps = seen + len(y), steps + 1
-        for counter, count in zip(counters, counts, strict=True):  # never averaged, so no client's may stay behind
-            counter.copy_(count)
+        with _restored(counters):
+            for batch in self._batches(len(indices), generator):
+                picked = indices[batch.to(where)]
+                x = self._inputs(self.split.images[picked].to(device), generator)
+                y = self.split.labels[picked].to(device)
+                loss, logits = self._backward(x, y, optimizer, scaler)
+                if anchors:
+                    self._pull(params, anchors)
+                scaler.step(optimizer)
+                scaler.update()
+                totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
+                seen, steps = seen + len(y), steps + 1
+                self.beat()
         mean_loss, accuracy = (totals / max(1, seen)).tolist()
         return Trained(self.layout.flatten(self.model), mean_loss, accuracy, steps)
 
@@ -137,6 +142,17 @@ class LocalTraining:
         if self.prox_mu:
             scaler.unscale_(optimizer)
         return loss, logits
+
+
+@contextmanager
+def _restored(counters: list[Tensor]) -> Iterator[None]:
+    """Put counters back at the end, also of a training that fails: never averaged, no client's may stay behind."""
+    before = [counter.clone() for counter in counters]
+    try:
+        yield
+    finally:
+        for counter, value in zip(counters, before, strict=True):
+            counter.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -192,19 +208,28 @@ class Client:
 
         The residual changes only when an update is sent.
         """
-        finite = bool(torch.isfinite(update).all())
+        if not bool(torch.isfinite(update).all()):
+            empty = torch.empty(0, dtype=torch.uint8, device=update.device)
+            return self._frame(Kind.LEFT_OUT, context, trained.loss, trained.accuracy, empty)
         seed = context.uplink_seed(self.number)
-        body = torch.empty(0, dtype=torch.uint8, device=update.device)
-        if finite:
-            body = join_payloads(self.layout, self.feedback.encode(self.number, self.layout, update, seed=seed))
+        body = join_payloads(self.layout, self.feedback.encode(self.number, self.layout, update, seed=seed))
+        return self._frame(Kind.UPDATE, context, trained.loss, trained.accuracy, body)
+
+    def failure(self, error: Exception, context: RoundContext) -> Frame:
+        """Return the frame that says why there is no update."""
+        text = f"{type(error).__name__}: {error}".encode()[:_MAX_ERROR_NBYTES]
+        body = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return self._frame(Kind.FAILED, context, math.nan, math.nan, body)
+
+    def _frame(self, kind: Kind, context: RoundContext, loss: float, accuracy: float, body: Tensor) -> Frame:
         return Frame(
-            kind=Kind.UPDATE if finite else Kind.LEFT_OUT,
+            kind=kind,
             round=context.round,
             client=self.number,
             layout_hash=self.layout.hash,
-            seed=seed,
+            seed=context.uplink_seed(self.number),
             weight=float(len(self.indices)),
-            loss=trained.loss,
-            accuracy=trained.accuracy,
+            loss=loss,
+            accuracy=accuracy,
             body=body,
         )

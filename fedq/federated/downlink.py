@@ -7,7 +7,7 @@ payload bytes that a federation with these clients would send.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,6 +60,17 @@ class DownlinkCost:
             return
         for client in range(self._num_clients):
             self._ledger.record(round=round, client=client, direction="downlink", parts=change)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return who has seen which change, and the changes that may still be fetched."""
+        changes = [{"tensors": c.tensors, "parts": c.parts, "raw": c.raw, "payload": c.payload} for c in self._changes]
+        return {"changes": changes, "num_dropped": self._num_dropped, "next_change": dict(self._next_change)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._changes = [MessageParts(**change) for change in state["changes"]]
+        self._num_dropped = state["num_dropped"]
+        self._next_change = dict(state["next_change"])
 
     def _download(self, client: int) -> list[MessageParts]:
         seen = self._next_change.get(client, -1)

@@ -6,6 +6,8 @@ ranks: updates are averaged in client order, and everything random is seeded by 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,13 +17,16 @@ from torch import Tensor
 
 from fedq.collectives import Moved, Transport
 from fedq.federated.accounting import framing, message_parts, plain_model
+from fedq.federated.chaos import Chaos
 from fedq.federated.client import Client, RoundContext
 from fedq.federated.downlink import DownlinkCost
-from fedq.federated.server import Server, aggregate, apply_change
+from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.ledger import NO_CLIENT, Ledger, MessageParts
 from fedq.wire import Frame
+
+_log = logging.getLogger(__name__)
 
 Observer = Callable[[RoundContext, int, Tensor, Frame], None]
 
@@ -50,24 +55,27 @@ class RoundResult:
     Args:
         frames: The clients' messages, by rank.
         left_out: Clients whose update was not used, with the reason.
+        clipped: Clients whose update was scaled down, with the words for it.
     """
 
     frames: list[tuple[int, Frame]] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)
+    clipped: dict[int, str] = field(default_factory=dict)
 
     @property
     def train_loss(self) -> float:
         """Mean local loss over examples."""
-        return self._mean([f.loss for _, f in self.frames])
+        return self._mean(lambda frame: frame.loss)
 
     @property
     def train_accuracy(self) -> float:
         """Mean local accuracy over examples."""
-        return self._mean([f.accuracy for _, f in self.frames])
+        return self._mean(lambda frame: frame.accuracy)
 
-    def _mean(self, values: list[float]) -> float:
-        weights = [f.weight for _, f in self.frames]
-        return float(np.average(values, weights=weights)) if sum(weights) else float("nan")
+    def _mean(self, value: Callable[[Frame], float]) -> float:
+        used = [frame for _, frame in self.frames if frame.client not in self.left_out]
+        weights = [frame.weight for frame in used]
+        return float(np.average([value(f) for f in used], weights=weights)) if sum(weights) else math.nan
 
 
 class FederatedRounds:
@@ -85,6 +93,10 @@ class FederatedRounds:
         cohort_size: Clients a round.
         sticky: Whether clients keep to one rank (they have residuals there).
         observe: Called on rank 0 for each update that it trained.
+        chaos: Faults on purpose.
+        min_cohort: Fewest updates a round needs; with fewer the model stays as it is.
+        norm_limit: What happens to updates whose norm is far beyond the others'.
+        beat: Called with words for what comes next, as a sign of life.
     """
 
     def __init__(
@@ -101,6 +113,10 @@ class FederatedRounds:
         cohort_size: int,
         sticky: bool,
         observe: Observer | None = None,
+        chaos: Chaos | None = None,
+        min_cohort: int = 1,
+        norm_limit: NormLimit | None = None,
+        beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self.transport = transport
         self.clients = clients
@@ -113,6 +129,10 @@ class FederatedRounds:
         self.cohort_size = cohort_size
         self.sticky = sticky
         self.observe = observe
+        self.chaos = chaos or Chaos()
+        self.min_cohort = min_cohort
+        self.norm_limit = norm_limit
+        self.beat = beat
 
     def share_start(self) -> None:
         """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
@@ -127,14 +147,23 @@ class FederatedRounds:
         if self.server:
             self.downlink_cost.start_round(context.round, cohort)
         messages = [self._train(self.clients[c], context) for c in shares[self.transport.rank]]
+        self.chaos.strike_rank(context.round, self.transport.rank)
+        self.beat(f"exchanging updates of round {context.round}")
         gathered, moved = self.transport.gather(messages, [len(share) for share in shares])
         result, change = self._serve(gathered, moved, context) if self.server else (RoundResult(), None)
         self._share_change(change, context)
         return result
 
     def _train(self, client: Client, context: RoundContext) -> Tensor:
-        trained = client.train(self.replica, context)
+        self.beat(f"training client {client.number} in round {context.round}")
+        try:
+            self.chaos.strike_client(context.round, client.number)
+            trained = client.train(self.replica, context)
+        except Exception as error:
+            _log.exception("round %d: training of client %d failed", context.round, client.number)
+            return client.failure(error, context).pack()
         update = trained.flat.sub_(self.replica)
+        self.chaos.spoil(update, context.round, client.number)
         frame = client.message(update, trained, context)
         if self.observe and self.transport.rank == 0:
             self.observe(context, client.number, update, frame)
@@ -152,12 +181,18 @@ class FederatedRounds:
             self._book(context.round, frame.client, "uplink", parts, payload_times=1, wire_times=crossed)
         if moved.sizes:
             self._book(context.round, NO_CLIENT, "uplink", framing("sizes", moved.sizes), wire_times=1)
-        outcome = aggregate(self.uplink, [frame for _, frame in ranked], self.replica.device)
+        outcome = aggregate(
+            self.uplink,
+            [frame for _, frame in ranked],
+            self.replica.device,
+            min_cohort=self.min_cohort,
+            norm_limit=self.norm_limit,
+        )
         change = None
         if outcome.mean is not None:
             self.server.step(outcome.mean)
             change = self.server.change(self.replica, context)
-        return RoundResult(ranked, outcome.left_out), change
+        return RoundResult(ranked, outcome.left_out, outcome.clipped), change
 
     def _share_change(self, change: Frame | None, context: RoundContext) -> None:
         """Broadcast the change and apply it; an empty message says that there is none."""

@@ -7,9 +7,11 @@ downlink's error feedback needs no other memory.
 
 from __future__ import annotations
 
-import logging
+import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +19,6 @@ from torch import Tensor
 from fedq.federated.client import RoundContext
 from fedq.layout import Layout
 from fedq.wire import Frame, Kind, check_layout, join_payloads, split_body
-
-_log = logging.getLogger(__name__)
 
 MakeServerOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -30,32 +30,60 @@ class Aggregate:
     Args:
         mean: Weighted mean update, flat float32; None if no client remained.
         left_out: Clients whose update was not used, with the reason.
+        clipped: Clients whose update was scaled down, with the words for it.
     """
 
     mean: Tensor | None
     left_out: dict[int, str]
+    clipped: dict[int, str] = field(default_factory=dict)
 
 
-def aggregate(layout: Layout, frames: Sequence[Frame], device: torch.device) -> Aggregate:
+@dataclass(frozen=True)
+class NormLimit:
+    """What happens to updates whose norm is far beyond the others'.
+
+    Args:
+        multiple: The limit, as a multiple of the median norm of the round's updates.
+        rule: ``clip`` scales an update down to the limit, ``drop`` leaves it out.
+    """
+
+    multiple: float
+    rule: Literal["clip", "drop"] = "clip"
+
+
+def aggregate(
+    layout: Layout,
+    frames: Sequence[Frame],
+    device: torch.device,
+    *,
+    min_cohort: int = 1,
+    norm_limit: NormLimit | None = None,
+) -> Aggregate:
     """Decode and average the updates, in client order, weighted by their numbers of examples.
 
-    An update that is not finite is left out and named; the others are averaged without it.
+    An update that is not finite, or whose client failed, is left out and named; the others are averaged without it.
+    With fewer than ``min_cohort`` updates there is no mean, and those that there are are named too.
 
     Raises:
         FieldError: A frame of another model, or of a wrong size.
     """
     frames = sorted(frames, key=lambda frame: frame.client)
-    left_out = {f.client: "update is not finite" for f in frames if f.kind == Kind.LEFT_OUT}
+    left_out = {f.client: _reason(f) for f in frames if f.kind != Kind.UPDATE}
+    kept = [f for f in frames if f.client not in left_out]
+    scales, too_large = _norm_scales(layout, kept, norm_limit, device) if norm_limit else ({}, {})
+    left_out |= too_large
+    clipped = {client: f"norm clipped to {scale:.3g} of itself" for client, scale in scales.items()}
     while True:
         kept = [f for f in frames if f.client not in left_out]
         total = sum(f.weight for f in kept)
-        if not kept or total <= 0:
-            return Aggregate(None, left_out)
+        if len(kept) < max(1, min_cohort) or total <= 0:
+            reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
+            return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
         mean = torch.zeros(layout.numel, device=device)
         for frame in kept:
-            _decode_add(layout, frame, mean, frame.weight / total)
+            _decode_add(layout, frame, mean, scales.get(frame.client, 1.0) * frame.weight / total)
         if bool(torch.isfinite(mean).all()):
-            return Aggregate(mean, left_out)
+            return Aggregate(mean, left_out, clipped)
         culprits = {f.client: "decoded update is not finite" for f in kept if not _is_finite(layout, f, device)}
         left_out |= culprits or {f.client: "sum of updates overflows" for f in kept}
 
@@ -63,6 +91,31 @@ def aggregate(layout: Layout, frames: Sequence[Frame], device: torch.device) -> 
 def _decode_add(layout: Layout, frame: Frame, out: Tensor, weight: float) -> None:
     check_layout(frame, layout)
     layout.decode_add(split_body(layout, frame.body), out, seed=frame.seed, weight=weight)
+
+
+def _reason(frame: Frame) -> str:
+    if frame.kind == Kind.FAILED:
+        return "training failed: " + frame.body.cpu().numpy().tobytes().decode(errors="replace")
+    return "update is not finite"
+
+
+def _norm_scales(
+    layout: Layout, frames: Sequence[Frame], limit: NormLimit, device: torch.device
+) -> tuple[dict[int, float], dict[int, str]]:
+    """Return scale factors below 1, and clients to leave out, by the norms of the decoded parameters."""
+    norms: dict[int, float] = {}
+    for frame in frames:
+        decoded = torch.zeros(layout.numel, device=device)
+        _decode_add(layout, frame, decoded, 1.0)
+        norms[frame.client] = float(decoded[: layout.num_params].norm())
+    finite = [norm for norm in norms.values() if math.isfinite(norm)]
+    highest = limit.multiple * statistics.median(finite or [0.0])
+    if highest == 0:  # most updates are zero: there is no size to compare with
+        return {}, {}
+    beyond = {client: norm for client, norm in norms.items() if math.isfinite(norm) and norm > highest}
+    if limit.rule == "clip":
+        return {client: highest / norm for client, norm in beyond.items()}, {}
+    return {}, {c: f"norm {norm:.3g} is beyond {highest:.3g}" for c, norm in beyond.items()}
 
 
 def _is_finite(layout: Layout, frame: Frame, device: torch.device) -> bool:
@@ -102,6 +155,15 @@ class Server:
         self.master[stats] += mean[stats]
         for span in self._variances:  # a bfloat16 change may overshoot a variance that has shrunk to almost nothing
             self.master[span.slice].clamp_(min=0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the master and the optimizer's state."""
+        return {"master": self.master, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.master.copy_(state["master"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def change(self, replica: Tensor, context: RoundContext) -> Frame:
         """Return the coded difference between master and replica."""
