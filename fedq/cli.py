@@ -58,7 +58,11 @@ def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) 
     # nargs="?": that the value is missing is for the second parser to tell.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path, nargs="?")
-    path = early.parse_known_args(argv)[0].config
+    early.add_argument("--resume", type=Path, nargs="?")
+    given = early.parse_known_args(argv)[0]
+    path = given.config
+    if path is None and given.resume is not None:
+        path = given.resume / "config.yaml"
     job = defaults if path is None else load_config(path, defaults)
     program = Path(sys.argv[0]).name
     # Not tyro's console_outputs=False: with it, 1.0.17 still prints that a value does not parse.
@@ -84,13 +88,16 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
     Returns:
         The exit code: 0, or 2 for settings that cannot be used.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "runs":
+        return _list_runs(argv[1:])
     try:
         ranks = detect(os.environ)
     except FieldError as error:  # nobody knows which rank it is
         return _refuse(error, "error")
     is_root = ranks.rank == 0
     try:
-        config = parse_args(sys.argv[1:] if argv is None else argv, defaults=defaults, is_heard=is_root)
+        config = parse_args(argv, defaults=defaults, is_heard=is_root)
         validate(config)
     except FieldError as error:
         return _refuse(error, "error" if is_root else None)
@@ -99,6 +106,19 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
             time.sleep(_GRACE_S)
         raise
     return _run(config, ranks)
+
+
+def _list_runs(argv: Sequence[str]) -> int:
+    """List runs and how far they are: `fedq runs [FOLDER ...]`."""
+    from fedq.report import find_runs, print_runs
+
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} runs", description=_list_runs.__doc__)
+    parser.add_argument("folder", type=Path, nargs="*", default=[Path("runs")], help="a run, or a folder of runs")
+    try:
+        print_runs(find_runs(parser.parse_args(argv).folder))
+    except FieldError as error:
+        return _refuse(error, "error")
+    return 0
 
 
 def _run(config: Config, ranks: Ranks) -> int:

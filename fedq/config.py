@@ -17,6 +17,7 @@ import torch
 
 from fedq.codecs import codec
 from fedq.errors import FieldError, one_of
+from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
 from fedq.models import MODELS
 
@@ -53,6 +54,12 @@ class ClientsConfig:
     """iid, dirichlet:alpha=0.1, shards:classes=2, or groups:0-3/4-6/7-9 (label groups)."""
     min_examples: int = 10
     """Fewest training images a client may hold; a draw with fewer is redrawn."""
+    min_cohort: int = 1
+    """Fewest usable updates a round needs; with fewer the model stays as it is and the round is named."""
+    max_update_norm: float | None = None
+    """Limit of an update's norm, as a multiple of the round's median. Default: no limit."""
+    norm_rule: Literal["clip", "drop"] = "clip"
+    """What happens beyond --max-update-norm: scaled down to the limit, or left out."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,14 @@ class RunConfig:
     """Where to train."""
     threads: int | None = None
     """CPU threads a rank. Default: 1 when there are several ranks on a machine, otherwise torch's choice."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints; a crash loses at most this many."""
+    resume: Path | None = None
+    """Go on with the run in this folder, as if it had never stopped; its config.yaml gives the settings."""
+    timeout: float = 1800.0
+    """Seconds without progress after which a rank ends the job, with its name and traceback."""
+    chaos: str = ""
+    """Faults on purpose, as probabilities: kill=0.02,nan=0.01,fail=0.01,slow=0.05,slow_s=1,seed=1."""
     memory_limit_gib: float = 4.0
     """Above this, images are memory-mapped and client residuals spill to disk."""
 
@@ -181,6 +196,7 @@ def validate(config: Config) -> None:
         if not is_allowed:
             raise FieldError(name, value, allowed)
     parse_lr_schedule(config.local.lr_schedule)
+    chaos(config.run.chaos)
     _check_codec("uplink", config.exchange.uplink)
     _check_codec("downlink", config.exchange.downlink)
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
@@ -193,6 +209,11 @@ def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "num_clients", clients.num_clients, clients.num_clients >= 1, "1 or more"
     fits = 1 <= config.cohort_size <= clients.num_clients
     yield "cohort", clients.cohort, fits, f"1 to {clients.num_clients}, the number of clients (num_clients)"
+    fits = 1 <= clients.min_cohort <= config.cohort_size
+    yield "min_cohort", clients.min_cohort, fits, f"1 to {config.cohort_size}, the cohort"
+    limit = clients.max_update_norm
+    yield "max_update_norm", limit, limit is None or 0 < limit < math.inf, "above 0"
+    yield "timeout", run.timeout, 0 < run.timeout < math.inf, "above 0"
     yield "model", local.model, local.model in MODELS, one_of(MODELS, local.model)
     yield "momentum", local.momentum, 0 <= local.momentum < 1, "0 or more and below 1"
     for name, rate in (("weight_decay", local.weight_decay), ("prox_mu", local.prox_mu)):
@@ -210,6 +231,7 @@ def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
         ("batch_size", local.batch_size),
         ("rounds", run.rounds),
         ("eval_every", run.eval_every),
+        ("checkpoint_every", run.checkpoint_every),
         ("threads", run.threads),
     ):
         yield name, number, number is None or number >= 1, "1 or more"

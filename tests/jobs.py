@@ -76,11 +76,11 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
     replicas: list[torch.Tensor] = []
     aggregate, train, build = rounds.aggregate, Client.train, federated.build_rounds
 
-    def watched_aggregate(layout, received, device):
+    def watched_aggregate(layout, received, device, **limits):
         for frame in received:
             data = frame.pack().numpy().tobytes()
             frames[frame.round, frame.client] = (hashlib.sha256(data).hexdigest(), len(data))
-        return aggregate(layout, received, device)
+        return aggregate(layout, received, device, **limits)
 
     def broken_train(client: Client, replica: torch.Tensor, context: RoundContext) -> Trained:
         trained = train(client, replica, context)
@@ -88,8 +88,8 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
             trained.flat[0] = float("nan")
         return trained
 
-    def noted_build(built_for: job.Job) -> rounds.FederatedRounds:
-        built = build(built_for)
+    def noted_build(*given: Any) -> rounds.FederatedRounds:
+        built = build(*given)
         built.replica += rank
         replicas.append(built.replica)
         return built

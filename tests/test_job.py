@@ -20,6 +20,7 @@ from distributed import run_group
 from jobs import SMALL, Watched, file_hash, run_watched, small_config
 from safetensors.torch import load_file
 
+from fedq.checkpoint import Checkpoints
 from fedq.cli import main
 from fedq.codecs import codec
 from fedq.config import Config
@@ -185,11 +186,13 @@ def test_every_file_of_a_run_can_be_read(solo: Results, case: str) -> None:
     assert all(sum(row["label_counts"]) == row["num_examples"] for row in clients)
     histograms = pq.read_table(folder / "histograms.parquet").to_pylist()
     assert {row["stage"] for row in histograms} >= {"weight", "update", "decoded"}
-    checkpoint = load_file(folder / "checkpoint.safetensors")
-    for name, tensor in model.items():
-        if tensor.is_floating_point():
-            assert torch.equal(checkpoint[f"replica/{name}"], tensor)
-            assert checkpoint[f"master/{name}"].shape == tensor.shape
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert checkpoints.numbers() == list(range(1, told["rounds"] + 1))[-2:]
+    state = checkpoints.load(told["rounds"]).state
+    flat = torch.cat([t.flatten() for t in model.values() if t.is_floating_point()])
+    assert torch.equal(state["replica"].sort().values, flat.sort().values)
+    assert state["server"]["master"].shape == state["replica"].shape
+    assert ([path for path in (folder / "residuals").glob("*") if path.suffix != ".f32"]) == []
 
 
 def layout_of(case: str, direction: str) -> Layout:

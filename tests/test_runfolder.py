@@ -250,9 +250,7 @@ def test_model_bytes_depend_on_the_tensors_alone(folder, tmp_path):
         assert torch.equal(read[name], tensor.detach())
     with RunFolder.create(tmp_path / "again", name="test") as again:
         again.save_model({name: tensors[name].detach().contiguous() for name in reversed(tensors)})
-        again.save_checkpoint({"x": flat})
         assert (again.path / "model.safetensors").read_bytes() == (folder.path / "model.safetensors").read_bytes()
-        assert torch.equal(load_file(again.path / "checkpoint.safetensors")["x"], flat)
 
 
 def test_a_failed_save_leaves_the_old_model(folder, monkeypatch):
@@ -292,7 +290,6 @@ def test_null_folder_has_the_same_methods_and_writes_nothing(tmp_path, monkeypat
         run.log_histogram(0, 0, "w", "weight", torch.ones(1))
         run.write_summary({})
         run.save_model({})
-        run.save_checkpoint({})
         run.write_ledger(Ledger())
     assert run.path is None
     assert not list(tmp_path.iterdir())

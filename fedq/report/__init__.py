@@ -1,5 +1,6 @@
 """Show runs to people. Everything here reads a run's files only."""
 
+from fedq.report.runs import RunStatus, find_runs, print_runs
 from fedq.report.terminal import (
     RoundProgress,
     human_bytes,
@@ -12,9 +13,12 @@ from fedq.report.terminal import (
 
 __all__ = [
     "RoundProgress",
+    "RunStatus",
+    "find_runs",
     "human_bytes",
     "human_seconds",
     "print_header",
+    "print_runs",
     "print_summary",
     "read_summary",
     "round_progress",

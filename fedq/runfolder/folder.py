@@ -73,6 +73,7 @@ class RunFolder:
         self._histograms = ParquetRows(path / "histograms.parquet", histogram_schema())
         self._tensorboard: SummaryWriter | None = None
         self._flushed_round = 0
+        self._purge_step: int | None = None
 
     @classmethod
     def create(cls, out: Path | None, *, name: str, exist_ok: bool = False) -> RunFolder:
@@ -166,15 +167,35 @@ class RunFolder:
 
     def save_model(self, tensors: Mapping[str, Tensor]) -> None:
         """Write `model.safetensors`; the same tensors give the same bytes, whatever their order and device."""
-        self._save("model.safetensors", tensors)
+        from safetensors.torch import save_file
 
-    def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write `checkpoint.safetensors`, with the same promise as `save_model`."""
-        self._save("checkpoint.safetensors", tensors)
+        # A copy each: tensors that are views of one buffer, or tied, would be refused as shared memory.
+        copies = {
+            name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name in sorted(tensors)
+        }
+        with replacing(self.path / "model.safetensors") as temporary:
+            save_file(copies, temporary)
 
     def write_ledger(self, ledger: Ledger) -> None:
         """Write `ledger.parquet`."""
         ledger.write(self.path / "ledger.parquet")
+
+    def position(self) -> dict[str, int]:
+        """Write what is still in memory and return where the growing files end, for `rewind`."""
+        self._clients.flush()
+        self._histograms.flush()
+        os.fsync(self._metrics.fileno())
+        return {"metrics_bytes": self._metrics.tell()}
+
+    def rewind(self, round: int, position: Mapping[str, int]) -> None:
+        """Forget what was written after `position`: rows of `round` and later ones."""
+        self._metrics.truncate(position["metrics_bytes"])
+        self._metrics.seek(0, os.SEEK_END)
+        self._clients.keep_before(round)
+        self._histograms.keep_before(round)
+        self._flushed_round = round
+        self._purge_step = round
 
     def close(self) -> None:
         """Write what is still in memory; calling it twice is harmless."""
@@ -197,23 +218,12 @@ class RunFolder:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
         return self._tensorboard
 
     def _write_text(self, file: str, text: str) -> None:
         with replacing(self.path / file) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-    def _save(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        # A copy each: tensors that are views of one buffer, or tied, would be refused as shared memory.
-        copies = {
-            name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name in sorted(tensors)
-        }
-        with replacing(self.path / file) as temporary:
-            save_file(copies, temporary)
 
 
 class NullRunFolder:
@@ -239,10 +249,14 @@ class NullRunFolder:
     def save_model(self, tensors: Mapping[str, Tensor]) -> None:
         """Do nothing."""
 
-    def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+    def write_ledger(self, ledger: Ledger) -> None:
         """Do nothing."""
 
-    def write_ledger(self, ledger: Ledger) -> None:
+    def position(self) -> dict[str, int]:
+        """Do nothing."""
+        return {"metrics_bytes": 0}
+
+    def rewind(self, round: int, position: Mapping[str, int]) -> None:
         """Do nothing."""
 
     def close(self) -> None:

@@ -54,6 +54,15 @@ class ParquetRows:
         self._tables.append(pa.Table.from_pylist([dict(row) for row in rows], schema=self._schema))
         self._stale = True
 
+    def keep_before(self, round: int) -> None:
+        """Drop the rows of a round and of later ones."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        table = pa.concat_tables([self._schema.empty_table(), *self._tables])
+        self._tables = [table.filter(pc.less(table["round"], round))]
+        self._stale = True
+
     def flush(self) -> None:
         """Rewrite the file, whole and atomically, if there is anything new."""
         import pyarrow as pa
@@ -74,6 +83,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # or a power cut may leave the new name without the new bytes
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

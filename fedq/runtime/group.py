@@ -99,6 +99,14 @@ def local_root_first(runtime: Runtime) -> Iterator[None]:
             dist.barrier()
 
 
+def from_root(runtime: Runtime, value: T) -> T:
+    """Return rank 0's value on every rank: anything that pickles, of trusted ranks of this job."""
+    told = [value]
+    if runtime.world_size > 1:
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 def on_root(runtime: Runtime, action: Callable[[], T]) -> T | None:
     """Call `action` on rank 0 while the others wait, and refuse its FieldError on every rank.
 

@@ -32,11 +32,13 @@ def run_alone(job: Job) -> dict[str, Any]:
     best_val, num_rounds = 0.0, 0
     with round_progress(run.rounds, job.is_root) as progress:
         for number in range(run.rounds):
+            job.watch.beat(f"training in round {number}")
             trained = {client: _train(job, client, models[client], number) for client in mine}
             models = {client: result.flat for client, result in trained.items()}
             num_rounds = number + 1
             if num_rounds % run.eval_every and num_rounds != run.rounds:
                 continue
+            job.watch.beat(f"evaluating round {number}")
             val_accuracy = _evaluate_round(job, trained, number)
             best_val = max(best_val, val_accuracy)
             progress.update(num_rounds, f"val accuracy {100 * val_accuracy:.1f} %")

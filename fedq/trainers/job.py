@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +16,30 @@ import torch
 from torch import Tensor, nn
 
 import fedq
+from fedq.checkpoint import Checkpoints
 from fedq.collectives import Transport
-from fedq.config import Config, parse_lr_schedule
-from fedq.configfile import config_dict
+from fedq.config import Config, RunConfig, parse_lr_schedule
+from fedq.configfile import config_dict, load_config
 from fedq.data import Dataset, load_dataset
+from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.partition import label_counts, partition
 from fedq.federated.precision import Precision, choose_precision
+from fedq.files import replace_file
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.ledger import Ledger
 from fedq.models import build_model, num_parameters
 from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
-from fedq.runtime import Runtime, distributed, local_root_first, on_root
+from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
+from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
+
+_FREE_ON_RESUME = {"data_dir", "download"} | {field.name for field in fields(RunConfig)} - {"seed"}
+"""Settings that may differ when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class Job:
     transport: Transport
     ledger: Ledger
     started: float
+    path: Path
+    """The run's folder, known to every rank."""
+    watch: Watch
+    start: int
+    """How often the run was started before."""
 
     @property
     def is_root(self) -> bool:
@@ -95,15 +109,66 @@ class Job:
 def open_job(config: Config) -> Iterator[Job]:
     """Set a job up and close its folder and process group afterwards."""
     run = config.run
-    with distributed(run.device, run.threads) as runtime:
+    with distributed(run.device, run.threads, timeout_s=run.timeout) as runtime:
         started = time.perf_counter()
-        folder = on_root(runtime, lambda: RunFolder.create(run.out, name=_name(config))) or NullRunFolder()
-        with folder:
-            folder.write_config(config_dict(config))
+        folder = on_root(runtime, lambda: _open_folder(config)) or NullRunFolder()
+        path = Path(from_root(runtime, str(folder.path and folder.path.resolve())))
+        start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
+        farewell = partial(_farewell, config, runtime, path)
+        with folder, Watch(runtime.rank, run.timeout, farewell) as watch:
             dataset = _load(config, runtime)
             if runtime.is_root:
                 print_header([f"{dataset.description} | {runtime.note}"])
-            yield _job(config, runtime, folder, dataset, started)
+            yield _job(config, runtime, folder, dataset, started, path, watch, start)
+
+
+def _open_folder(config: Config) -> RunFolder:
+    """Return the run's folder with its settings written; one that is resumed must have been started with the same."""
+    run = config.run
+    if run.resume is None:
+        folder = RunFolder.create(run.out, name=_name(config))
+    else:
+        _check_resumable(config, run.resume)
+        folder = RunFolder.create(run.resume, name="", exist_ok=True)
+    folder.write_config(config_dict(replace(config, run=replace(run, resume=None))))
+    return folder
+
+
+def _check_resumable(config: Config, path: Path) -> None:
+    """Refuse settings that would make another run of it.
+
+    Raises:
+        FieldError: ``resume`` with ``--exchange none`` or another ``--out``, or a setting that has changed.
+    """
+    if config.exchange.exchange == "none":
+        raise FieldError("resume", str(path), "a run with --exchange round")
+    stored = load_config(path / "config.yaml", Config())
+    out = config.run.out  # the stored one may be relative to another working directory, or the run was moved
+    if out is not None and out != stored.run.out and out.resolve() != path.resolve():
+        raise FieldError("out", str(out), f"left out, or {path}, the folder that is resumed")
+    before, now = config_dict(stored), config_dict(config)
+    for group, values in now.items():
+        for name, value in values.items():
+            if value != before[group][name] and name not in _FREE_ON_RESUME:
+                raise FieldError(name, value, f"{before[group][name]!r}, as when the run in {path} was started")
+
+
+def _count_start(path: Path) -> int:
+    """Return how often the run was started before, and count this start."""
+    file = path / "starts"
+    before = int(file.read_text()) if file.exists() else 0
+    replace_file(file, str(before + 1).encode())
+    return before
+
+
+def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
+    if config.exchange.exchange == "none":
+        return f"stopped by {cause}; a run with --exchange none has no checkpoints, so start it again"
+    finished = Checkpoints(path / "checkpoints").numbers()
+    after = f"after round {finished[-1]}" if finished else "before the first round was finished"
+    launcher = "python" if runtime.world_size == 1 else f"torchrun --nproc-per-node {runtime.local_world_size}"
+    launcher = "srun python" if runtime.launcher == "srun" else launcher
+    return f"stopped by {cause} {after}; go on with: {launcher} {sys.argv[0]} --resume {path}"
 
 
 def _name(config: Config) -> str:
@@ -127,7 +192,16 @@ def _load(config: Config, runtime: Runtime) -> Dataset:
         )
 
 
-def _job(config: Config, runtime: Runtime, folder: RunFolder | NullRunFolder, data: Dataset, started: float) -> Job:
+def _job(
+    config: Config,
+    runtime: Runtime,
+    folder: RunFolder | NullRunFolder,
+    data: Dataset,
+    started: float,
+    path: Path,
+    watch: Watch,
+    start: int,
+) -> Job:
     clients, labels = config.clients, data.train.labels
     parts = partition(
         labels, clients.num_clients, clients.partition, seed=config.run.seed, min_examples=clients.min_examples
@@ -146,11 +220,14 @@ def _job(config: Config, runtime: Runtime, folder: RunFolder | NullRunFolder, da
         parts=parts,
         label_counts=label_counts(labels, parts, data.num_classes),
         model=model,
-        training=_training(config, on_device, model, precision),
+        training=_training(config, on_device, model, precision, watch.beat),
         evaluator=Evaluator(data.mean, data.std, precision, transport),
         transport=transport,
         ledger=Ledger(),
         started=started,
+        path=path,
+        watch=watch,
+        start=start,
     )
 
 
@@ -169,7 +246,9 @@ def _model(config: Config, data: Dataset, device: torch.device, precision: Preci
     return model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 
 
-def _training(config: Config, data: Dataset, model: nn.Module, precision: Precision) -> LocalTraining:
+def _training(
+    config: Config, data: Dataset, model: nn.Module, precision: Precision, beat: Callable[[], None]
+) -> LocalTraining:
     local = config.local
     return LocalTraining(
         model=model,
@@ -185,6 +264,7 @@ def _training(config: Config, data: Dataset, model: nn.Module, precision: Precis
         prox_mu=local.prox_mu,
         augment=config.data.augment,
         flip=data.flip,
+        beat=beat,
     )
 
 

@@ -1,0 +1,109 @@
+"""Which runs there are and how far each of them is, from their folders alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedq.errors import FieldError
+from fedq.report.terminal import human_bytes
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is.
+
+    Args:
+        path: Its folder.
+        state: ``finished``, ``unfinished`` (stopped, or still running), ``not started`` (no round finished) or
+            ``unreadable``.
+        rounds: Rounds finished.
+        total_rounds: Rounds asked for.
+        accuracy: Test accuracy if finished, otherwise the last validation accuracy.
+        uplink_bytes: Payload bytes so far.
+        note: The problem, or what to do next.
+    """
+
+    path: Path
+    state: str
+    rounds: int = 0
+    total_rounds: int | None = None
+    accuracy: float | None = None
+    uplink_bytes: int | None = None
+    note: str = ""
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunStatus]:
+    """Return the status of each folder that is a run, and of the runs directly inside those that are not.
+
+    Raises:
+        FieldError: A folder does not exist, or holds no run.
+    """
+    runs: list[RunStatus] = []
+    for path in paths:
+        if not path.is_dir():
+            raise FieldError("runs", str(path), "a folder that exists")
+        folders = [path] if _is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and _is_run(p))
+        if not folders:
+            raise FieldError("runs", str(path), "a run's folder, or one that holds some")
+        runs += [run_status(folder) for folder in folders]
+    return runs
+
+
+def run_status(path: Path) -> RunStatus:
+    """Return how far one run is."""
+    try:
+        total = _total_rounds(path)
+        if (path / "summary.json").exists():
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            return RunStatus(
+                path, "finished", summary["rounds"], total, summary["test_accuracy"], summary["uplink_bytes"]
+            )
+        rows = _metrics(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return RunStatus(path, "unreadable", note=f"{type(error).__name__}: {error}")
+    note = f"go on with --resume {path}"
+    if not rows:
+        return RunStatus(path, "not started", 0, total, note=note)
+    accuracy = next((row["val_accuracy"] for row in reversed(rows) if row.get("val_accuracy") is not None), None)
+    return RunStatus(path, "unfinished", rows[-1]["round"] + 1, total, accuracy, rows[-1].get("uplink_bytes"), note)
+
+
+def print_runs(runs: Sequence[RunStatus]) -> None:
+    """Print one line a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    table = Table("run", "state", "rounds", "accuracy", "uplink", "", box=None, pad_edge=False)
+    for run in runs:
+        accuracy = "-" if run.accuracy is None else f"{100 * run.accuracy:.2f} %"
+        uplink = "-" if run.uplink_bytes is None else human_bytes(run.uplink_bytes)
+        rounds = f"{run.rounds}/{run.total_rounds or '-'}"
+        table.add_row(str(run.path), run.state, rounds, accuracy, uplink, run.note)
+    console.print(table)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").exists() or (path / "summary.json").exists()
+
+
+def _total_rounds(path: Path) -> int:
+    import yaml
+
+    try:
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config.yaml: {error}") from None
+    return int(settings["run"]["rounds"])
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,60 @@
+"""From settings to federated rounds: codecs, residuals, clients, server."""
+
+from __future__ import annotations
+
+from fedq.codecs import codec
+from fedq.federated.chaos import chaos
+from fedq.federated.client import Client
+from fedq.federated.downlink import DownlinkCost
+from fedq.federated.optim import server_optimizer
+from fedq.federated.rounds import FederatedRounds
+from fedq.federated.server import NormLimit, Server
+from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
+from fedq.layout import Layout
+from fedq.trainers.histograms import HistogramLog
+from fedq.trainers.job import GIB, Job
+
+
+def residual_store(job: Job) -> ResidualStore | None:
+    """Return this rank's residuals, in the run's folder, which all ranks share; None without error feedback."""
+    exchange = job.config.exchange
+    if not wants_feedback(exchange.feedback, exchange.uplink):
+        return None
+    return ResidualStore(int(job.config.run.memory_limit_gib * GIB), job.path / "residuals")
+
+
+def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
+    """Put clients, server, codecs and residuals together as the settings say."""
+    exchange, members = job.config.exchange, job.config.clients
+    norm_limit = None if members.max_update_norm is None else NormLimit(members.max_update_norm, members.norm_rule)
+    uplink = Layout.of(job.model, codec(exchange.uplink).resolved(feedback=store is not None))
+    # The replica is the downlink's memory, so its codec always works with feedback.
+    downlink = Layout.of(job.model, codec(exchange.downlink).resolved(feedback=True))
+    feedback = NoFeedback() if store is None else ErrorFeedback(store)
+    replica = uplink.flatten(job.model)
+    clients = {i: Client(i, part, job.training, uplink, feedback) for i, part in enumerate(job.parts)}
+    server = None
+    if job.is_root:
+        server = Server(replica, downlink, lambda params: server_optimizer(exchange.server, params))
+    return FederatedRounds(
+        transport=job.transport,
+        clients=clients,
+        server=server,
+        uplink=uplink,
+        downlink=downlink,
+        replica=replica,
+        ledger=job.ledger,
+        downlink_cost=DownlinkCost(job.ledger, downlink, exchange.downlink_to, members.num_clients),
+        cohort_size=job.config.cohort_size,
+        sticky=store is not None,
+        observe=HistogramLog(job, uplink),
+        chaos=chaos(job.config.run.chaos, start=job.start),
+        min_cohort=members.min_cohort,
+        norm_limit=norm_limit,
+        beat=job.watch.beat,
+    )
+
+
+def wants_feedback(setting: str, uplink: str) -> bool:
+    """Resolve ``auto``: error feedback for every codec that loses more than a cast does and is not unbiased."""
+    return setting == "on" or (setting == "auto" and codec(uplink).wants_feedback)

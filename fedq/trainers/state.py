@@ -1,0 +1,159 @@
+"""What a federated job needs to go on as if it had never stopped: one state, saved after a round, loaded by `--resume`.
+
+Random states are not among it: everything random is seeded by round and client, so a round's number is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from fedq.checkpoint import KEPT, CheckpointError, Checkpoints, Loaded
+from fedq.errors import FieldError
+from fedq.federated.rounds import FederatedRounds, RoundResult
+from fedq.feedback import ResidualStore, prune_residuals, read_residual
+from fedq.trainers.job import Job
+from fedq.wire import Kind
+
+
+@dataclass
+class Progress:
+    """How far the rounds are: what the summary and the decision to stop need."""
+
+    num_rounds: int = 0
+    val_accuracy: float = math.nan
+    best_val_accuracy: float = 0.0
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    """Seconds of the job, those of stopped processes included."""
+    seconds_in_rounds: float = 0.0
+
+
+class RunState:
+    """Saves and loads a job: model, replica, server optimizer, residuals, sampler position, ledger, files.
+
+    Every rank saves its own clients' residuals, only those that changed; rank 0 writes the rest. Every rank loads
+    what it needs from the run's folder, so nothing travels.
+
+    Args:
+        job: The job.
+        federation: Its rounds.
+        so_far: Its progress.
+        store: This rank's residuals, None without error feedback.
+    """
+
+    def __init__(self, job: Job, federation: FederatedRounds, so_far: Progress, store: ResidualStore | None) -> None:
+        self.job = job
+        self.federation = federation
+        self.so_far = so_far
+        self.store = store
+        self.checkpoints = Checkpoints(job.path / "checkpoints")
+        self._versions: dict[int, int] = {}
+        self._kept: deque[dict[int, int]] = deque(maxlen=KEPT)
+        self._updated: set[int] = set()
+
+    def note(self, result: RoundResult) -> None:
+        """Remember whose residuals a round changed."""
+        self._updated |= {frame.client for _, frame in result.frames if frame.kind == Kind.UPDATE}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, on rank 0; residuals are named by owner and version."""
+        job, federation = self.job, self.federation
+        assert federation.server is not None
+        return {
+            "progress": asdict(self.so_far),
+            "replica": federation.replica,
+            "server": federation.server.state_dict(),
+            "downlink_cost": federation.downlink_cost.state_dict(),
+            "ledger": job.ledger.state_dict(),
+            "files": job.folder.position(),
+            "residuals": dict(self._versions),
+            "layouts": [federation.uplink.hash, federation.downlink.hash],
+            "where": self._where(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, on every rank.
+
+        Raises:
+            FieldError: It belongs to another model or other codecs.
+        """
+        hashes = [self.federation.uplink.hash, self.federation.downlink.hash]
+        if state["layouts"] != hashes:
+            raise FieldError("resume", state["layouts"], f"{hashes}: the same model and codecs as before")
+        vars(self.so_far).update(state["progress"])
+        self.federation.replica.copy_(state["replica"])
+        self._versions = dict(state["residuals"])
+        self._kept.append(dict(self._versions))
+        if self.store is not None:
+            self.store.attach(self._versions)
+        if self.federation.server is not None:
+            self.federation.server.load_state_dict(state["server"])
+            self.federation.downlink_cost.load_state_dict(state["downlink_cost"])
+            self.job.ledger.load_state_dict(state["ledger"])
+            self.job.folder.rewind(self.so_far.num_rounds, state["files"])
+
+    def save(self) -> None:
+        """Write a checkpoint of the rounds so far; every rank calls it."""
+        number = self.so_far.num_rounds
+        if self.store is not None:
+            self.store.save(number)
+        self.job.transport.barrier()  # the residuals are on disk before a checkpoint names them
+        if not self.job.is_root:
+            return
+        if self.store is not None:
+            self._versions |= dict.fromkeys(self._updated, number)
+        self._updated.clear()
+        self.checkpoints.save(number, self.state_dict())
+        self._kept.append(dict(self._versions))
+        if self.store is not None and self.store.folder is not None:
+            keep = {self.store.path(*pair) for versions in self._kept for pair in versions.items()}
+            prune_residuals(self.store.folder, keep)
+
+    def resume(self) -> tuple[bool, str]:
+        """Load the newest checkpoint that is whole, residuals included.
+
+        Returns:
+            Whether there was one (a run that was stopped before its first starts again from the beginning), and what
+            a user should know.
+
+        Raises:
+            FieldError: Checkpoints exist, and all are damaged.
+        """
+        if not self.checkpoints.numbers():
+            self.job.folder.rewind(0, {"metrics_bytes": 0})
+            return False, "no round was finished before: starting from the first"
+        loaded = self._newest_whole()
+        self.load_state_dict(loaded.state)
+        before, now = loaded.state["where"], self._where()
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+        lines = [f"resumed after round {loaded.number}", *changed, *loaded.refused]
+        return True, "; ".join(lines)
+
+    def _newest_whole(self) -> Loaded:
+        """Return the newest checkpoint whose residuals are whole too; all ranks agree because all read the same."""
+        refused: list[str] = []
+        for number in reversed(self.checkpoints.numbers()):
+            try:
+                loaded = self.checkpoints.load(number)
+                if self.store is not None:
+                    for pair in loaded.state["residuals"].items():
+                        read_residual(self.store.path(*pair))
+            except (CheckpointError, FieldError) as error:
+                refused.append(f"round {number} is refused: {error}")
+                continue
+            return Loaded(loaded.number, loaded.state, tuple(refused))
+        raise FieldError("resume", str(self.checkpoints.folder), "a checkpoint that is whole; " + "; ".join(refused))
+
+    def _where(self) -> dict[str, Any]:
+        runtime = self.job.runtime
+        return {
+            "world_size": runtime.world_size,
+            "launcher": runtime.launcher,
+            "device": runtime.device.type,
+            "threads": torch.get_num_threads(),
+        }

@@ -1,0 +1,116 @@
+"""Leaves in time: a thread that answers SIGTERM and SIGINT at once, and ends a rank that makes no progress.
+
+Whatever is finished is on disk after every round, so leaving means: wait for a write in progress, say how to go on, and
+exit. The thread works while the main thread waits inside a collective, where Python's own handlers would not run.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
+
+_WRITE_GRACE_S = 8.0
+_ROOT_FIRST_S = 0.5
+"""How long other ranks stay, so that rank 0 can speak before it misses them."""
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+STALLED = 1
+"""Exit code of a rank that made no progress."""
+
+
+class Watch:
+    """Watches one rank. Use as a context manager on the main thread.
+
+    Args:
+        rank: Named in what is printed.
+        timeout_s: Seconds without `beat` after which the rank ends; None: never.
+        farewell: What rank 0 says when a signal ends the job; called in the watching thread.
+    """
+
+    def __init__(self, rank: int, timeout_s: float | None, farewell: Callable[[str], str]) -> None:
+        self.rank = rank
+        self.timeout_s = timeout_s
+        self.farewell = farewell
+        self._writing = threading.Lock()
+        self._beaten = time.monotonic()
+        self._doing = "starting"
+        self._wake, self._told = socket.socketpair()
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._run, name="fedq-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._told.setblocking(False)
+        self._handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES}
+        self._old_fd = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self.beat("starting")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._told.setblocking(True)
+        self._told.sendall(b"\0")
+        self._thread.join()
+        self._wake.close()
+        self._told.close()
+
+    def beat(self, doing: str | None = None) -> None:
+        """Note progress and what comes next; None: more of the same."""
+        self._doing = doing or self._doing
+        self._beaten = time.monotonic()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold a signal back while files are written."""
+        with self._writing:
+            yield
+
+    def _run(self) -> None:
+        while True:
+            wait_s = None if self.timeout_s is None else max(0.0, self._beaten + self.timeout_s - time.monotonic())
+            ready, _, _ = select.select([self._wake], [], [], wait_s)
+            if ready:
+                number = self._wake.recv(1)[0]
+                if number == 0:
+                    return
+                if number in EXIT_CODES:
+                    self._leave(signal.Signals(number))
+            elif self.timeout_s is not None and time.monotonic() - self._beaten >= self.timeout_s:
+                self._give_up()
+
+    def _leave(self, number: signal.Signals) -> None:
+        self._writing.acquire(timeout=_WRITE_GRACE_S)
+        if self.rank == 0:
+            _say(sys.stdout, self.farewell(number.name))
+        else:
+            time.sleep(_ROOT_FIRST_S)
+        os._exit(EXIT_CODES[number])
+
+    def _give_up(self) -> None:
+        frame = sys._current_frames().get(self._main)
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        _say(sys.stderr, f"rank {self.rank} made no progress for {self.timeout_s:g} s while {self._doing}:\n{stack}")
+        os._exit(STALLED)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Let the wake-up descriptor tell the watching thread."""
+
+
+def _say(stream: TextIO, text: str) -> None:
+    """Print and flush; a live progress bar may have hidden the cursor."""
+    cursor = "\x1b[?25h" if stream.isatty() else ""
+    print(f"{cursor}\n{text}", file=stream, flush=True)
+    for each in (sys.stdout, sys.stderr):
+        each.flush()
