@@ -25,6 +25,9 @@ CODECS = ("fp32", "int8")  # messages of 4.8 and 1.2 MB
 # that only acknowledge; how many packets there were is counted too. What is left above the ledger is Gloo's header of
 # less than 100 bytes a message, and the barriers.
 PACKET_HEADER_BYTES = 52
+# On a busy machine TCP sends a segment again when its acknowledgement is late. The kernel counts such segments, not
+# their bytes; on the loopback interface one holds at most 64 KiB.
+SEGMENT_BYTES = 1 << 16
 
 
 def loopback_counters() -> tuple[int, int]:
@@ -32,6 +35,12 @@ def loopback_counters() -> tuple[int, int]:
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     (values,) = [line.split(":")[1].split() for line in lines if line.strip().startswith("lo:")]
     return int(values[0]), int(values[1])
+
+
+def retransmitted_segments() -> int:
+    """Return how many segments this network has sent a second time."""
+    names, values = (line.split() for line in Path("/proc/self/net/snmp").read_text().splitlines() if "Tcp:" in line)
+    return int(dict(zip(names, values, strict=True))["RetransSegs"])
 
 
 def measure(rank: int, folder: str) -> list[dict[str, Any]]:
@@ -43,15 +52,15 @@ def measure(rank: int, folder: str) -> list[dict[str, Any]]:
             rounds = build_rounds(job, residual_store(job))
             rounds.share_start()
 
-            def state(job=job) -> tuple[int, int, int]:
+            def state(job=job) -> tuple[int, int, int, int]:
                 job.transport.barrier()
-                return (job.ledger.totals().wire, *loopback_counters())
+                return (job.ledger.totals().wire, *loopback_counters(), retransmitted_segments())
 
             before = state()
             for number in range(ROUNDS):
                 rounds.run(RoundContext(number, 0.05, 0))
             after = state()
-            names = ("wire", "interface", "packets")
+            names = ("wire", "interface", "packets", "again")
             results.append({name: b - a for name, a, b in zip(names, before, after, strict=True)})
     return results
 
@@ -84,5 +93,5 @@ def test_the_interface_counts_what_the_ledger_counts(tmp_path: Path) -> None:
     for counted in json.loads(done.stdout.splitlines()[-1]):
         assert counted["wire"] > 2 * ROUNDS * 1_000_000
         carried = counted["interface"] - PACKET_HEADER_BYTES * counted["packets"]
-        assert carried == pytest.approx(counted["wire"], rel=0.01)
         assert carried > counted["wire"], "Gloo's own headers come on top"
+        assert carried - SEGMENT_BYTES * counted["again"] <= 1.01 * counted["wire"], counted
