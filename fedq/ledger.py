@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedq.errors import FieldError, one_of
+from fedq.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -169,14 +170,12 @@ class Ledger:
         """Write the table as Parquet; a reader sees the old file or the new one, never half of it."""
         import pyarrow.parquet as pq
 
-        temporary = Path(path).with_name(Path(path).name + ".tmp")
-        try:
-            with pq.ParquetWriter(temporary, _schema(), compression="zstd") as writer:
-                for batch in self._batches():
-                    writer.write_batch(batch)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            replacing(Path(path)) as temporary,
+            pq.ParquetWriter(temporary, _schema(), compression="zstd") as writer,
+        ):
+            for batch in self._batches():
+                writer.write_batch(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything booked, as plain lists, strings and int64 arrays."""

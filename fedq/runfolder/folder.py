@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError, one_of
-from fedq.runfolder.tables import SCHEMA_VERSION, ParquetRows, client_schema, histogram, histogram_schema, replacing
+from fedq.files import replacing
+from fedq.runfolder.tables import SCHEMA_VERSION, ParquetRows, client_schema, histogram, histogram_schema
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

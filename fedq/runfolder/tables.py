@@ -1,13 +1,11 @@
-"""The Parquet tables of a run that grow round by round: their columns, their rows, and how a file is replaced whole.
+"""The Parquet tables of a run that grow round by round: their columns, their rows, and how they are rewritten.
 
 Which rows there are is decided in `folder`; the ledger brings its own table.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError, one_of
+from fedq.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,19 +74,6 @@ class ParquetRows:
             pq.write_table(table, temporary, compression="zstd")
         self._tables = [table]
         self._stale = False
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` that takes its place if the block ends well."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # or a power cut may leave the new name without the new bytes
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def client_schema() -> pa.Schema:
