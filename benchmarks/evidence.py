@@ -4,6 +4,10 @@
 
 An arm that has a summary already is not run again, so an interrupted table goes on where it stopped. Differences to
 the first arm are paired by seed; their 95 % interval is Student's t. The table replaces the section of the same title.
+
+``budgets_mb`` in a plan adds a column for each: the best validation accuracy that a run had reached when its uplink had
+carried that many megabytes ("-": not one evaluation fits). It is the reading at equal megabytes, the others are at
+equal rounds. ``--workers 2`` runs two jobs side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +41,14 @@ class Plan:
     common: str
     arms: dict[str, str]
     seeds: list[int]
+    budgets_mb: list[float] = field(default_factory=list)
 
     def flags(self, arm: str, seed: int) -> str:
         return f"{self.common} {self.arms[arm]} --seed {seed}"
 
     def command(self, arm: str) -> str:
-        return f"torchrun --nproc-per-node {self.ranks} train.py {self.common} {self.arms[arm]}"
+        launcher = "python" if self.ranks == 1 else f"torchrun --nproc-per-node {self.ranks}"
+        return f"{launcher} train.py {self.common} {self.arms[arm]}"
 
 
 def run_job(plan: Plan, arm: str, seed: int, work: Path, data_dir: Path) -> dict[str, Any]:
@@ -49,13 +56,30 @@ def run_job(plan: Plan, arm: str, seed: int, work: Path, data_dir: Path) -> dict
     out = work / f"{re.sub(r'[^A-Za-z0-9]+', '-', arm)}-seed{seed}"
     summary = out / "summary.json"
     if not summary.exists():
-        launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {plan.ranks}".split()
+        launcher = [sys.executable]
+        if plan.ranks > 1:
+            launcher += f"-m torch.distributed.run --standalone --nproc-per-node {plan.ranks}".split()
         flags = [*shlex.split(plan.flags(arm, seed)), "--data-dir", str(data_dir), "--out", str(out)]
         begin = time.time()
         subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL)
         print(f"{arm}, seed {seed}: {time.time() - begin:.0f} s", flush=True)
     result: dict[str, Any] = json.loads(summary.read_text())
+    result["metrics"] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return result
+
+
+def within_budget(run: dict[str, Any], megabytes: float) -> float | None:
+    """Return the best validation accuracy that the run reached within so many megabytes up."""
+    reached = [
+        r["val_accuracy"] for r in run["metrics"] if "val_accuracy" in r and r["uplink_bytes"] <= megabytes * 1e6
+    ]
+    return max(reached, default=None)
+
+
+def budget_cell(runs: list[dict[str, Any]], megabytes: float) -> str:
+    reached = [within_budget(run, megabytes) for run in runs]
+    known = [100 * r for r in reached if r is not None]
+    return f"{np.mean(known):.1f}" if len(known) == len(runs) else "-"
 
 
 def interval(differences: np.ndarray) -> str:
@@ -67,7 +91,7 @@ def interval(differences: np.ndarray) -> str:
     return f"{mean:+.2f} ± {half:.2f}"
 
 
-def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
+def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], budgets_mb: list[float]) -> str:
     accuracy = 100 * np.array([r["test_accuracy"] for r in runs])
     reference = 100 * np.array([r["test_accuracy"] for r in baseline])
     spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
@@ -83,6 +107,7 @@ def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) ->
         f"{ratio:.1f}x",
         f"{down:.1f}",
         f"{seconds:.0f}",
+        *(budget_cell(runs, megabytes) for megabytes in budgets_mb),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -94,6 +119,17 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, 
     head = first[0]
     data = re.sub(r" from [/~][^:]*", data_note and f" ({data_note})", head["dataset"])  # no machine's paths
     commits = sorted({(r["git_commit"] or "unknown")[:10] for runs in results.values() for r in runs})
+    ranks = "rank" if head["world_size"] == 1 else "ranks"
+    columns = [
+        "arm",
+        "test accuracy, %",
+        "difference to the first arm (95 %)",
+        "MB up",
+        "float32 / up",
+        "MB down",
+        "s",
+        *(f"val. % within {megabytes:g} MB up" for megabytes in plan.budgets_mb),
+    ]
     lines = [
         f"## {plan.title}",
         "",
@@ -101,13 +137,13 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, 
         "",
         f"{data}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
         f"({head['partition']}), {head['cohort']} a round, {head['rounds']} rounds, {head['precision']}, server "
-        f"{head['server']}; {head['world_size']} ranks on {head['cpu']}, torch {head['versions']['torch']}, commit "
+        f"{head['server']}; {head['world_size']} {ranks} on {head['cpu']}, torch {head['versions']['torch']}, commit "
         f"{', '.join(commits)}; seeds {', '.join(map(str, plan.seeds))}; {spent:.0f} minutes in all. Differences are "
         f"paired by seed.",
         "",
-        "| arm | test accuracy, % | difference to the first arm (95 %) | MB up | float32 / up | MB down | s |",
-        "|---|---|---|---|---|---|---|",
-        *(row(arm, runs, first) for arm, runs in results.items()),
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
+        *(row(arm, runs, first, plan.budgets_mb) for arm, runs in results.items()),
         "",
         f"Re-made by `{command}`; one arm by itself:",
         "",
@@ -133,13 +169,15 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="where the runs' folders go")
     parser.add_argument("--data-note", default="", help="what a reader must know of these files, e.g. JPEG quality")
+    parser.add_argument("--workers", type=int, default=1, help="jobs side by side")
     parser.add_argument("--table", type=Path, help="Markdown file whose section is replaced; default: print")
     args = parser.parse_args()
     plan = Plan(**yaml.safe_load(args.plan.read_text()))
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in plan.arms}
-    for seed in plan.seeds:  # seeds outside: an interrupted table has every arm of the seeds it has
-        for arm in plan.arms:
-            results[arm].append(run_job(plan, arm, seed, args.work, args.data_dir))
+    # Seeds outside: an interrupted table has every arm of the seeds it has.
+    jobs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]
+    with ThreadPoolExecutor(args.workers) as pool:
+        runs = list(pool.map(lambda job: run_job(plan, job[0], job[1], args.work, args.data_dir), jobs))
+    results = {arm: [run for job, run in zip(jobs, runs, strict=True) if job[0] == arm] for arm in plan.arms}
     command = f"python benchmarks/evidence.py {args.plan.name} --data-dir DIR --work DIR --table docs/results.md"
     section = table(plan, results, args.data_note, command.replace(args.plan.name, f"benchmarks/{args.plan.name}"))
     if args.table:

@@ -57,11 +57,13 @@ def test_a_section_replaces_the_one_of_its_title_and_no_other(evidence: ModuleTy
 def test_a_row_is_paired_with_the_first_arm(evidence: ModuleType) -> None:
     def runs(*accuracies: float) -> list[dict]:
         bytes_ = {"uplink_bytes": 2_000_000, "downlink_bytes": 3_000_000, "uplink_bytes_fp32": 8_000_000}
-        return [{"test_accuracy": a, "seconds": 10.0, **bytes_} for a in accuracies]
+        metrics = [{"uplink_bytes": n * 1_000_000, "val_accuracy": 0.1 * n} for n in (1, 2)]
+        return [{"test_accuracy": a, "seconds": 10.0, "metrics": metrics, **bytes_} for a in accuracies]
 
     first = runs(0.5, 0.6)
-    assert evidence.row("fp32", first, first).startswith("| fp32 | 55.00 ± 7.07 |  | 2.0 | 4.0x | 3.0 | 10 |")
-    assert "| +1.00 ± 0.00 |" in evidence.row("int4", runs(0.51, 0.61), first)
+    assert evidence.row("fp32", first, first, []).startswith("| fp32 | 55.00 ± 7.07 |  | 2.0 | 4.0x | 3.0 | 10 |")
+    assert "| +1.00 ± 0.00 |" in evidence.row("int4", runs(0.51, 0.61), first, [])
+    assert evidence.row("int4", first, first, [0.5, 1.0, 9.0]).endswith("| 10 | - | 10.0 | 20.0 |")
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda plan: plan.name)
