@@ -46,8 +46,8 @@ class ErrorFeedback:
     """Encode ``update + residual`` and keep the new residual (Seide et al. 2014, Karimireddy et al. 2019).
 
     Guarantees for every parameter ``decoded + new residual = update + old residual`` to one float32 rounding, so what
-    was applied and what was meant differ by the last residual alone. A parameter whose update is not finite leaves
-    its residual as it was and sends the non-finite value on.
+    was applied and what was meant differ by the last residual alone. A block whose update is not finite leaves its
+    residual as it was and sends the non-finite value on.
 
     Args:
         store: Where residuals live.
@@ -66,10 +66,7 @@ class ErrorFeedback:
                 payloads.append(span.codec.encode(x, seed=span_seed))
                 continue
             old = residual[span.slice].view(span.shape)
-            payload, new = span.codec.encode_with_residual(x, old, seed=span_seed)
-            payloads.append(payload)
-            if bool(torch.isfinite(new).all()):
-                old.copy_(new)
+            payloads.append(span.codec.encode_with_residual(x, old, seed=span_seed))
         self.store.put(owner, residual)
         return payloads
 

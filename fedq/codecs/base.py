@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -137,16 +137,23 @@ class Codec(ABC):
         flat = self._decode(payload.data, payload.shape, payload.seed)
         return flat.view(payload.shape).to(payload.dtype)
 
-    def encode_with_residual(
-        self, x: Tensor, residual: Tensor, *, seed: int, out: Tensor | None = None
-    ) -> tuple[Payload, Tensor]:
-        """Encode ``x + residual``; return the payload and the new residual.
+    def encode_with_residual(self, x: Tensor, residual: Tensor, *, seed: int, out: Tensor | None = None) -> Payload:
+        """Encode ``x + residual`` and replace the residual in place by what the payload lost.
 
-        Guarantees ``decoded + new residual = x + residual`` to one float32 rounding.
+        Guarantees ``decoded + new residual = x + old residual`` to one float32 rounding. Where that is not finite the
+        residual stays as it was, and the payload carries the NaN or infinity on.
+
+        Args:
+            x: Any shape, floating point.
+            residual: Float32, of the same shape.
+            seed: As for `encode`.
+            out: As for `encode`.
         """
-        total = x + residual
+        total = x.to(torch.float32) + residual
         payload = self.encode(total, seed=seed, out=out)
-        return payload, total - self.decode(payload)
+        new = total - self.decode(payload)
+        residual.copy_(torch.where(new.isfinite(), new, residual))
+        return replace(payload, dtype=x.dtype)
 
     def decode_add(self, payload: Payload, out: Tensor, weight: float = 1.0) -> None:
         """Add ``weight · decoded`` to ``out`` in place (product and sum rounded separately)."""
