@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from fedq.codecs import codec
+from fedq.codecs import codec, codec_schedule
 from fedq.errors import FieldError, one_of
 from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
@@ -99,11 +99,13 @@ class ExchangeConfig:
     exchange: Literal["round", "none"] = "round"
     """round: federated rounds. none: clients train alone (one client: a centralised arm)."""
     uplink: str = "int4"
-    """Codec of the clients' updates, for example int4:block=256, sign, blocktopk:k=1,block=64,bits=2."""
+    """Codec of the clients' updates: int4:block=256, sign, blocktopk:k=1,block=64; 'int4 sign@7': sign from round 7."""
     downlink: str = "int8"
     """Codec of the server's change to the model."""
     feedback: Literal["auto", "on", "off"] = "auto"
     """Error feedback of the uplink. auto: on for every codec that loses more than a cast does."""
+    residual_memory: float = 1.0
+    """Share of a client's residual that is left after each round in which it was not sampled; 1 forgets nothing."""
     downlink_to: Literal["cohort", "all"] = "cohort"
     """Who is charged for a round's change: the clients of the next cohorts as they come, or every client at once."""
     server: str = "fedavg"
@@ -197,8 +199,8 @@ def validate(config: Config) -> None:
             raise FieldError(name, value, allowed)
     parse_lr_schedule(config.local.lr_schedule)
     chaos(config.run.chaos)
-    _check_codec("uplink", config.exchange.uplink)
-    _check_codec("downlink", config.exchange.downlink)
+    _check_codec("uplink", config.exchange.uplink, codec_schedule)
+    _check_codec("downlink", config.exchange.downlink, codec)
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
 
 
@@ -213,6 +215,8 @@ def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "min_cohort", clients.min_cohort, fits, f"1 to {config.cohort_size}, the cohort"
     limit = clients.max_update_norm
     yield "max_update_norm", limit, limit is None or 0 < limit < math.inf, "above 0"
+    memory = config.exchange.residual_memory
+    yield "residual_memory", memory, 0 <= memory <= 1, "0 to 1"
     yield "timeout", run.timeout, 0 < run.timeout < math.inf, "above 0"
     yield "model", local.model, local.model in MODELS, one_of(MODELS, local.model)
     yield "momentum", local.momentum, 0 <= local.momentum < 1, "0 or more and below 1"
@@ -239,10 +243,10 @@ def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
         yield name, number, number >= 0, "0 or more"
 
 
-def _check_codec(name: str, spec: str) -> None:
+def _check_codec(name: str, spec: str, parse: Callable[[str], object]) -> None:
     """Parse a codec, so that an error names the direction too and not only the codec's option."""
     try:
-        codec(spec)
+        parse(spec)
     except FieldError as error:
         about = "" if error.value == spec else f"for {error.field}, "
         raise FieldError(name, spec, about + error.allowed) from None

@@ -30,15 +30,15 @@ _TRAILER = struct.Struct("<4sI")
 class Feedback(Protocol):
     """What encodes an owner's updates, with or without a memory."""
 
-    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int) -> list[Payload]:
-        """Encode a flat update of ``owner``."""
+    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int, memory: float = 1.0) -> list[Payload]:
+        """Encode a flat update of ``owner``; ``memory`` is the share of its old residual that counts."""
 
 
 class NoFeedback:
     """Encode and forget."""
 
-    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int) -> list[Payload]:
-        """Encode a flat update; ``owner`` does not matter."""
+    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int, memory: float = 1.0) -> list[Payload]:
+        """Encode a flat update; ``owner`` and ``memory`` do not matter."""
         return layout.encode(flat, seed=seed)
 
 
@@ -56,9 +56,19 @@ class ErrorFeedback:
     def __init__(self, store: ResidualStore) -> None:
         self.store = store
 
-    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int) -> list[Payload]:
-        """Encode a flat update of ``owner`` and replace its residual."""
+    def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int, memory: float = 1.0) -> list[Payload]:
+        """Encode a flat update of ``owner`` and replace its residual.
+
+        Args:
+            owner: Whose residual.
+            layout: How the update is coded.
+            flat: The update.
+            seed: The message's seed.
+            memory: Share of the old residual that counts, 0 to 1: less than 1 forgets what has gone stale.
+        """
         residual = self.store.get(owner, layout.num_params).to(flat.device)
+        if memory != 1.0:
+            residual.mul_(memory)
         payloads = []
         for i, span in enumerate(layout.spans):
             x, span_seed = flat[span.slice].view(span.shape), kernels.span_seed(seed, i)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq import kernels
-from fedq.codecs import Codec, Payload, codec
+from fedq.codecs import Codec, Payload, codec, codec_schedule
 from fedq.codecs.dense import Cast
 from fedq.errors import FieldError
 
@@ -157,3 +157,34 @@ class Layout:
         """Add ``weight · decoded`` to a flat float32 buffer in place."""
         for span, payload in self.payloads(datas, seed=seed):
             span.codec.decode_add(payload, out[span.slice].view(span.shape), weight)
+
+
+@dataclass(frozen=True)
+class LayoutSchedule:
+    """A model's layouts by round: the same spans at the same offsets, with codecs that may change.
+
+    Args:
+        layouts: Each layout with its first round; the first is 0, and they rise.
+    """
+
+    layouts: tuple[tuple[int, Layout], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, spec: str, *, feedback: bool) -> LayoutSchedule:
+        """Lay out a module for a codec schedule such as ``"int4 sign@7"``; see `fedq.codecs.codec_schedule`."""
+        entries = codec_schedule(spec)
+        return cls(tuple((first, Layout.of(module, c.resolved(feedback=feedback))) for first, c in entries))
+
+    @classmethod
+    def always(cls, layout: Layout) -> LayoutSchedule:
+        """Return the schedule with one layout for all rounds."""
+        return cls(((0, layout),))
+
+    def at(self, round: int) -> Layout:
+        """Return the layout of a round, counted from 0."""
+        return [layout for first, layout in self.layouts if first <= round][-1]
+
+    @property
+    def hash(self) -> str:
+        """Text that agrees only if rounds and layouts agree."""
+        return " ".join(f"{first}:{layout.hash:016x}" for first, layout in self.layouts)

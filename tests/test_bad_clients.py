@@ -25,7 +25,7 @@ from fedq.federated.client import Client, LocalTraining, RoundContext
 from fedq.federated.rounds import RoundResult, sample_cohort
 from fedq.federated.server import NormLimit, aggregate
 from fedq.feedback import NoFeedback
-from fedq.layout import Layout
+from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import HEADER_NBYTES, Frame, Kind, join_payloads
 
 CPU = torch.device("cpu")
@@ -193,7 +193,7 @@ def test_a_training_that_fails_half_way_leaves_nothing_behind(split: Split) -> N
 
 def test_the_message_of_a_failure_is_short_and_travels(split: Split) -> None:
     local: LocalTraining = training(split)
-    client = Client(3, torch.arange(11), local, local.layout, NoFeedback())
+    client = Client(3, torch.arange(11), local, LayoutSchedule.always(local.layout), NoFeedback())
     sent = client.failure(ValueError("ä" * 2000), RoundContext(4, 0.1, 0))
     received = Frame.unpack(sent.pack())
     assert (received.kind, received.client, received.round, received.weight) == (Kind.FAILED, 3, 4, 11.0)

@@ -15,7 +15,7 @@ from fedq.errors import FieldError
 from fedq.federated.client import Client, LocalTraining, RoundContext
 from fedq.federated.precision import Precision, choose_precision
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
-from fedq.layout import Layout
+from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import Kind, split_body
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -168,7 +168,13 @@ def test_an_unknown_precision_is_refused() -> None:
 def client(split: Split, spec: str = "int4", feedback: bool = True, number: int = 3) -> Client:
     local = training(split)
     layout = Layout.of(local.model, spec)
-    return Client(number, torch.arange(20), local, layout, ErrorFeedback(ResidualStore()) if feedback else NoFeedback())
+    return Client(
+        number,
+        torch.arange(20),
+        local,
+        LayoutSchedule.always(layout),
+        ErrorFeedback(ResidualStore()) if feedback else NoFeedback(),
+    )
 
 
 def sent(who: Client, round: int = 0, change: Callable[[Tensor], Tensor] = lambda update: update, seed: int = 0):
@@ -180,20 +186,20 @@ def sent(who: Client, round: int = 0, change: Callable[[Tensor], Tensor] = lambd
 
 
 def decoded(who: Client, frame) -> Tensor:
-    out = torch.zeros(who.layout.numel)
-    who.layout.decode_add(split_body(who.layout, frame.body), out, seed=frame.seed)
+    out = torch.zeros(who.uplink.at(0).numel)
+    who.uplink.at(0).decode_add(split_body(who.uplink.at(0), frame.body), out, seed=frame.seed)
     return out
 
 
 def residual(who: Client) -> Tensor:
-    return who.feedback.store.get(who.number, who.layout.num_params).clone()
+    return who.feedback.store.get(who.number, who.uplink.at(0).num_params).clone()
 
 
 def test_a_message_says_who_when_and_how_much(split: Split) -> None:
     who = client(split, "fp32", feedback=False)
     update, frame = sent(who, round=7)
     assert (frame.kind, frame.client, frame.round, frame.weight) == (Kind.UPDATE, 3, 7, 20.0)
-    assert frame.layout_hash == who.layout.hash
+    assert frame.layout_hash == who.uplink.at(0).hash
     assert frame.loss > 0
     assert 0 <= frame.accuracy <= 1
     assert torch.equal(decoded(who, frame), update)  # fp32 loses nothing, statistics included
@@ -217,7 +223,7 @@ def test_clients_share_the_low_half_of_a_seed_and_have_noise_of_their_own() -> N
 @pytest.mark.parametrize("spec", ["int4", "sign", "topk:density=0.1"])
 def test_residuals_hold_what_was_not_sent(split: Split, spec: str) -> None:
     who, meant, arrived = client(split, spec), 0.0, 0.0
-    params = slice(0, who.layout.num_params)
+    params = slice(0, who.uplink.at(0).num_params)
     for round in range(4):
         update, frame = sent(who, round)
         meant, arrived = meant + update.double(), arrived + decoded(who, frame).double()

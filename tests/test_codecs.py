@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fedq.codecs.base as base
 import fedq.codecs.grouped as grouped
-from fedq.codecs import Codec, codec, codec_names
+from fedq.codecs import Codec, codec, codec_names, codec_schedule
 from fedq.errors import FieldError
 
 OPTIONS = {
@@ -608,3 +608,24 @@ def test_messages_name_field_value_and_what_is_allowed(spec: str, field: str, va
 def test_specs_are_forgiving_about_case_and_blanks() -> None:
     assert codec(" INT4: block=512 , rotate=false ") == codec("int4:block=512,rotate=false")
     assert codec("int4:block=256").spec == "int4"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sign", [(0, "sign")]),
+        ("int4: block=512", [(0, "int4:block=512")]),
+        ("int4 sign@7", [(0, "int4"), (6, "sign")]),
+        ("blocktopk:k=2 sign@3  int4:block=512@24", [(0, "blocktopk:k=2"), (2, "sign"), (23, "int4:block=512")]),
+    ],
+)
+def test_a_schedule_names_codecs_and_their_first_rounds(text: str, expected: list[tuple[int, str]]) -> None:
+    assert [(first, c.spec) for first, c in codec_schedule(text)] == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["int4@1", "int4 sign@1", "int4 sign@x", "int4 sign@5 int2@5", "int4 sign", "a@", "@", "int4 @3"]
+)
+def test_a_schedule_whose_rounds_do_not_rise_is_refused(text: str) -> None:
+    with pytest.raises(FieldError):
+        codec_schedule(text)

@@ -50,6 +50,19 @@ def test_telescoping(model: nn.Module, spec: str) -> None:
     assert drift.abs().max().item() <= rounds * 2 * 2.0**-23 * largest
 
 
+def test_memory_scales_the_old_residual(model: nn.Module) -> None:
+    layout, flat = Layout.of(model, "sign"), None
+    half, scaled = ErrorFeedback(ResidualStore()), ErrorFeedback(ResidualStore())
+    for feedback in (half, scaled):
+        applied(layout, feedback, 0, update(layout, 0), seed=0)
+    scaled.store.put(0, 0.5 * scaled.store.get(0, layout.num_params))
+    flat = update(layout, 1)
+    mine = half.encode(0, layout, flat, seed=1, memory=0.5)
+    theirs = scaled.encode(0, layout, flat, seed=1)
+    assert all(torch.equal(p.data, q.data) for p, q in zip(mine, theirs, strict=True))
+    assert torch.equal(half.store.get(0, layout.num_params), scaled.store.get(0, layout.num_params))
+
+
 def test_statistics_have_no_residual(model: nn.Module) -> None:
     layout = Layout.of(model, "sign")
     feedback = ErrorFeedback(ResidualStore())

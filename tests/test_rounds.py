@@ -20,7 +20,7 @@ from fedq.federated.precision import Precision
 from fedq.federated.rounds import FederatedRounds, RoundResult, assign, sample_cohort
 from fedq.federated.server import Server
 from fedq.feedback import NoFeedback
-from fedq.layout import Layout
+from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import Ledger
 from fedq.wire import HEADER_NBYTES, Frame, Kind
 
@@ -92,9 +92,11 @@ def rounds_of(uplink: str = "fp32", downlink: str = "fp32", cohort: int = 3, obs
     local = LocalTraining(model, up, split, (0.0,), (1.0,), lambda p, lr: torch.optim.SGD(p, lr), precision)
     return FederatedRounds(
         transport=Transport(),
-        clients={i: Scripted(i, torch.arange(n), local, up, NoFeedback()) for i, n in enumerate(SIZES)},
+        clients={
+            i: Scripted(i, torch.arange(n), local, LayoutSchedule.always(up), NoFeedback()) for i, n in enumerate(SIZES)
+        },
         server=Server(replica, down, lambda params: server_optimizer("fedavg", params)),
-        uplink=up,
+        uplink=LayoutSchedule.always(up),
         downlink=down,
         replica=replica,
         ledger=ledger,
@@ -121,8 +123,8 @@ def test_bytes_up_and_down_follow_the_layout() -> None:
     rounds = rounds_of("int4", "int8")
     for number in range(3):
         rounds.run(RoundContext(number, 0.1, 7))
-    up, down, raw = rounds.ledger.totals("uplink"), rounds.ledger.totals("downlink"), 4 * rounds.uplink.numel
-    assert up.payload == 9 * (rounds.uplink.fixed_nbytes + HEADER_NBYTES)
+    up, down, raw = rounds.ledger.totals("uplink"), rounds.ledger.totals("downlink"), 4 * rounds.uplink.at(0).numel
+    assert up.payload == 9 * (rounds.uplink.at(0).fixed_nbytes + HEADER_NBYTES)
     assert up.raw == 9 * raw
     # three newcomers take the whole model, then everyone misses one change a round
     assert down.payload == 3 * raw + 6 * (rounds.downlink.fixed_nbytes + HEADER_NBYTES)
@@ -136,7 +138,9 @@ def test_a_client_that_is_not_finite_is_named_and_the_others_go_on(monkeypatch: 
     assert result.left_out == {1: "update is not finite"}
     mean = (6 * 1.0 + 14 * 2.0) / 20
     torch.testing.assert_close(rounds.replica, torch.full_like(rounds.replica, mean), rtol=1e-6, atol=0)
-    assert rounds.ledger.totals("uplink").payload == 2 * (rounds.uplink.fixed_nbytes + HEADER_NBYTES) + HEADER_NBYTES
+    assert (
+        rounds.ledger.totals("uplink").payload == 2 * (rounds.uplink.at(0).fixed_nbytes + HEADER_NBYTES) + HEADER_NBYTES
+    )
 
 
 def test_a_round_without_a_usable_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +175,32 @@ def test_a_frame_survives_the_trip() -> None:
     again = Frame.unpack(frame.pack())
     assert torch.equal(again.body, frame.body)
     assert replace(again, body=frame.body) == frame
+
+
+def test_a_scheduled_codec_serves_from_its_round_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 8)
+    schedule = LayoutSchedule.of(model, "fp32 int4@3", feedback=False)
+    plain, coded = Layout.of(model, "fp32"), Layout.of(model, "int4")
+    assert [schedule.at(number).hash for number in range(5)] == [plain.hash] * 2 + [coded.hash] * 3
+    rounds = rounds_of()
+    rounds.uplink = schedule
+    rounds.clients = {i: replace(client, uplink=schedule) for i, client in rounds.clients.items()}
+    sizes = []
+    for number in range(4):
+        before = rounds.ledger.totals("uplink").payload
+        rounds.run(RoundContext(number, 0.1, 7))
+        sizes.append((rounds.ledger.totals("uplink").payload - before) // 3 - HEADER_NBYTES)
+    assert sizes == [plain.fixed_nbytes] * 2 + [coded.fixed_nbytes] * 2
+
+
+def test_residuals_shrink_with_every_round_that_a_client_misses() -> None:
+    rounds = rounds_of("sign", cohort=1)
+    assert rounds._memory(0, RoundContext(9, 0.1, 7)) == 1.0
+    rounds.residual_memory = 0.5
+    cohorts = [sample_cohort(3, 1, seed=7, round=number) for number in range(12)]
+    for number in range(1, 12):
+        for client in range(3):
+            seen = [r for r in range(number) if client in cohorts[r]]
+            missed = number - 1 - seen[-1] if seen else number
+            assert rounds._memory(client, RoundContext(number, 0.1, 7)) == 0.5**missed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fedq.codecs.base import Codec, make
 from fedq.errors import FieldError
 
@@ -32,3 +34,26 @@ def codec(spec: str | Codec) -> Codec:
     if isinstance(spec, Codec):
         return spec
     return make(*split_spec(spec))
+
+
+def codec_schedule(spec: str) -> tuple[tuple[int, Codec], ...]:
+    """Return the codecs that a schedule names, each with its first round, counted from 0.
+
+    Args:
+        spec: A codec's spec, or several with the round from which each serves: ``"int4 sign@7"`` is int4 in rounds 1
+            to 6 and sign from round 7 on (rounds are counted from 1, as reports do).
+
+    Raises:
+        FieldError: A codec that does not exist, or rounds that do not rise from the first codec on.
+    """
+    if "@" not in spec:
+        return ((0, codec(spec)),)
+    entries: list[tuple[int, Codec]] = []
+    for part in spec.split():
+        name, at, first = part.partition("@")
+        start = int(first) - 1 if re.fullmatch(r"[0-9]+", first) else -1
+        if bool(at) != bool(entries) or (at and start <= entries[-1][0]):
+            allowed = "one codec, or several with rising rounds such as 'int4 sign@7': from round 7 on"
+            raise FieldError("codec schedule", spec, allowed)
+        entries.append((start if at else 0, codec(name)))
+    return tuple(entries)

@@ -19,7 +19,7 @@ from fedq.data import Split, augment, batches, normalize
 from fedq.federated.precision import Precision
 from fedq.feedback import Feedback
 from fedq.kernels import derive_seed
-from fedq.layout import Layout
+from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import Frame, Kind, join_payloads
 
 _MAX_ERROR_NBYTES = 500
@@ -188,14 +188,14 @@ class Client:
         number: From 0.
         indices: Its training examples.
         training: How it trains.
-        layout: Layout of the uplink.
+        uplink: Layouts of its updates, by round.
         feedback: What encodes its updates.
     """
 
     number: int
     indices: Tensor
     training: LocalTraining
-    layout: Layout
+    uplink: LayoutSchedule
     feedback: Feedback
 
     def train(self, replica: Tensor, context: RoundContext) -> Trained:
@@ -203,16 +203,16 @@ class Client:
         seed = derive_seed(context.seed, "local", context.round, self.number)
         return self.training.run(replica, self.indices, lr=context.lr, seed=seed)
 
-    def message(self, update: Tensor, trained: Trained, context: RoundContext) -> Frame:
+    def message(self, update: Tensor, trained: Trained, context: RoundContext, *, memory: float = 1.0) -> Frame:
         """Return the update as a frame; one with a NaN or infinity becomes a frame that says so, without a body.
 
-        The residual changes only when an update is sent.
+        The residual changes only when an update is sent; ``memory`` is the share of the old one that counts.
         """
         if not bool(torch.isfinite(update).all()):
             empty = torch.empty(0, dtype=torch.uint8, device=update.device)
             return self._frame(Kind.LEFT_OUT, context, trained.loss, trained.accuracy, empty)
-        seed = context.uplink_seed(self.number)
-        body = join_payloads(self.layout, self.feedback.encode(self.number, self.layout, update, seed=seed))
+        seed, layout = context.uplink_seed(self.number), self.uplink.at(context.round)
+        body = join_payloads(layout, self.feedback.encode(self.number, layout, update, seed=seed, memory=memory))
         return self._frame(Kind.UPDATE, context, trained.loss, trained.accuracy, body)
 
     def failure(self, error: Exception, context: RoundContext) -> Frame:
@@ -226,7 +226,7 @@ class Client:
             kind=kind,
             round=context.round,
             client=self.number,
-            layout_hash=self.layout.hash,
+            layout_hash=self.uplink.at(context.round).hash,
             seed=context.uplink_seed(self.number),
             weight=float(len(self.indices)),
             loss=loss,

@@ -22,7 +22,7 @@ from fedq.federated.client import Client, RoundContext
 from fedq.federated.downlink import DownlinkCost
 from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.kernels import derive_seed
-from fedq.layout import Layout
+from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import NO_CLIENT, Ledger, MessageParts
 from fedq.wire import Frame
 
@@ -85,7 +85,7 @@ class FederatedRounds:
         transport: How buffers move.
         clients: Every client by number; a rank uses those of its share.
         server: The server on rank 0, None elsewhere.
-        uplink: Layout of updates.
+        uplink: Layouts of updates, by round.
         downlink: Layout of changes.
         replica: The model that every participant holds, flat float32; updated in place.
         ledger: Where rank 0 books.
@@ -96,6 +96,7 @@ class FederatedRounds:
         chaos: Faults on purpose.
         min_cohort: Fewest updates a round needs; with fewer the model stays as it is.
         norm_limit: What happens to updates whose norm is far beyond the others'.
+        residual_memory: Share of a client's residual that is left after each round in which it was not sampled.
         beat: Called with words for what comes next, as a sign of life.
     """
 
@@ -105,7 +106,7 @@ class FederatedRounds:
         transport: Transport,
         clients: Mapping[int, Client],
         server: Server | None,
-        uplink: Layout,
+        uplink: LayoutSchedule,
         downlink: Layout,
         replica: Tensor,
         ledger: Ledger,
@@ -116,6 +117,7 @@ class FederatedRounds:
         chaos: Chaos | None = None,
         min_cohort: int = 1,
         norm_limit: NormLimit | None = None,
+        residual_memory: float = 1.0,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self.transport = transport
@@ -132,6 +134,7 @@ class FederatedRounds:
         self.chaos = chaos or Chaos()
         self.min_cohort = min_cohort
         self.norm_limit = norm_limit
+        self.residual_memory = residual_memory
         self.beat = beat
 
     def share_start(self) -> None:
@@ -142,7 +145,7 @@ class FederatedRounds:
 
     def run(self, context: RoundContext) -> RoundResult:
         """Run one round on this rank: train the share, send, aggregate on rank 0, apply the change everywhere."""
-        cohort = sample_cohort(len(self.clients), self.cohort_size, seed=context.seed, round=context.round)
+        cohort = self._cohort(context.round, context.seed)
         shares = assign(cohort, self.transport.world_size, sticky=self.sticky)
         if self.server:
             self.downlink_cost.start_round(context.round, cohort)
@@ -154,6 +157,18 @@ class FederatedRounds:
         self._share_change(change, context)
         return result
 
+    def _cohort(self, round: int, seed: int) -> list[int]:
+        return sample_cohort(len(self.clients), self.cohort_size, seed=seed, round=round)
+
+    def _memory(self, client: int, context: RoundContext) -> float:
+        """Return the share of the client's residual that counts: less for each round since it was last sampled."""
+        if self.residual_memory == 1.0:
+            return 1.0
+        missed = 0
+        while missed < context.round and client not in self._cohort(context.round - 1 - missed, context.seed):
+            missed += 1
+        return float(self.residual_memory**missed)
+
     def _train(self, client: Client, context: RoundContext) -> Tensor:
         self.beat(f"training client {client.number} in round {context.round}")
         try:
@@ -164,7 +179,7 @@ class FederatedRounds:
             return client.failure(error, context).pack()
         update = trained.flat.sub_(self.replica)
         self.chaos.spoil(update, context.round, client.number)
-        frame = client.message(update, trained, context)
+        frame = client.message(update, trained, context, memory=self._memory(client.number, context))
         if self.observe and self.transport.rank == 0:
             self.observe(context, client.number, update, frame)
         return frame.pack()
@@ -174,15 +189,16 @@ class FederatedRounds:
     ) -> tuple[RoundResult, Frame | None]:
         """Aggregate and step on rank 0; the change is None if no client remained."""
         assert self.server is not None
+        layout = self.uplink.at(context.round)
         ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
         ranked.sort(key=lambda pair: pair[1].client)
         for rank, frame in ranked:
-            parts, crossed = message_parts(self.uplink, frame), int(rank != 0)
+            parts, crossed = message_parts(layout, frame), int(rank != 0)
             self._book(context.round, frame.client, "uplink", parts, payload_times=1, wire_times=crossed)
         if moved.sizes:
             self._book(context.round, NO_CLIENT, "uplink", framing("sizes", moved.sizes), wire_times=1)
         outcome = aggregate(
-            self.uplink,
+            layout,
             [frame for _, frame in ranked],
             self.replica.device,
             min_cohort=self.min_cohort,

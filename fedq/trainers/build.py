@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedq.codecs import codec
+from fedq.codecs import codec, codec_schedule
 from fedq.federated.chaos import chaos
 from fedq.federated.client import Client
 from fedq.federated.downlink import DownlinkCost
@@ -10,7 +10,7 @@ from fedq.federated.optim import server_optimizer
 from fedq.federated.rounds import FederatedRounds
 from fedq.federated.server import NormLimit, Server
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
-from fedq.layout import Layout
+from fedq.layout import Layout, LayoutSchedule
 from fedq.trainers.histograms import HistogramLog
 from fedq.trainers.job import GIB, Job
 
@@ -27,11 +27,11 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
     """Put clients, server, codecs and residuals together as the settings say."""
     exchange, members = job.config.exchange, job.config.clients
     norm_limit = None if members.max_update_norm is None else NormLimit(members.max_update_norm, members.norm_rule)
-    uplink = Layout.of(job.model, codec(exchange.uplink).resolved(feedback=store is not None))
+    uplink = LayoutSchedule.of(job.model, exchange.uplink, feedback=store is not None)
     # The replica is the downlink's memory, so its codec always works with feedback.
     downlink = Layout.of(job.model, codec(exchange.downlink).resolved(feedback=True))
     feedback = NoFeedback() if store is None else ErrorFeedback(store)
-    replica = uplink.flatten(job.model)
+    replica = downlink.flatten(job.model)
     clients = {i: Client(i, part, job.training, uplink, feedback) for i, part in enumerate(job.parts)}
     server = None
     if job.is_root:
@@ -51,10 +51,11 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         chaos=chaos(job.config.run.chaos, start=job.start),
         min_cohort=members.min_cohort,
         norm_limit=norm_limit,
+        residual_memory=exchange.residual_memory,
         beat=job.watch.beat,
     )
 
 
 def wants_feedback(setting: str, uplink: str) -> bool:
-    """Resolve ``auto``: error feedback for every codec that loses more than a cast does and is not unbiased."""
-    return setting == "on" or (setting == "auto" and codec(uplink).wants_feedback)
+    """Resolve ``auto``: error feedback if a codec loses more than a cast does and is not unbiased."""
+    return setting == "on" or (setting == "auto" and any(c.wants_feedback for _, c in codec_schedule(uplink)))

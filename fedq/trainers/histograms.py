@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedq.federated.client import RoundContext
-from fedq.layout import Layout
+from fedq.layout import LayoutSchedule
 from fedq.trainers.job import Job
 from fedq.wire import Frame, Kind, split_body
 
@@ -15,12 +15,12 @@ class HistogramLog:
 
     Args:
         job: Whose settings say how often, and whose folder takes them.
-        layout: Layout of the uplink.
+        uplink: Layouts of the uplink, by round.
     """
 
-    def __init__(self, job: Job, layout: Layout) -> None:
+    def __init__(self, job: Job, uplink: LayoutSchedule) -> None:
         self._job = job
-        self._layout = layout
+        self._uplink = uplink
         self._last_round = -1
 
     def __call__(self, context: RoundContext, client: int, update: Tensor, frame: Frame) -> None:
@@ -29,8 +29,9 @@ class HistogramLog:
             return
         self._last_round = context.round
         weights = self._job.training.layout.tensors(self._job.model)
-        datas = split_body(self._layout, frame.body)
-        for (span, payload), weight in zip(self._layout.payloads(datas, seed=frame.seed), weights, strict=True):
+        layout = self._uplink.at(context.round)
+        datas = split_body(layout, frame.body)
+        for (span, payload), weight in zip(layout.payloads(datas, seed=frame.seed), weights, strict=True):
             if span.role != "coded":
                 continue
             stages = {"weight": weight, "update": update[span.slice], "decoded": payload.decode()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -173,7 +174,7 @@ def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
 
 def _name(config: Config) -> str:
     name = f"{config.data.dataset}-{config.local.model}-{config.exchange.uplink}"
-    return config.run.name or name.replace(":", "-")
+    return config.run.name or re.sub(r"[ :]", "-", name)
 
 
 def _load(config: Config, runtime: Runtime) -> Dataset:
