@@ -17,6 +17,7 @@ from fedq.kernels import derive_seed
 from fedq.ledger import NO_CLIENT
 from fedq.report import round_progress
 from fedq.trainers.job import Job
+from fedq.trainers.records import accuracy_text
 
 
 def run_alone(job: Job) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def run_alone(job: Job) -> dict[str, Any]:
             job.watch.beat(f"evaluating round {number}")
             val_accuracy = _evaluate_round(job, trained, number)
             best_val = max(best_val, val_accuracy)
-            progress.update(num_rounds, f"val accuracy {100 * val_accuracy:.1f} %")
+            progress.update(num_rounds, accuracy_text(val_accuracy).rstrip(", "))
             if run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
                 break
     seconds_per_round = (time.perf_counter() - begin) / num_rounds

@@ -57,7 +57,12 @@ def progress_text(job: Job, val_accuracy: float) -> str:
     if not job.is_root:
         return ""
     up, down = (human_bytes(job.ledger.totals(d).payload) for d in ("uplink", "downlink"))
-    return f"val accuracy {100 * val_accuracy:.1f} %, up {up}, down {down}"
+    return f"{accuracy_text(val_accuracy)}up {up}, down {down}"
+
+
+def accuracy_text(val_accuracy: float) -> str:
+    """Return the last validation accuracy in words; nothing before the first."""
+    return "" if math.isnan(val_accuracy) else f"val accuracy {100 * val_accuracy:.1f} %, "
 
 
 def _known(value: float) -> float | None:
