@@ -88,6 +88,8 @@ class LocalConfig:
     """Weight decay of the local optimizer."""
     prox_mu: float = 0.0
     """FedProx: pull towards the round's starting point."""
+    side_by_side: int = 1
+    """Clients that a rank trains at a time, as one stacked model: for small models on a GPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of local training. auto: bf16 and channels_last where the hardware runs them fast."""
 
@@ -233,6 +235,7 @@ def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
         ("local_epochs", local.local_epochs),
         ("local_steps", local.local_steps),
         ("batch_size", local.batch_size),
+        ("side_by_side", local.side_by_side),
         ("rounds", run.rounds),
         ("eval_every", run.eval_every),
         ("checkpoint_every", run.checkpoint_every),

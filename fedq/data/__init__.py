@@ -3,9 +3,19 @@
 Imports nothing of fedq but `fedq.errors`; who trains on what is `fedq.federated.partition`.
 """
 
-from fedq.data.batch import augment, batches, normalize
+from fedq.data.batch import augment, batches, crop_and_flip, draw_crops, normalize
 from fedq.data.dataset import Dataset, Split
 from fedq.data.load import load_dataset
 from fedq.data.source import DataError
 
-__all__ = ["DataError", "Dataset", "Split", "augment", "batches", "load_dataset", "normalize"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Split",
+    "augment",
+    "batches",
+    "crop_and_flip",
+    "draw_crops",
+    "load_dataset",
+    "normalize",
+]

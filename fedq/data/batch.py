@@ -52,13 +52,19 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool, padding: 
         flip: Whether to flip left-right.
         padding: Pixels on each side.
     """
-    num = len(images)
-    tops, lefts = torch.randint(2 * padding + 1, (2, num), generator=generator)
-    flips = torch.randint(2, (num,), generator=generator) if flip else torch.zeros_like(tops)
-    return crop_and_flip(images, tops, lefts, flips, padding=padding)
+    return crop_and_flip(
+        images, *draw_crops(len(images), generator=generator, flip=flip, padding=padding), padding=padding
+    )
 
 
-def crop_and_flip(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, *, padding: int) -> Tensor:
+def draw_crops(num: int, *, generator: torch.Generator, flip: bool, padding: int = 4) -> Tensor:
+    """Return what `augment` draws for ``num`` images: int64 (3, num) on the CPU, tops, lefts and flips."""
+    corners = torch.randint(2 * padding + 1, (2, num), generator=generator)
+    flips = torch.randint(2, (1, num), generator=generator) if flip else torch.zeros_like(corners[:1])
+    return torch.cat((corners, flips))
+
+
+def crop_and_flip(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, *, padding: int = 4) -> Tensor:
     """Pad each image with black, crop it at its (top, left), then flip it left-right where ``flips``.
 
     One gather for the batch: the column index runs backwards where an image is flipped.

@@ -94,7 +94,7 @@ class LocalTraining:
         indices = indices.to(where)
         seen, steps, totals = 0, 0, torch.zeros(2, dtype=torch.float64, device=device)
         with _restored(counters):
-            for batch in self._batches(len(indices), generator):
+            for batch in self.index_batches(len(indices), generator):
                 picked = indices[batch.to(where)]
                 x = self._inputs(self.split.images[picked].to(device), generator)
                 y = self.split.labels[picked].to(device)
@@ -115,7 +115,7 @@ class LocalTraining:
             if param.grad is not None:
                 param.grad.add_(param.detach() - anchor, alpha=self.prox_mu)
 
-    def _batches(self, num: int, generator: torch.Generator) -> list[Tensor]:
+    def index_batches(self, num: int, generator: torch.Generator) -> list[Tensor]:
         """Return the round's index batches: whole epochs, or exactly ``steps`` batches."""
         result: list[Tensor] = []
         if self.steps is None:
@@ -200,8 +200,11 @@ class Client:
 
     def train(self, replica: Tensor, context: RoundContext) -> Trained:
         """Train from the replica in this round."""
-        seed = derive_seed(context.seed, "local", context.round, self.number)
-        return self.training.run(replica, self.indices, lr=context.lr, seed=seed)
+        return self.training.run(replica, self.indices, lr=context.lr, seed=self.local_seed(context))
+
+    def local_seed(self, context: RoundContext) -> int:
+        """Return the seed of everything random in this round's training."""
+        return derive_seed(context.seed, "local", context.round, self.number)
 
     def message(self, update: Tensor, trained: Trained, context: RoundContext, *, memory: float = 1.0) -> Frame:
         """Return the update as a frame; one with a NaN or infinity becomes a frame that says so, without a body.

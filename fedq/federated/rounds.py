@@ -18,9 +18,10 @@ from torch import Tensor
 from fedq.collectives import Moved, Transport
 from fedq.federated.accounting import framing, message_parts, plain_model
 from fedq.federated.chaos import Chaos
-from fedq.federated.client import Client, RoundContext
+from fedq.federated.client import Client, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
 from fedq.federated.server import NormLimit, Server, aggregate, apply_change
+from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import NO_CLIENT, Ledger, MessageParts
@@ -97,6 +98,7 @@ class FederatedRounds:
         min_cohort: Fewest updates a round needs; with fewer the model stays as it is.
         norm_limit: What happens to updates whose norm is far beyond the others'.
         residual_memory: Share of a client's residual that is left after each round in which it was not sampled.
+        side_by_side: Clients that a rank trains at a time, as one stacked model.
         beat: Called with words for what comes next, as a sign of life.
     """
 
@@ -118,6 +120,7 @@ class FederatedRounds:
         min_cohort: int = 1,
         norm_limit: NormLimit | None = None,
         residual_memory: float = 1.0,
+        side_by_side: int = 1,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self.transport = transport
@@ -135,6 +138,7 @@ class FederatedRounds:
         self.min_cohort = min_cohort
         self.norm_limit = norm_limit
         self.residual_memory = residual_memory
+        self.side_by_side = side_by_side
         self.beat = beat
 
     def share_start(self) -> None:
@@ -149,7 +153,7 @@ class FederatedRounds:
         shares = assign(cohort, self.transport.world_size, sticky=self.sticky)
         if self.server:
             self.downlink_cost.start_round(context.round, cohort)
-        messages = [self._train(self.clients[c], context) for c in shares[self.transport.rank]]
+        messages = self._train_share([self.clients[c] for c in shares[self.transport.rank]], context)
         self.chaos.strike_rank(context.round, self.transport.rank)
         self.beat(f"exchanging updates of round {context.round}")
         gathered, moved = self.transport.gather(messages, [len(share) for share in shares])
@@ -169,11 +173,36 @@ class FederatedRounds:
             missed += 1
         return float(self.residual_memory**missed)
 
-    def _train(self, client: Client, context: RoundContext) -> Tensor:
+    def _train_share(self, share: Sequence[Client], context: RoundContext) -> list[Tensor]:
+        """Train this rank's clients, ``side_by_side`` of them at a time, and return their messages."""
+        messages = []
+        for first in range(0, len(share), self.side_by_side):
+            group = share[first : first + self.side_by_side]
+            results: Sequence[Trained | None] = self._train_together(group, context) or [None] * len(group)
+            messages += [self._train(client, context, trained) for client, trained in zip(group, results, strict=True)]
+        return messages
+
+    def _train_together(self, group: Sequence[Client], context: RoundContext) -> list[Trained]:
+        """Train a group as one stacked model; nothing comes back if it cannot be stacked, or fails."""
+        if len(group) < 2 or not can_stack(group[0].training):
+            return []
+        self.beat(f"training clients {', '.join(str(client.number) for client in group)} in round {context.round}")
+        try:
+            parts, seeds = [client.indices for client in group], [client.local_seed(context) for client in group]
+            return train_stacked(group[0].training, self.replica, parts, lr=context.lr, seeds=seeds)
+        except Exception:
+            _log.exception("round %d: training side by side failed, now one by one", context.round)
+            return []
+
+    def _train(self, client: Client, context: RoundContext, trained: Trained | None = None) -> Tensor:
+        """Train a client, unless it is trained already, and return its message."""
         self.beat(f"training client {client.number} in round {context.round}")
         try:
             self.chaos.strike_client(context.round, client.number)
-            trained = client.train(self.replica, context)
+            if trained is None:
+                trained = client.train(self.replica, context)
+            elif self.observe:  # it looks at the weights in the module
+                client.training.layout.unflatten_(trained.flat, client.training.model)
         except Exception as error:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
             return client.failure(error, context).pack()

@@ -52,6 +52,7 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         min_cohort=members.min_cohort,
         norm_limit=norm_limit,
         residual_memory=exchange.residual_memory,
+        side_by_side=job.config.local.side_by_side,
         beat=job.watch.beat,
     )
 
