@@ -122,7 +122,6 @@ def _call(sender: Connection, body: Callable, arguments: tuple) -> None:
 
 
 _NOT_COUNTED = (
-    "allreduce",
     "allreduce_coalesced",
     "allgather",
     "allgather_coalesced",
@@ -159,6 +158,7 @@ class Spy:
             ("send", self._send),
             ("recv", self._recv),
             ("broadcast", self._broadcast),
+            ("allreduce", self._all_reduce),
             ("_allgather_base", self._all_gather),
             ("all_gather_single", self._all_gather),  # the same in newer torch
         ):
@@ -178,6 +178,11 @@ class Spy:
             self.sent += _nbytes(tensors) * (group.size() - 1)
         else:
             self.received += _nbytes(tensors)
+
+    def _all_reduce(self, group: dist.ProcessGroup, tensors: list[torch.Tensor], *_: Any) -> None:
+        ring = 2 * (group.size() - 1) * _nbytes(tensors) // group.size()
+        self.sent += ring
+        self.received += ring
 
     def _all_gather(self, group: dist.ProcessGroup, out: torch.Tensor, own: torch.Tensor, *_: Any) -> None:
         self.sent += _nbytes([own]) * (group.size() - 1)

@@ -1,0 +1,17 @@
+"""What moves between ranks: messages to and from rank 0, and the compressed mean of tensors that all ranks hold."""
+
+from fedq.collectives.mean import MeanExchange, Residuals, compressed_mean
+from fedq.collectives.segments import Segment, choose_schedule, cut, owners
+from fedq.collectives.transport import Moved, Transport
+
+__all__ = [
+    "MeanExchange",
+    "Moved",
+    "Residuals",
+    "Segment",
+    "Transport",
+    "choose_schedule",
+    "compressed_mean",
+    "cut",
+    "owners",
+]

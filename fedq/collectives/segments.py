@@ -1,0 +1,117 @@
+"""How tensors that are averaged fall into segments, who owns which, and by which schedule they travel.
+
+A segment is a run of one parameter, cut at places that depend on the parameter alone. Each is a payload of its own,
+seeded by parameter and place, so its bytes depend neither on buckets nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from fedq.codecs import Codec
+from fedq.codecs.dense import Cast
+from fedq.errors import FieldError
+from fedq.kernels import span_seed
+
+SEGMENT = 1 << 18
+"""Elements of a segment: a megabyte of float32, a multiple of every block up to it."""
+SCHEDULES = ("reduce", "one_phase", "two_phase", "hierarchical")
+_SMALL_NBYTES = 4096
+"""Payloads up to this size are bound by latency: one trip with more bytes beats two."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of one parameter in a flat buffer.
+
+    Args:
+        start: Its first element in the flat buffer.
+        numel: Elements.
+        param: Number of the parameter in its model.
+        part: Number of the segment in the parameter.
+        first: Codec of the first leg, from every rank to the owner.
+        second: Codec of the second leg, from the owner to every rank.
+    """
+
+    start: int
+    numel: int
+    param: int
+    part: int
+    first: Codec
+    second: Codec
+
+    @property
+    def slice(self) -> slice:
+        """Its place in the flat buffer."""
+        return slice(self.start, self.start + self.numel)
+
+    def seed(self, seed: int) -> int:
+        """Return the segment's seed in a message of this seed."""
+        return span_seed(span_seed(seed, self.param), self.part)
+
+
+def cut(numels: Sequence[int], codecs: Sequence[tuple[Codec, Codec]], params: Sequence[int]) -> list[Segment]:
+    """Cut tensors that lie one after another in a flat buffer into segments.
+
+    Args:
+        numels: Elements of each tensor; empty ones have no segment.
+        codecs: Codecs of each tensor's first and second leg, of fixed size.
+        params: Number of each tensor in its model.
+
+    Raises:
+        FieldError: A codec whose payload size depends on the values.
+    """
+    segments = []
+    offsets = accumulate(numels, initial=0)
+    for numel, (first, second), param, offset in zip(numels, codecs, params, offsets, strict=False):
+        for codec in (first, second):
+            if not codec.fixed_size:
+                raise FieldError("codec", codec.spec, "a codec of fixed payload size, such as topk or blocktopk")
+        for part, start in enumerate(range(0, numel, SEGMENT)):
+            segments.append(Segment(offset + start, min(SEGMENT, numel - start), param, part, first, second))
+    return segments
+
+
+def owners(segments: Sequence[Segment], world_size: int) -> list[range]:
+    """Return the run of segments that each rank owns: contiguous, of about equal payload bytes."""
+    ends = list(accumulate(s.second.payload_nbytes(s.numel) for s in segments))
+    total = ends[-1] if ends else 0
+    runs, begin = [], 0
+    for rank in range(world_size):
+        limit, end = total * (rank + 1) / world_size, begin
+        # a segment goes to the rank in whose share its middle lies
+        while end < len(ends) and (ends[end] + (ends[end - 1] if end else 0)) / 2 <= limit:
+            end += 1
+        runs.append(range(begin, len(ends) if rank == world_size - 1 else end))
+        begin = end
+    return runs
+
+
+def choose_schedule(schedule: str, segments: Sequence[Segment], world_size: int, ranks_per_node: int) -> str:
+    """Resolve ``auto`` and check the others.
+
+    ``auto``: ``reduce`` for plain casts, otherwise ``one_phase`` for two ranks or tiny payloads, ``hierarchical`` for
+    several nodes with several ranks each, and ``two_phase`` for the rest.
+
+    Raises:
+        FieldError: An unknown schedule, or one that these codecs or ranks cannot have.
+    """
+    if schedule not in ("auto", *SCHEDULES):
+        raise FieldError("schedule", schedule, f"auto, {', '.join(SCHEDULES)}")
+    nodes = world_size / ranks_per_node
+    if schedule == "hierarchical" and (nodes != int(nodes) or ranks_per_node < 2 or nodes < 2):
+        allowed = (
+            f"two nodes or more of equally many ranks, two or more (here {world_size} ranks, {ranks_per_node} a node)"
+        )
+        raise FieldError("schedule", schedule, allowed)
+    if schedule == "reduce" and not all(s.first.reducible for s in segments):
+        raise FieldError("schedule", schedule, "another than reduce unless payloads can be summed (fp32, bf16, randk)")
+    if schedule != "auto":
+        return schedule
+    if all(isinstance(s.first, Cast) for s in segments):
+        return "reduce"
+    if world_size <= 2 or sum(s.first.payload_nbytes(s.numel) for s in segments) <= _SMALL_NBYTES:
+        return "one_phase"
+    return "hierarchical" if nodes == int(nodes) and ranks_per_node > 1 and nodes > 1 else "two_phase"
