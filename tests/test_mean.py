@@ -9,7 +9,7 @@ from distributed import Spy, run_group
 from torch import Tensor
 
 from fedq.codecs import codec
-from fedq.collectives import MeanExchange, Residuals, Segment, choose_schedule, compressed_mean, cut, owners
+from fedq.collectives import MeanExchange, Residuals, Segment, assign_owners, choose_schedule, compressed_mean, cut
 from fedq.collectives import segments as segments_module
 from fedq.collectives.mean import rank_seed
 from fedq.collectives.peers import Peers
@@ -26,10 +26,10 @@ def values(rank: int, step: int = 0) -> Tensor:
     return torch.randn(sum(torch.Size(s).numel() for s in SHAPES), generator=generator)
 
 
-def segments_of(first: str, second: str, *, feedback: bool = True) -> list[Segment]:
+def segments_of(first: str, second: str, world_size: int = 1, *, feedback: bool = True) -> list[Segment]:
     pair = codec(first).resolved(feedback=feedback), codec(second).resolved(feedback=feedback)
     numels = [torch.Size(shape).numel() for shape in SHAPES]
-    return cut(numels, [pair] * len(SHAPES), range(len(SHAPES)))
+    return assign_owners(cut(numels, [pair] * len(SHAPES), range(len(SHAPES))), world_size)
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +51,7 @@ class OneProcess:
 
     def step(self, xs: list[Tensor], seed: int, *, feedback: bool) -> Tensor:
         out = torch.empty_like(xs[0])
-        runs = owners(self.segments, self.world_size)
-        for i, s in enumerate(self.segments):
+        for s in self.segments:
             mean = torch.zeros(s.numel)
             for rank, x in enumerate(xs):
                 residual = self.first[rank, s.slice] if feedback and s.first.wants_feedback else torch.zeros(s.numel)
@@ -61,10 +60,9 @@ class OneProcess:
                 residual.copy_(x[s.slice] + residual - decoded)
                 mean += decoded * (1.0 / self.world_size)
             if self.schedule == "two_phase":
-                owner = next(r for r, run in enumerate(runs) if i in run)
                 residual = self.second[s.slice] if feedback and s.second.wants_feedback else torch.zeros(s.numel)
                 total = mean + residual
-                mean = s.second.encode(total, seed=s.seed(rank_seed(seed, "second", owner))).decode()
+                mean = s.second.encode(total, seed=s.seed(rank_seed(seed, "second", s.owner))).decode()
                 residual.copy_(total - mean)
             out[s.slice] = mean
         return out
@@ -80,7 +78,9 @@ def _steps(rank: int, schedule: str) -> list[tuple[list[np.ndarray], int, int]]:
     for first, second, feedback in COMBINATIONS:
         with pytest.MonkeyPatch.context() as patch:
             spy = Spy(patch)
-            exchange = MeanExchange(segments_of(first, second, feedback=feedback), Peers(), schedule=schedule)
+            exchange = MeanExchange(
+                segments_of(first, second, Peers().size, feedback=feedback), Peers(), schedule=schedule
+            )
             residuals, flats = Residuals() if feedback else None, []
             for step in range(3):
                 flat = values(rank, step)
@@ -95,7 +95,7 @@ def _steps(rank: int, schedule: str) -> list[tuple[list[np.ndarray], int, int]]:
 def test_ranks_equal_one_process(world_size: int, schedule: str) -> None:
     results = run_group(world_size, _steps, schedule)
     for number, (first, second, feedback) in enumerate(COMBINATIONS):
-        alone = OneProcess(segments_of(first, second, feedback=feedback), world_size, schedule)
+        alone = OneProcess(segments_of(first, second, world_size, feedback=feedback), world_size, schedule)
         for step in range(3):
             xs = [values(rank, step) for rank in range(world_size)]
             expected = alone.step(xs, SEED + step, feedback=feedback) if world_size > 1 else xs[0]
@@ -111,7 +111,7 @@ def _reduced(rank: int) -> list[np.ndarray]:
     segments_module.SEGMENT = 1024
     flats = []
     for spec in ("fp32", "bf16", "fp16", "randk:density=0.1,bits=32", "randk:density=0.1"):
-        exchange = MeanExchange(segments_of(spec, spec, feedback=False), Peers(), schedule="reduce")
+        exchange = MeanExchange(segments_of(spec, spec, Peers().size, feedback=False), Peers(), schedule="reduce")
         flat = values(rank)
         exchange.run(flat, seed=SEED)
         flats.append(flat.numpy())
@@ -140,7 +140,7 @@ def _by_node(rank: int, inside: str) -> tuple[np.ndarray, int, int]:
     segments_module.SEGMENT = 1024
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
-        segments = segments_of("int4", "int6")
+        segments = segments_of("int4", "int6", 4)
         exchange = MeanExchange(segments, Peers(), schedule="hierarchical", ranks_per_node=2, inside=inside)
         residuals = Residuals()
         for step in range(2):
@@ -174,7 +174,8 @@ def _egress(rank: int) -> dict[tuple[str, str], int]:
     sent = {}
     for spec in BITS:
         for schedule in ("one_phase", "two_phase"):
-            exchange = MeanExchange(cut([1 << 17], [(codec(spec),) * 2], [0]), Peers(), schedule=schedule)
+            segments = assign_owners(cut([1 << 17], [(codec(spec),) * 2], [0]), Peers().size)
+            exchange = MeanExchange(segments, Peers(), schedule=schedule)
             exchange.run(torch.ones(1 << 17), seed=1)
             sent[spec, schedule] = exchange.sent.first + exchange.sent.second
     return sent
@@ -190,13 +191,12 @@ def test_bytes_follow_the_formulas(world_size: int) -> None:
         assert total == pytest.approx(world_size * factor * payload, rel=0.01)
 
 
-def test_uneven_owners_still_cover_everything_once() -> None:
+def test_owners_share_the_bytes() -> None:
     for world_size in (1, 2, 3, 5, 64):
-        runs = owners(segments_of("int4", "int4"), world_size)
-        assert [i for run in runs for i in run] == list(range(len(segments_of("int4", "int4"))))
-        assert len(runs) == world_size
-    sizes = [sum(segments_of("int4", "int4")[i].numel for i in run) for run in owners(segments_of("int4", "int4"), 3)]
-    assert max(sizes) < 2 * min(sizes)
+        owned = [0] * world_size
+        for segment in segments_of("int4", "int4", world_size):
+            owned[segment.owner] += segment.numel
+        assert max(owned) <= sum(owned) / world_size + 1024
 
 
 @pytest.mark.parametrize(

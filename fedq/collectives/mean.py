@@ -14,7 +14,7 @@ process that decodes all payloads. Egress of a rank, for W ranks and payloads of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from fedq.codecs import Codec, Payload, codec
 from fedq.codecs.dense import Cast
 from fedq.collectives.peers import Peers
-from fedq.collectives.segments import Segment, choose_schedule, cut, owners
+from fedq.collectives.segments import Segment, assign_owners, choose_schedule, cut
 from fedq.kernels import derive_seed
 
 Key = tuple[int, int]
@@ -45,7 +45,7 @@ class Residuals:
 
     def of(self, leg: Leg, segment: Segment, device: torch.device) -> Tensor:
         """Return a leg's residual of a segment, zeros if there is none yet."""
-        kept, key = self.first if leg == "first" else self.second, (segment.param, segment.part)
+        kept, key = self.first if leg == "first" else self.second, segment.key
         if key not in kept:
             kept[key] = torch.zeros(segment.numel, device=device)
         return kept[key]
@@ -87,8 +87,9 @@ def compressed_mean(
     """
     codecs = (codec(spec), codec(spec if second is None else second))
     first, other = (c.resolved(feedback=residuals is not None) for c in codecs)
-    segments = cut([x.numel()], [(first, other)], [0])
-    exchange = MeanExchange(segments, Peers(group), schedule=schedule, ranks_per_node=ranks_per_node)
+    peers = Peers(group)
+    segments = assign_owners(cut([x.numel()], [(first, other)], [0]), peers.size)
+    exchange = MeanExchange(segments, peers, schedule=schedule, ranks_per_node=ranks_per_node)
     flat = x.detach().reshape(-1).to(torch.float32, copy=True)
     exchange.run(flat, seed=seed, residuals=residuals)
     return flat.view(x.shape).to(x.dtype)
@@ -98,7 +99,7 @@ class MeanExchange:
     """Averages flat buffers of one layout; stateless but for the count of what it sent.
 
     Args:
-        segments: Of the flat buffer, in order.
+        segments: Of the flat buffer, in order, with their owners.
         peers: The ranks that take part.
         schedule: As in `compressed_mean`.
         ranks_per_node: Consecutive ranks that share a node.
@@ -164,62 +165,50 @@ class MeanExchange:
         self._sum(self.segments, received, [rank_seed(seed, "first", r) for r in range(size)], flat)
 
     def _two_phase(self, flat: Tensor, seed: int, residuals: Residuals | None) -> None:
-        runs = owners(self.segments, self.peers.size)
-        mine = self._owned_means(self.segments, runs, self.peers, flat, seed, residuals)
-        sizes = [_nbytes([self.segments[i] for i in run], "second") for run in runs]
-        received = self.peers.exchange([mine] * self.peers.size, sizes)
-        self.sent.second += (self.peers.size - 1) * mine.numel()
-        for owner, run in enumerate(runs):
-            segments = [self.segments[i] for i in run]
-            self._decode(segments, "second", received[owner], [rank_seed(seed, "second", owner)] * len(segments), flat)
+        peers = self.peers
+        runs = [[s for s in self.segments if s.owner == rank] for rank in range(peers.size)]
+        mine = self._owned_means(runs, peers, flat, seed, residuals)
+        received = peers.exchange([mine] * peers.size, [_nbytes(run, "second") for run in runs])
+        self.sent.second += (peers.size - 1) * mine.numel()
+        for run, data in zip(runs, received, strict=True):
+            self._decode_means(run, data, seed, flat)
 
     def _hierarchical(self, flat: Tensor, seed: int, residuals: Residuals | None) -> None:
         """Average inside the node, exchange each rank's part with its likes on other nodes, share the bytes inside."""
         node, across = self.peers.split(self._ranks_per_node)
-        parts = owners(self.segments, node.size)
+        parts = [[s for s in self.segments if s.owner % node.size == place] for place in range(node.size)]
+        runs = [[[s for s in part if s.owner // node.size == n] for n in range(across.size)] for part in parts]
         self._inside_mean(parts, node, flat)
-        mine = [self.segments[i] for i in parts[node.rank]]
-        runs = owners(mine, across.size)
-        own = self._owned_means(mine, runs, across, flat, seed, residuals)
-        sizes = [_nbytes([mine[i] for i in run], "second") for run in runs]
-        part = torch.cat(across.exchange([own] * across.size, sizes))
-        self.sent.second += (across.size - 1) * own.numel()
-        sizes = [_nbytes([self.segments[i] for i in run], "second") for run in parts]
-        received = node.exchange([part] * node.size, sizes)
-        self.sent.second += (node.size - 1) * part.numel()
-        for data, run in zip(received, parts, strict=True):
-            segments = [self.segments[i] for i in run]
-            owner = {i: r for r, span in enumerate(owners(segments, across.size)) for i in span}
-            seeds = [rank_seed(seed, "second", owner[i]) for i in range(len(segments))]
-            self._decode(segments, "second", data, seeds, flat)
+        own = self._owned_means(runs[node.rank], across, flat, seed, residuals)
+        part = torch.cat(across.exchange([own] * across.size, [_nbytes(run, "second") for run in runs[node.rank]]))
+        received = node.exchange([part] * node.size, [_nbytes(segments, "second") for segments in parts])
+        self.sent.second += (across.size - 1) * own.numel() + (node.size - 1) * part.numel()
+        for data, by_node in zip(received, runs, strict=True):
+            self._decode_means([segment for run in by_node for segment in run], data, seed, flat)
 
     # ---- steps of schedules --------------------------------------------------------------------------------------
 
     def _owned_means(
-        self,
-        segments: Sequence[Segment],
-        runs: Sequence[range],
-        peers: Peers,
-        flat: Tensor,
-        seed: int,
-        residuals: Residuals | None,
+        self, runs: Sequence[Sequence[Segment]], peers: Peers, flat: Tensor, seed: int, residuals: Residuals | None
     ) -> Tensor:
-        """Send every rank the segments that it owns, average those received, and return their second-leg payload."""
+        """Send every peer the segments that it owns, average those received, and return their second-leg payload."""
         first = rank_seed(seed, "first", self.peers.rank)
-        sends = [encode([segments[i] for i in run], "first", flat, first, residuals) for run in runs]
-        mine = [segments[i] for i in runs[peers.rank]]
+        sends = [encode(run, "first", flat, first, residuals) for run in runs]
         received = peers.exchange(sends, [sends[peers.rank].numel()] * peers.size)
         self.sent.first += sum(send.numel() for r, send in enumerate(sends) if r != peers.rank)
-        self._sum(mine, received, [rank_seed(seed, "first", r) for r in peers.members], flat)
-        return encode(mine, "second", flat, rank_seed(seed, "second", peers.rank), residuals)
+        self._sum(runs[peers.rank], received, [rank_seed(seed, "first", r) for r in peers.members], flat)
+        return encode(runs[peers.rank], "second", flat, rank_seed(seed, "second", self.peers.rank), residuals)
 
-    def _inside_mean(self, parts: Sequence[range], node: Peers, flat: Tensor) -> None:
+    def _decode_means(self, segments: Sequence[Segment], data: Tensor, seed: int, flat: Tensor) -> None:
+        self._decode(segments, "second", data, [rank_seed(seed, "second", s.owner) for s in segments], flat)
+
+    def _inside_mean(self, parts: Sequence[Sequence[Segment]], node: Peers, flat: Tensor) -> None:
         """Average inside a node, each rank its part, in the codec of the node's inside."""
-        plain = [Segment(s.start, s.numel, s.param, s.part, self.inside, self.inside) for s in self.segments]
-        sends = [encode([plain[i] for i in run], "first", flat, 0, None) for run in parts]
+        plain = [[replace(segment, first=self.inside) for segment in part] for part in parts]
+        sends = [encode(part, "first", flat, 0, None) for part in plain]
         received = node.exchange(sends, [sends[node.rank].numel()] * node.size)
         self.sent.first += sum(send.numel() for r, send in enumerate(sends) if r != node.rank)
-        self._sum([plain[i] for i in parts[node.rank]], received, [0] * node.size, flat)
+        self._sum(plain[node.rank], received, [0] * node.size, flat)
 
     def _sum(self, segments: Sequence[Segment], buffers: Sequence[Tensor], seeds: Sequence[int], flat: Tensor) -> None:
         """Write the mean of every rank's payload of these segments, in rank order."""

@@ -7,7 +7,7 @@ seeded by parameter and place, so its bytes depend neither on buckets nor on the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from fedq.codecs import Codec
@@ -33,6 +33,7 @@ class Segment:
         part: Number of the segment in the parameter.
         first: Codec of the first leg, from every rank to the owner.
         second: Codec of the second leg, from the owner to every rank.
+        owner: Rank that averages it.
     """
 
     start: int
@@ -41,6 +42,12 @@ class Segment:
     part: int
     first: Codec
     second: Codec
+    owner: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Parameter and part: the segment's name, whatever buffer it lies in."""
+        return self.param, self.part
 
     @property
     def slice(self) -> slice:
@@ -74,19 +81,18 @@ def cut(numels: Sequence[int], codecs: Sequence[tuple[Codec, Codec]], params: Se
     return segments
 
 
-def owners(segments: Sequence[Segment], world_size: int) -> list[range]:
-    """Return the run of segments that each rank owns: contiguous, of about equal payload bytes."""
-    ends = list(accumulate(s.second.payload_nbytes(s.numel) for s in segments))
-    total = ends[-1] if ends else 0
-    runs, begin = [], 0
-    for rank in range(world_size):
-        limit, end = total * (rank + 1) / world_size, begin
-        # a segment goes to the rank in whose share its middle lies
-        while end < len(ends) and (ends[end] + (ends[end - 1] if end else 0)) / 2 <= limit:
-            end += 1
-        runs.append(range(begin, len(ends) if rank == world_size - 1 else end))
-        begin = end
-    return runs
+def assign_owners(segments: Sequence[Segment], world_size: int) -> list[Segment]:
+    """Give each segment, in order, to the rank that owns the fewest payload bytes so far.
+
+    Done once for a whole model, so that an owner, and with it the residual that it keeps, does not change with DDP's
+    buckets; neighbours go to different ranks, so every bucket is shared out.
+    """
+    owned, result = [0] * world_size, []
+    for segment in segments:
+        owner = owned.index(min(owned))
+        owned[owner] += segment.second.payload_nbytes(segment.numel)
+        result.append(replace(segment, owner=owner))
+    return result
 
 
 def choose_schedule(schedule: str, segments: Sequence[Segment], world_size: int, ranks_per_node: int) -> str:
