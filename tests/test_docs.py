@@ -10,6 +10,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+from distributed import run_group
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,6 +66,21 @@ def test_a_row_is_paired_with_the_first_arm(evidence: ModuleType) -> None:
     assert evidence.row("fp32", first, first, []).startswith("| fp32 | 55.00 ± 7.07 |  | 2.0 | 4.0x | 3.0 | 10 |")
     assert "| +1.00 ± 0.00 |" in evidence.row("int4", runs(0.51, 0.61), first, [])
     assert evidence.row("int4", first, first, [0.5, 1.0, 9.0]).endswith("| 10 | - | 10.0 | 20.0 |")
+
+
+def _ddp_example(rank: int) -> int:
+    text = (ROOT / "README.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "fedq.hooks" in b)
+    scope: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "init_process_group", lambda backend: None)  # there is one already
+        exec(block, scope)
+    return scope["state"].sent.first
+
+
+def test_the_readme_ddp_example_runs() -> None:
+    sent = run_group(2, _ddp_example)
+    assert sent[0] == sent[1] == 20 * 128 + 2 * 20 + 2 * 10, "5,120 weights in 4 bits, a scale for 256, 10 biases"
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda plan: plan.name)
