@@ -156,10 +156,14 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, 
 
 
 def replace_section(path: Path, title: str, section: str) -> None:
-    """Put a section in place of the one with the same title, or at the end."""
+    """Put a section in place of the one with the same title, or at the end; what a person wrote about it stays."""
     text = path.read_text() if path.exists() else "# Results\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.M | re.S)
-    new = pattern.sub(lambda _: section + "\n", text) if pattern.search(text) else text.rstrip() + "\n\n" + section
+    old = pattern.search(text)
+    comment = re.search(r"^What it says:\n.*?(?=^Re-made by)", old[0], re.M | re.S) if old else None
+    if comment:
+        section = section.replace("Re-made by", comment[0] + "Re-made by", 1)
+    new = pattern.sub(lambda _: section + "\n", text) if old else text.rstrip() + "\n\n" + section
     path.write_text(new.rstrip() + "\n")
 
 

@@ -56,6 +56,15 @@ def test_a_section_replaces_the_one_of_its_title_and_no_other(evidence: ModuleTy
     assert page.read_text() == "# Results\n\n## A\n\nthree\n\n## B\n\ntwo\n"
 
 
+def test_what_a_person_wrote_about_a_table_stays(evidence: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("# Results\n\n## One\n\nold\n\nWhat it says:\n\n- much\n\nRe-made by `this`.\n\n## Two\n\nother\n")
+    evidence.replace_section(page, "One", "## One\n\nnew\n\nRe-made by `that`.\n")
+    assert page.read_text() == (
+        "# Results\n\n## One\n\nnew\n\nWhat it says:\n\n- much\n\nRe-made by `that`.\n\n## Two\n\nother\n"
+    )
+
+
 def test_a_row_is_paired_with_the_first_arm(evidence: ModuleType) -> None:
     def runs(*accuracies: float) -> list[dict]:
         bytes_ = {"uplink_bytes": 2_000_000, "downlink_bytes": 3_000_000, "uplink_bytes_fp32": 8_000_000}
