@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "runs":
         return _list_runs(argv[1:])
+    if argv and argv[0] == "doctor":
+        return _examine(argv[1:])
     try:
         ranks = detect(os.environ)
     except FieldError as error:  # nobody knows which rank it is
@@ -119,6 +121,14 @@ def _list_runs(argv: Sequence[str]) -> int:
     except FieldError as error:
         return _refuse(error, "error")
     return 0
+
+
+def _examine(argv: Sequence[str]) -> int:
+    """Say what this machine offers, what serves, and what is missing: `fedq doctor`."""
+    from fedq.doctor import main as examine
+
+    argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} doctor", description=_examine.__doc__).parse_args(argv)
+    return examine()
 
 
 def _run(config: Config, ranks: Ranks) -> int:

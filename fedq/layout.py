@@ -153,6 +153,18 @@ class Layout:
         for i, (span, data) in enumerate(zip(self.spans, datas, strict=True)):
             yield span, Payload(data, span.codec, span.shape, torch.float32, kernels.span_seed(seed, i))
 
+    def decode_sum(
+        self, messages: Sequence[Sequence[Tensor]], out: Tensor, *, seeds: Sequence[int], weights: Sequence[float]
+    ) -> None:
+        """Replace a flat float32 buffer by the sum of ``weight · decoded`` over messages, in the order given.
+
+        The same floats as `decode_add` of each message to zeros, but the buffer passes through memory once.
+        """
+        rows = [self.payloads(datas, seed=seed) for datas, seed in zip(messages, seeds, strict=True)]
+        for span, *column in zip(self.spans, *rows, strict=True):
+            payloads = [payload for _, payload in column]
+            span.codec.decode_sum(payloads, weights, out[span.slice].view(span.shape))
+
     def decode_add(self, datas: Sequence[Tensor], out: Tensor, *, seed: int, weight: float = 1.0) -> None:
         """Add ``weight · decoded`` to a flat float32 buffer in place."""
         for span, payload in self.payloads(datas, seed=seed):

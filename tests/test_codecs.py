@@ -19,9 +19,9 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 import fedq.codecs.base as base
-import fedq.codecs.grouped as grouped
 from fedq.codecs import Codec, codec, codec_names, codec_schedule
 from fedq.errors import FieldError
+from fedq.kernels import reference
 
 OPTIONS = {
     "int1": ["rounding=stochastic", "scale=tensor"],
@@ -294,12 +294,13 @@ def test_the_documented_codec_passes_the_contract(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("spec", ["int1", "int3", "int4", "int8:rounding=stochastic", "ternary:rotate=true", "sign"])
 @pytest.mark.parametrize("tail", [0, 1, 300])
 def test_chunks_never_show(spec: str, tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDQ_KERNELS", "reference")
     x, c = gaussian(CHUNK + tail), codec(spec)
     payload = c.encode(x, seed=11)
     whole = payload.decode()
     assert payload.nbytes == c.payload_nbytes(x.numel())
     for chunk in (1 << 12, 1 << 20):
-        monkeypatch.setattr(grouped, "_CHUNK", chunk)
+        monkeypatch.setattr(reference.blocks, "CHUNK", chunk)
         assert torch.equal(c.encode(x, seed=11).data, payload.data)
         assert torch.equal(payload.decode(), whole)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedq import kernels
 from fedq.errors import FieldError
+from fedq.kernels import cpu
 
 MASK = 2**32 - 1
 words = st.integers(0, MASK)
@@ -246,3 +247,71 @@ def test_join_bytes_into_a_buffer() -> None:
     out = torch.empty(3, dtype=torch.uint8)
     assert kernels.join_bytes(sections, out) is out
     assert out.tolist() == kernels.join_bytes(sections).tolist() == [1, 2, 3]
+
+
+# ---- which implementation serves -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "why_missing", lambda: "it was not built")
+
+
+def test_the_device_chooses_and_the_reference_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDQ_KERNELS", raising=False)
+    assert kernels.implementation("cpu") == ("reference" if cpu.why_missing() else "cpp")
+    assert kernels.implementation("meta") == "reference"
+    monkeypatch.setattr(cpu, "why_missing", lambda: "it was not built")
+    assert kernels.implementation("cpu") == "reference"
+
+
+def test_the_environment_forces_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDQ_KERNELS", "reference")
+    assert kernels.implementation("cpu") == "reference"
+    monkeypatch.setattr(cpu, "why_missing", lambda: "")
+    monkeypatch.setenv("FEDQ_KERNELS", "cpp")
+    assert kernels.implementation("cpu") == "cpp"
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize(
+    ("wanted", "device", "reason"),
+    [
+        ("cpp", "cpu", "it was not built"),
+        ("cuda", "cpu", "cpp, reference, triton"),
+        ("tritn", "cpu", "did you mean 'triton'"),
+    ],
+)
+def test_what_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, reason: str) -> None:
+    monkeypatch.setenv("FEDQ_KERNELS", wanted)
+    with pytest.raises(FieldError, match=f"FEDQ_KERNELS='{wanted}'.*{reason}"):
+        kernels.implementation(device)
+    with pytest.raises(FieldError, match="FEDQ_KERNELS"):
+        kernels.encode(kernels.CastPlan("bf16"), torch.zeros(3), seed=0)
+
+
+def test_an_implementation_serves_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "why_missing", lambda: "")
+    monkeypatch.setenv("FEDQ_KERNELS", "cpp")
+    with pytest.raises(FieldError, match="its tensors are not on 'cuda'"):
+        kernels.implementation("cuda")
+
+
+def test_a_plan_that_the_fast_kernels_do_not_serve_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDQ_KERNELS", raising=False)
+    monkeypatch.setattr(cpu, "why_missing", lambda: "")
+    monkeypatch.setattr(cpu, "supports", lambda plan, num, dtype: isinstance(plan, kernels.CastPlan))
+    monkeypatch.setattr(cpu, "encode", lambda plan, x, **options: torch.tensor([1]))
+    odd = kernels.BlockPlan("integer", 4, block=300)
+    assert kernels.encode(odd, torch.ones(300), seed=0).numel() == odd.nbytes(300) == 152
+    assert kernels.encode(kernels.CastPlan("bf16"), torch.ones(3), seed=0).tolist() == [1]
+
+
+@given(st.sampled_from(["integer", "ternary", "sign"]), st.integers(1, 2000), st.integers(3, 10), st.booleans())
+def test_a_plan_knows_its_sizes(kind: str, num: int, log_block: int, rotate: bool) -> None:
+    bits = {"integer": 3, "ternary": 0, "sign": 1}[kind]
+    plan = kernels.BlockPlan(kind, bits, 1 << (8 if rotate else log_block), rotate)  # type: ignore[arg-type]
+    data = kernels.reference.encode(plan, torch.ones(num), seed=1)
+    codes = math.ceil(num / 256) * 256 if rotate else num
+    bytes_of_codes = math.ceil(codes / 5) if kind == "ternary" else math.ceil(codes * bits / 8)
+    assert data.numel() == plan.nbytes(num) == bytes_of_codes + 2 * math.ceil(codes / plan.block)

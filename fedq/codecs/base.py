@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedq import kernels
 from fedq.errors import FieldError, one_of
+from fedq.kernels import CastPlan, Plan
 
 Shape = Sequence[int]
 CodecType = TypeVar("CodecType", bound="type[Codec]")
@@ -58,8 +59,8 @@ class Payload:
 class Codec(ABC):
     """A stateless compressor of one tensor.
 
-    A subclass is a frozen dataclass that writes `_encode`, `_decode` and `_sections`; everything else has a default
-    that a fused kernel may replace. See ``docs/adding_a_codec.md``.
+    A subclass is a frozen dataclass that writes `_encode`, `_decode` and `_sections`; everything else has a default.
+    A codec that the kernels know is a `Planned`. See ``docs/adding_a_codec.md``.
     """
 
     fixed_size: ClassVar[bool] = True
@@ -114,15 +115,11 @@ class Codec(ABC):
         Raises:
             FieldError: Not a floating-point tensor, or ``out`` has another size.
         """
-        if not x.is_floating_point():
-            raise FieldError("x.dtype", x.dtype, "a floating-point tensor")
-        shape = tuple(x.shape)
-        flat = x.detach().reshape(-1).to(torch.float32)
-        sections = self._encode(flat, shape, seed) if flat.numel() else [flat.new_empty(0, dtype=torch.uint8)]
-        nbytes = sum(section.numel() for section in sections)
-        if out is not None and out.numel() != nbytes:
-            raise FieldError("out bytes", out.numel(), f"{nbytes} for {self.spec} and shape {shape}")
-        return Payload(kernels.join_bytes(sections, out), self, shape, x.dtype, seed)
+        shape, flat = tuple(x.shape), _flat(x)
+        if out is not None and self.fixed_size:
+            self._check_out(out, self.payload_nbytes(shape), shape)
+        data = self._encode_flat(flat, shape, seed, out, None) if flat.numel() else _nothing(flat, out)
+        return Payload(data, self, shape, x.dtype, seed)
 
     def decode(self, payload: Payload) -> Tensor:
         """Return the decoded tensor, in the original shape and data type.
@@ -131,11 +128,11 @@ class Codec(ABC):
             FieldError: The payload is cut short or too long for its shape.
         """
         num = math.prod(payload.shape)
-        if num == 0:
-            return torch.empty(payload.shape, dtype=payload.dtype, device=payload.data.device)
-        self.check_nbytes(payload.data, payload.shape)
-        flat = self._decode(payload.data, payload.shape, payload.seed)
-        return flat.view(payload.shape).to(payload.dtype)
+        out = torch.empty(num, device=payload.data.device)
+        if num:
+            self.check_nbytes(payload.data, payload.shape)
+            self._decode_flat(payload, out, None)
+        return out.view(payload.shape).to(payload.dtype)
 
     def encode_with_residual(self, x: Tensor, residual: Tensor, *, seed: int, out: Tensor | None = None) -> Payload:
         """Encode ``x + residual`` and replace the residual in place by what the payload lost.
@@ -149,15 +146,65 @@ class Codec(ABC):
             seed: As for `encode`.
             out: As for `encode`.
         """
-        total = x.to(torch.float32) + residual
-        payload = self.encode(total, seed=seed, out=out)
-        new = total - self.decode(payload)
-        residual.copy_(torch.where(new.isfinite(), new, residual))
-        return replace(payload, dtype=x.dtype)
+        shape, flat = tuple(x.shape), _flat(x)
+        if residual.dtype != torch.float32 or residual.shape != x.shape:
+            raise FieldError("residual", (residual.dtype, tuple(residual.shape)), f"torch.float32, {shape}")
+        if out is not None and self.fixed_size:
+            self._check_out(out, self.payload_nbytes(shape), shape)
+        kept = residual.detach().reshape(-1).contiguous()
+        data = self._encode_flat(flat, shape, seed, out, kept) if flat.numel() else _nothing(flat, out)
+        if not residual.is_contiguous():
+            residual.copy_(kept.view(shape))
+        return Payload(data, self, shape, x.dtype, seed)
 
     def decode_add(self, payload: Payload, out: Tensor, weight: float = 1.0) -> None:
         """Add ``weight · decoded`` to ``out`` in place (product and sum rounded separately)."""
-        out.add_(self.decode(payload).to(out.dtype).mul_(weight))
+        plain = payload.dtype == out.dtype == torch.float32 and out.is_contiguous() and out.numel() > 0
+        if not plain or out.shape != payload.shape:
+            out.add_(self.decode(payload).to(out.dtype).mul_(weight))
+            return
+        self.check_nbytes(payload.data, payload.shape)
+        self._decode_flat(payload, out.detach().view(-1), weight)
+
+    def decode_sum(self, payloads: Sequence[Payload], weights: Sequence[float], out: Tensor) -> None:
+        """Replace ``out`` by the sum of ``weight · decoded``, from zero and in the order given: `decode_add` of each.
+
+        Args:
+            payloads: Of this codec and of one shape.
+            weights: One for each payload.
+            out: Contiguous float32 of that shape.
+        """
+        out.zero_()
+        for payload, weight in zip(payloads, weights, strict=True):
+            self.decode_add(payload, out, weight)
+
+    # ---- the same, flat; what `Planned` gives to the kernels ------------------------------------------------------
+
+    def _encode_flat(self, x: Tensor, shape: Shape, seed: int, out: Tensor | None, residual: Tensor | None) -> Tensor:
+        """Encode flat, contiguous, non-empty ``x`` (float32, bfloat16, float16) with a flat residual or none."""
+        total = x.to(torch.float32)
+        if residual is not None:
+            total = total + residual
+        sections = self._encode(total, shape, seed)
+        if out is not None:
+            self._check_out(out, sum(section.numel() for section in sections), shape)
+        data = kernels.join_bytes(sections, out)
+        if residual is not None:
+            new = total - self._decode(data, shape, seed)
+            residual.copy_(torch.where(new.isfinite(), new, residual))
+        return data
+
+    def _decode_flat(self, payload: Payload, out: Tensor, weight: float | None) -> None:
+        """Decode into flat float32 ``out``, or add ``weight`` times it."""
+        decoded = self._decode(payload.data, payload.shape, payload.seed)
+        if weight is None:
+            out.copy_(decoded)
+        else:
+            out.add_(decoded.mul_(weight))
+
+    def _check_out(self, out: Tensor, nbytes: int, shape: Shape) -> None:
+        if out.numel() != nbytes:
+            raise FieldError("out bytes", out.numel(), f"{nbytes} for {self.spec} and shape {tuple(shape)}")
 
     def codes(self, payload: Payload) -> Tensor | None:
         """Return the unpacked integer codes, for statistics, or None if the codec has none."""
@@ -199,6 +246,57 @@ class Codec(ABC):
 
     def __str__(self) -> str:
         return self.spec
+
+
+class Planned(Codec):
+    """A codec whose work is a plan of `fedq.kernels`: one pass for residual and code, none for anything in between."""
+
+    @abstractmethod
+    def _plan(self, shape: Shape) -> Plan:
+        """Return the plan for a non-empty shape."""
+
+    def _encode(self, x: Tensor, shape: Shape, seed: int) -> list[Tensor]:
+        return [kernels.encode(self._plan(shape), x, seed=seed)]
+
+    def _decode(self, data: Tensor, shape: Shape, seed: int) -> Tensor:
+        out = torch.empty(math.prod(shape), device=data.device)
+        kernels.decode(self._plan(shape), data, out.numel(), seed=seed, out=out)
+        return out
+
+    def _encode_flat(self, x: Tensor, shape: Shape, seed: int, out: Tensor | None, residual: Tensor | None) -> Tensor:
+        data = kernels.encode(self._plan(shape), x, seed=seed, out=out if self.fixed_size else None, residual=residual)
+        if self.fixed_size or out is None:
+            return data
+        self._check_out(out, data.numel(), shape)
+        return out.copy_(data)
+
+    def decode_sum(self, payloads: Sequence[Payload], weights: Sequence[float], out: Tensor) -> None:
+        """Replace ``out`` by the weighted sum: chunk by chunk in cache, so memory sees ``out`` once."""
+        if not payloads or not out.numel():
+            out.zero_()
+            return
+        for payload in payloads:
+            self.check_nbytes(payload.data, payload.shape)
+        datas, seeds = [p.data for p in payloads], [p.seed for p in payloads]
+        plan, flat = self._plan(payloads[0].shape), out.detach().view(-1)
+        into = flat.view(torch.uint8)
+        kernels.reduce(plan, datas, weights, seeds, CastPlan("fp32"), flat.numel(), seed=0, out=into)
+
+    def _decode_flat(self, payload: Payload, out: Tensor, weight: float | None) -> None:
+        plan = self._plan(payload.shape)
+        kernels.decode(plan, payload.data, out.numel(), seed=payload.seed, out=out, weight=weight)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return ``x`` flat in row-major order and contiguous, in a type that the kernels read."""
+    if not x.is_floating_point():
+        raise FieldError("x.dtype", x.dtype, "a floating-point tensor")
+    flat = x.detach().reshape(-1).contiguous()
+    return flat if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else flat.to(torch.float32)
+
+
+def _nothing(flat: Tensor, out: Tensor | None) -> Tensor:
+    return flat.new_empty(0, dtype=torch.uint8) if out is None else out
 
 
 # ---- the registry ------------------------------------------------------------------------------------------------

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fedq import kernels
-from fedq.codecs.base import Codec, Shape, register
+from fedq.codecs.base import Planned, Shape, register
 from fedq.errors import FieldError
+from fedq.kernels import CastPlan
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = ("fp32", "fp16", "bf16")
 
 
 @register("fp32", dtype="fp32")
 @register("fp16", dtype="fp16")
 @register("bf16", dtype="bf16")
 @dataclass(frozen=True)
-class Cast(Codec):
+class Cast(Planned):
     """Cast to a float type, nearest even: 32 or 16 bits an element, nothing else.
 
     float16 saturates at +-65,504 so that a large finite value stays finite; NaN and infinity pass through.
     """
 
-    dtype: str = "bf16"
+    dtype: Literal["fp32", "fp16", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -41,15 +41,8 @@ class Cast(Codec):
         """False: what a cast loses is below the noise of training."""
         return False
 
-    def _encode(self, x: Tensor, shape: Shape, seed: int) -> list[Tensor]:
-        if self.dtype == "fp16":
-            x = torch.where(x.isinf(), x, x.clamp(-65504.0, 65504.0))
-        if self.dtype == "bf16":
-            return [kernels.bf16_bytes(x)]
-        return [x.to(_DTYPES[self.dtype], copy=True).view(torch.uint8)]  # a payload never shares the input's memory
-
-    def _decode(self, data: Tensor, shape: Shape, seed: int) -> Tensor:
-        return data.clone().view(_DTYPES[self.dtype]).to(torch.float32)
+    def _plan(self, shape: Shape) -> CastPlan:
+        return CastPlan(self.dtype)
 
     def _sections(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
-        return {"codes": math.prod(shape) * _DTYPES[self.dtype].itemsize}
+        return {"codes": self._plan(shape).nbytes(math.prod(shape))}

@@ -1,7 +1,7 @@
 """What the scaled codecs share: groups of elements, one bfloat16 scale a group, and the guards around scales.
 
-`Grouped` settles how a tensor falls into groups (block, tensor, channel), runs the passes in cache-sized chunks and
-lays out ``codes | scales``; a codec adds its own rule from values to scale and codes.
+`Scaled` holds the options and how a tensor falls into groups (block, tensor, channel); the built-in codecs turn it
+into a plan of the kernels. `Grouped` is for a codec that brings its own rule from values to scale and codes.
 """
 
 from __future__ import annotations
@@ -11,38 +11,20 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from fedq import kernels
-from fedq.codecs.base import Codec, Payload, Shape
+from fedq.codecs.base import Codec, Payload, Planned, Shape
 from fedq.errors import FieldError
+from fedq.kernels import BlockPlan, reference
+from fedq.kernels.reference import ROTATION, rounded_scale, safe_inverse
+from fedq.kernels.reference.blocks import Blocks, Rule, decode_blocks, encode_blocks
 
-_CHUNK = 1 << 15
-"""A fifth of the elements a pass works on at a time, so that its temporaries stay in cache; never visible in the
-bytes. Five of them are whole bytes of trits too."""
-_SMALLEST = 2.0**-126
-"""Scales below the smallest normal number count as zero: their reciprocal would overflow."""
-
-
-def safe_inverse(scale: Tensor) -> Tensor:
-    """Return 1/scale, and 0 where the scale is zero or denormal (NaN stays NaN)."""
-    return torch.where(scale < _SMALLEST, torch.zeros_like(scale), 1.0 / scale)
-
-
-def rounded_scale(scale: Tensor, *, up: bool = False) -> Tensor:
-    """Return the scale as bfloat16 in float32, denormal as zero, rounded up if nothing may be clipped."""
-    rounded = scale.to(torch.bfloat16)
-    if up:
-        bits = rounded.view(torch.int16)
-        rounded = torch.where(rounded.to(torch.float32) < scale, bits + 1, bits).view(torch.bfloat16)
-    rounded = rounded.to(torch.float32)
-    return torch.where(rounded < _SMALLEST, torch.zeros_like(rounded), rounded)
+__all__ = ["Grouped", "PlannedScaled", "Scaled", "rounded_scale", "safe_inverse"]
 
 
 @dataclass(frozen=True)
-class Grouped(Codec):
-    """A codec with one scale a group of elements."""
+class Scaled(Codec):
+    """A codec with one bfloat16 scale a group of elements."""
 
     smallest_block: ClassVar[int] = 8
 
@@ -65,7 +47,7 @@ class Grouped(Codec):
             raise FieldError(f"{name}:rotate", self.rotate, "auto, true, false")
         if self.rotates and self.scale == "channel":
             raise FieldError(f"{name}:rotate", self.rotate, "false when scale=channel (rotation mixes channels)")
-        if self.rotates and self.block < kernels.reference.ROTATION:
+        if self.rotates and self.block < ROTATION:
             raise FieldError(f"{name}:block", self.block, "at least 256 when rotate=true")
 
     @property
@@ -81,7 +63,40 @@ class Grouped(Codec):
         """True for stochastic rounding: its grid spans the largest magnitude, so nothing is clipped."""
         return self.rounding == "stochastic"
 
-    # ---- a codec's own rule --------------------------------------------------------------------------------------
+    def _num_codes(self, num: int) -> int:
+        """Codes of ``num`` elements: rotation codes its padding too."""
+        return -(-num // ROTATION) * ROTATION if self.rotates else num
+
+    def _group_width(self, shape: Shape) -> int:
+        num = self._num_codes(math.prod(shape))
+        if self.scale == "block":
+            return self.block
+        return num // shape[0] if self.scale == "channel" and len(shape) > 1 else num
+
+
+@dataclass(frozen=True)
+class PlannedScaled(Planned, Scaled):
+    """A scaled codec that the kernels know: a subclass writes `_plan`."""
+
+    @abstractmethod
+    def _plan(self, shape: Shape) -> BlockPlan:
+        """Return the plan; the groups of ``scale=tensor`` and ``scale=channel`` are blocks of another width."""
+
+    def codes(self, payload: Payload) -> Tensor:
+        """Return the unpacked codes, flat uint8; with rotation those of the padding too."""
+        num = math.prod(payload.shape)
+        if num == 0:
+            return payload.data
+        return reference.blocks.codes(self._plan(payload.shape), payload.data, num)
+
+    def _sections(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
+        plan, num = self._plan(shape), math.prod(shape)
+        return {"codes": plan.codes_nbytes(num), "scales": 2 * plan.num_blocks(num)}
+
+
+@dataclass(frozen=True)
+class Grouped(Scaled):
+    """A scaled codec with its own rule, in plain torch."""
 
     @abstractmethod
     def _quantize(self, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,54 +126,17 @@ class Grouped(Codec):
 
     # ---- the passes ----------------------------------------------------------------------------------------------
 
-    def _num_codes(self, num: int) -> int:
-        """Codes of ``num`` elements: rotation codes its padding too."""
-        return -(-num // kernels.reference.ROTATION) * kernels.reference.ROTATION if self.rotates else num
+    def _rule(self) -> Rule:
+        return Rule(self._quantize, self._levels, self._pack, self._unpack, self._codes_nbytes)
 
-    def _group_width(self, shape: Shape) -> int:
-        num = self._num_codes(math.prod(shape))
-        if self.scale == "block":
-            return self.block
-        return num // shape[0] if self.scale == "channel" and len(shape) > 1 else num
-
-    def _chunk(self, shape: Shape) -> int:
-        """Elements a chunk: whole groups and whole bytes of codes."""
-        return 5 * max(self.block, _CHUNK) if self.scale == "block" else max(1, math.prod(shape))
+    def _blocks(self, shape: Shape) -> Blocks:
+        return Blocks(self._group_width(shape), self.rotates, self.rounding == "stochastic")
 
     def _encode(self, x: Tensor, shape: Shape, seed: int) -> list[Tensor]:
-        step = self._chunk(shape)
-        codes, scales = [], []
-        for start in range(0, x.numel(), step):
-            chunk_codes, chunk_scales = self._encode_chunk(x[start : start + step], shape, seed, start)
-            codes.append(chunk_codes)
-            scales.append(kernels.bf16_bytes(chunk_scales))
-        return codes + scales
-
-    def _encode_chunk(self, x: Tensor, shape: Shape, seed: int, start: int) -> tuple[Tensor, Tensor]:
-        y = kernels.rotate(x, seed, start=start) if self.rotates else x
-        width = self._group_width(shape)
-        groups = kernels.to_groups(y, width)
-        counts = torch.full((groups.shape[0], 1), float(width), device=x.device)
-        counts[-1] = y.numel() - width * (groups.shape[0] - 1)
-        noise = None
-        if self.rounding == "stochastic":
-            noise = kernels.to_groups(kernels.uniform(y.numel(), seed, start=start, device=x.device), width)
-        codes, scales = self._quantize(groups, counts, noise)
-        return self._pack(kernels.from_groups(codes, width, y.numel())), scales
+        return encode_blocks(self._rule(), self._blocks(shape), x, seed=seed)
 
     def _decode(self, data: Tensor, shape: Shape, seed: int) -> Tensor:
-        num, width, step = math.prod(shape), self._group_width(shape), self._chunk(shape)
-        scales = kernels.bf16_from_bytes(data[self._codes_nbytes(self._num_codes(num)) :])
-        out = torch.empty(num, device=data.device)
-        for start in range(0, num, step):
-            size = min(step, num - start)
-            at = self._codes_nbytes(start)
-            codes = self._unpack(data[at : at + self._codes_nbytes(self._num_codes(size))], self._num_codes(size))
-            levels = kernels.to_groups(self._levels(codes), width)
-            first = start // width
-            y = kernels.from_groups(levels * scales[first : first + levels.shape[0]].unsqueeze(1), width, codes.numel())
-            out[start : start + size] = kernels.unrotate(y, seed, size, start=start) if self.rotates else y
-        return out
+        return decode_blocks(self._rule(), self._blocks(shape), data, math.prod(shape), seed=seed)
 
     def codes(self, payload: Payload) -> Tensor:
         """Return the unpacked codes, flat uint8; with rotation those of the padding too."""
@@ -168,10 +146,3 @@ class Grouped(Codec):
     def _sections(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
         num = self._num_codes(math.prod(shape))
         return {"codes": self._codes_nbytes(num), "scales": 2 * -(-num // self._group_width(shape))}
-
-
-def element_mask(groups: Tensor, counts: Tensor) -> Tensor:
-    """Return 1 where a group has an element and 0 in its padding, (g, 2^n) or (1, 1) if all groups are full."""
-    if bool((counts == groups.shape[1]).all()):
-        return groups.new_ones(1, 1)
-    return (torch.arange(groups.shape[1], device=groups.device) < counts).to(torch.float32)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from fedq import kernels
-from fedq.codecs.base import Codec, register
-from fedq.codecs.grouped import Grouped, rounded_scale, safe_inverse
+from fedq.codecs.base import Codec, Shape, register
+from fedq.codecs.grouped import PlannedScaled
 from fedq.errors import FieldError
+from fedq.kernels import BlockPlan
 
 
 @register("sign")
 @dataclass(frozen=True)
-class Sign(Grouped):
+class Sign(PlannedScaled):
     """Scaled sign: ``1 + 16/block`` bits an element, bit 1 for a negative value.
 
     ``magnitude=mean`` is ``|x|_1 / n``, the contraction of EF-signSGD (Karimireddy et al. 2019); ``unbiased`` is
@@ -48,27 +45,12 @@ class Sign(Grouped):
             return self
         return replace(self, magnitude="unbiased" if self.rotates and not feedback else "mean")
 
-    def _quantize(self, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        if noise is not None:
-            scale = rounded_scale(kernels.absmax(groups), up=True)
-            positive = groups * safe_inverse(scale).unsqueeze(1) > 2.0 * noise - 1.0
-            return (~positive).to(torch.uint8), scale
-        total = kernels.tree_sum(groups.abs())
-        if self.magnitude == "unbiased":
-            # x·(x/|x|_1) instead of x²/|x|_1: a square leaves float32's range at 1e19 and at 1e-23.
-            scale = kernels.tree_sum(groups * (groups * safe_inverse(total).unsqueeze(1)))
-        else:
-            scale = total / counts[:, 0]
-        return (groups < 0).to(torch.uint8), rounded_scale(scale)
-
-    def _levels(self, codes: Tensor) -> Tensor:
-        return 1.0 - 2.0 * codes.to(torch.float32)
-
-    def _pack(self, codes: Tensor) -> Tensor:
-        return kernels.pack_bits(codes, 1)
-
-    def _unpack(self, data: Tensor, num: int) -> Tensor:
-        return kernels.unpack_bits(data, 1, num)
-
-    def _codes_nbytes(self, num: int) -> int:
-        return kernels.packed_nbytes(num, 1)
+    def _plan(self, shape: Shape) -> BlockPlan:
+        return BlockPlan(
+            "sign",
+            1,
+            self._group_width(shape),
+            rotate=self.rotates,
+            stochastic=self.rounding == "stochastic",
+            unbiased=self.magnitude == "unbiased",
+        )

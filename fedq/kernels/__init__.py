@@ -1,9 +1,24 @@
 """Numeric passes that the codecs stand on: one set of names, served by device.
 
-`reference` (plain torch) is the oracle and runs everywhere; faster twins with the same names and the same bytes
-are chosen here and nowhere else.
+A plan (`CastPlan`, `BlockPlan`, `SparsePlan`) says what to compute; `encode`, `decode` and `reduce` compute it. There
+are three implementations: `reference` in plain torch, the oracle, for every plan and device; `cpu` in C++ and `triton`
+on the GPU, with the same bytes and the same floats, for the plans that they `supports`. Which one serves is decided
+here and nowhere else: by the tensor's device, by what is available, or by ``FEDQ_KERNELS=reference|cpp|triton``.
 """
 
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fedq.errors import FieldError, one_of
+from fedq.kernels import reference
+from fedq.kernels.plan import BlockPlan, CastPlan, Plan, SparsePlan
 from fedq.kernels.reference import (
     absmax,
     bf16_bytes,
@@ -32,21 +47,29 @@ from fedq.kernels.reference import (
 )
 
 __all__ = [
+    "BlockPlan",
+    "CastPlan",
+    "Plan",
+    "SparsePlan",
     "absmax",
     "bf16_bytes",
     "bf16_from_bytes",
+    "decode",
     "derive_seed",
     "elias_fano_decode",
     "elias_fano_encode",
     "elias_fano_nbytes",
+    "encode",
     "from_groups",
     "hash32",
     "hash_int",
+    "implementation",
     "join_bytes",
     "mix32",
     "pack_bits",
     "pack_trits",
     "packed_nbytes",
+    "reduce",
     "rotate",
     "signs",
     "span_seed",
@@ -57,3 +80,155 @@ __all__ = [
     "unpack_trits",
     "unrotate",
 ]
+
+_MODULES = {"reference": "fedq.kernels.reference", "cpp": "fedq.kernels.cpu", "triton": "fedq.kernels.triton"}
+_BY_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+
+
+# ---- which implementation ----------------------------------------------------------------------------------------
+
+
+def implementation(device: torch.device | str) -> str:
+    """Return which implementation serves tensors on a device: ``reference``, ``cpp`` or ``triton``.
+
+    Raises:
+        FieldError: ``FEDQ_KERNELS`` names an unknown implementation, or one that is not available or not for this
+            device.
+    """
+    kind = torch.device(device).type
+    wanted = os.environ.get("FEDQ_KERNELS", "")
+    if not wanted:
+        name = _BY_DEVICE.get(kind, "reference")
+        return "reference" if _why_missing(name) else name
+    if wanted not in _MODULES:
+        raise FieldError("FEDQ_KERNELS", wanted, one_of(_MODULES, wanted))
+    missing = _why_missing(wanted)
+    if not missing and wanted not in ("reference", _BY_DEVICE.get(kind)):
+        missing = f"its tensors are not on {kind!r}"
+    if missing:
+        raise FieldError("FEDQ_KERNELS", wanted, f"reference, or one that is available here ({missing})")
+    return wanted
+
+
+def _why_missing(name: str) -> str:
+    """Return in words why an implementation cannot serve, empty if it can."""
+    if name == "reference":
+        return ""
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return str(error)
+    reason: str = module.why_missing()
+    return reason
+
+
+def _serving(device: torch.device, *plans: Plan, num: int, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """Return the module that serves all these plans."""
+    name = implementation(device)
+    if name == "reference":
+        return reference
+    module = importlib.import_module(_MODULES[name])
+    return module if all(module.supports(plan, num, dtype) for plan in plans) else reference
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, num: int | None = None) -> None:
+    """Raise `FieldError` unless a tensor is flat, contiguous and as asked: fast kernels see bare addresses."""
+    good = x.dtype == dtype and x.device == device and x.dim() == 1 and (num is None or x.numel() == num)
+    if not good or not (dtype == torch.uint8 or x.is_contiguous()):
+        size = "" if num is None else f" of {num} elements"
+        found = f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}, {x.device}"
+        raise FieldError(name, found, f"flat contiguous {dtype}{size} on {device}")
+
+
+# ---- the interface -----------------------------------------------------------------------------------------------
+
+
+def encode(plan: Plan, x: Tensor, *, seed: int, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Encode a flat tensor.
+
+    Args:
+        plan: What to compute.
+        x: Flat and contiguous, at least one element, float32, bfloat16 or float16.
+        seed: 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
+        out: Optional uint8 buffer of exactly the payload's size.
+        residual: Optional flat contiguous float32 like ``x``, added to it and replaced in place, value by value, by
+            ``total - decoded``; where that is not finite the old value stays.
+
+    Returns:
+        The uint8 payload, in ``out`` if given. Its bytes do not depend on implementation, device or threads.
+
+    Raises:
+        FieldError: A tensor of another type, size or device than described.
+    """
+    _check("x", x, x.dtype, x.device)
+    if residual is not None:
+        _check("residual", residual, torch.float32, x.device, x.numel())
+    if out is not None:
+        _check("out", out, torch.uint8, x.device)
+    return _serving(x.device, plan, num=x.numel(), dtype=x.dtype).encode(  # type: ignore[no-any-return]
+        plan, x, seed=seed, out=out, residual=residual
+    )
+
+
+def decode(plan: Plan, data: Tensor, num: int, *, seed: int, out: Tensor, weight: float | None = None) -> None:
+    """Decode a payload into a flat float32 buffer, or add it.
+
+    Args:
+        plan: The plan that encoded it.
+        data: The payload.
+        num: Elements.
+        seed: The seed that encoded it.
+        out: Flat contiguous float32 of ``num`` elements.
+        weight: None: ``out = decoded``; otherwise ``out += weight · decoded``, product and sum rounded separately.
+
+    Raises:
+        FieldError: A tensor of another type, size or device than described.
+    """
+    _check("data", data, torch.uint8, data.device)
+    _check("out", out, torch.float32, data.device, num)
+    _serving(data.device, plan, num=num).decode(plan, data, num, seed=seed, out=out, weight=weight)
+
+
+def reduce(
+    plan_in: Plan,
+    datas: Sequence[Tensor],
+    weights: Sequence[float],
+    seeds: Sequence[int],
+    plan_out: Plan,
+    num: int,
+    *,
+    seed: int,
+    out: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Encode the weighted sum of payloads of one tensor: what the owner of a shard does.
+
+    Args:
+        plan_in: The plan of the payloads.
+        datas: One payload or more.
+        weights: One for each payload.
+        seeds: The seed of each payload.
+        plan_out: The plan of the result.
+        num: Elements.
+        seed: The seed of the result.
+        out: As for `encode`.
+        residual: As for `encode`, for ``x = sum(weight · decoded)``, summed in float32 from zero in the order given.
+
+    Returns:
+        The uint8 payload, the same as of `decode` with weights in a loop and `encode`.
+
+    Raises:
+        FieldError: A tensor of another type, size or device than described, or no payload at all.
+    """
+    if not datas or not len(datas) == len(weights) == len(seeds):
+        raise FieldError("payloads", (len(datas), len(weights), len(seeds)), "as many weights and seeds, at least one")
+    for data in datas:
+        _check("data", data, torch.uint8, datas[0].device)
+    if residual is not None:
+        _check("residual", residual, torch.float32, datas[0].device, num)
+    if out is not None:
+        _check("out", out, torch.uint8, datas[0].device)
+    module = _serving(datas[0].device, plan_in, plan_out, num=num)
+    return module.reduce(  # type: ignore[no-any-return]
+        plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual
+    )

@@ -1,8 +1,8 @@
-"""Plain-torch passes: hashing, sums, rotation and bit packing; the oracle for every faster twin.
+"""Plain-torch primitives: hashing, sums, rotation, bfloat16, bit packing and sorted indices.
 
 Four rules make the bytes the same on every device and in every implementation: sums inside a group run as a halving
 tree, products are never fused into sums, the Hadamard butterflies run from the smallest stride to the largest, and
-randomness is a 32-bit hash of (seed, element index). No codec lives here.
+randomness is a 32-bit hash of (seed, element index). No plan lives here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError
+from fedq.kernels.plan import ROTATION, elias_fano_low_bits
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 _NOISE = 0x85EBCA6B
-ROTATION = 256
-"""Width of the Hadamard rotation; its norm is 1/16."""
+_SMALLEST = 2.0**-126
+"""Scales below the smallest normal number count as zero: their reciprocal would overflow."""
 
 
 # ---- seeds and counter-based randomness ------------------------------------------------------------------------
@@ -131,6 +132,31 @@ def tree_sum(groups: Tensor) -> Tensor:
 def absmax(groups: Tensor) -> Tensor:
     """Return the largest magnitude of each row; NaN where the row has one."""
     return groups.abs().amax(dim=1)
+
+
+def element_mask(groups: Tensor, counts: Tensor) -> Tensor:
+    """Return 1 where a group has an element and 0 in its padding, (g, 2^n) or (1, 1) if all groups are full."""
+    if bool((counts == groups.shape[1]).all()):
+        return groups.new_ones(1, 1)
+    return (torch.arange(groups.shape[1], device=groups.device) < counts).to(torch.float32)
+
+
+# ---- scales ------------------------------------------------------------------------------------------------------
+
+
+def safe_inverse(scale: Tensor) -> Tensor:
+    """Return 1/scale, and 0 where the scale is zero or denormal (NaN stays NaN)."""
+    return torch.where(scale < _SMALLEST, torch.zeros_like(scale), 1.0 / scale)
+
+
+def rounded_scale(scale: Tensor, *, up: bool = False) -> Tensor:
+    """Return the scale as bfloat16 in float32, denormal as zero, rounded up if nothing may be clipped."""
+    rounded = scale.to(torch.bfloat16)
+    if up:
+        bits = rounded.view(torch.int16)
+        rounded = torch.where(rounded.to(torch.float32) < scale, bits + 1, bits).view(torch.bfloat16)
+    rounded = rounded.to(torch.float32)
+    return torch.where(rounded < _SMALLEST, torch.zeros_like(rounded), rounded)
 
 
 # ---- rotation ----------------------------------------------------------------------------------------------------
@@ -280,27 +306,12 @@ def unpack_trits(data: Tensor, num: int) -> Tensor:
 # ---- sorted indices ----------------------------------------------------------------------------------------------
 
 
-def _low_bits(num: int, universe: int) -> int:
-    return max(0, (universe // num).bit_length() - 1) if num else 0
-
-
-def elias_fano_nbytes(num: int, universe: int) -> int:
-    """Return the bytes of ``num`` sorted indices below ``universe``: about ``num·(2 + log2(universe/num)) / 8``.
-
-    ``l = floor(log2(universe/num))`` low bits each, and a bit vector of ``num + (universe - 1 >> l)`` bits.
-    """
-    if num == 0:
-        return 0
-    low = _low_bits(num, universe)
-    return packed_nbytes(num, low) + packed_nbytes(num + ((universe - 1) >> low), 1)
-
-
 def elias_fano_encode(indices: Tensor, universe: int) -> Tensor:
     """Code sorted distinct indices (int64) below ``universe`` (Elias 1974, Fano 1971): fixed size, no entropy coder."""
     num = indices.numel()
     if num == 0:
         return indices.new_empty(0, dtype=torch.uint8)
-    low = _low_bits(num, universe)
+    low = elias_fano_low_bits(num, universe)
     lower = pack_bits(indices & ((1 << low) - 1), low)
     unary = torch.zeros(num + ((universe - 1) >> low), dtype=torch.uint8, device=indices.device)
     unary[(indices >> low) + torch.arange(num, device=indices.device)] = 1
@@ -315,7 +326,7 @@ def elias_fano_decode(data: Tensor, num: int, universe: int) -> Tensor:
     """
     if num == 0:
         return data.new_empty(0, dtype=torch.int64)
-    low = _low_bits(num, universe)
+    low = elias_fano_low_bits(num, universe)
     split = packed_nbytes(num, low)
     lower = unpack_bits(data[:split], low, num).to(torch.int64)
     unary = unpack_bits(data[split:], 1, num + ((universe - 1) >> low))

@@ -1,0 +1,108 @@
+"""The sparse codecs in C++."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fedq.errors import FieldError
+from fedq.kernels.cpu.library import call, dtype_code, num_threads, pointer
+from fedq.kernels.plan import SparsePlan
+from fedq.kernels.reference import shared_key
+from fedq.kernels.reference.sparse import num_kept
+
+_KINDS = {"topk": 0, "blocktopk": 1, "randk": 2, "threshold": 3}
+_SMALL = 1 << 15
+"""Elements below which waking other threads costs more than it gains."""
+
+
+class _Plan(ctypes.Structure):
+    """``SparsePlan`` of csrc/sparse.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "bits", "k", "block", "unbias", "key")),
+        ("value", ctypes.c_float),
+    ]
+
+
+class _Input(ctypes.Structure):
+    """``SparseInput`` of csrc/sparse.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("num", ctypes.c_int64),
+    ]
+
+
+def supports(plan: SparsePlan, num: int, dtype: torch.dtype) -> bool:
+    """Return whether the library serves this plan: all of them."""
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def encode(
+    plan: SparsePlan, x: Tensor, *, seed: int, out: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Encode ``x + residual``; see `fedq.kernels.encode`."""
+    num, threads = x.numel(), _threads(x.numel())
+    given, selection = _plan_of(plan, seed), ctypes.c_void_p()
+    source = _Input(x.data_ptr(), dtype_code(x.dtype), 0 if residual is None else residual.data_ptr(), num)
+    kept = _checked(
+        call(
+            "sparse_select",
+            ctypes.byref(given),
+            ctypes.byref(source),
+            plan.num_kept(num),
+            threads,
+            ctypes.byref(selection),
+        )
+    )
+    try:
+        data = torch.empty(plan.nbytes(num, kept), dtype=torch.uint8) if out is None else out
+        _checked(call("sparse_write", ctypes.byref(given), ctypes.byref(source), selection, pointer(data), threads))
+    finally:
+        call("sparse_free", selection)
+    return data
+
+
+def decode(plan: SparsePlan, data: Tensor, num: int, *, seed: int, out: Tensor, weight: float | None = None) -> None:
+    """Decode into ``out``, or add ``weight`` times the kept values to it; see `fedq.kernels.decode`.
+
+    Raises:
+        FieldError: The payload is too short or too long, or its positions are damaged.
+    """
+    kept = num_kept(plan, num, data)
+    if data.numel() != plan.nbytes(num, kept):
+        raise FieldError(f"{plan.kind}:payload bytes", data.numel(), f"{plan.nbytes(num, kept)} for {num} elements")
+    found = _checked(
+        call(
+            "sparse_decode",
+            ctypes.byref(_plan_of(plan, seed)),
+            pointer(data),
+            num,
+            kept,
+            pointer(out),
+            int(weight is not None),
+            ctypes.c_float(weight or 0.0),
+            _threads(num),
+        )
+    )
+    if found != kept:
+        raise FieldError("elias-fano:indices", found, f"{kept}")
+
+
+def _plan_of(plan: SparsePlan, seed: int) -> _Plan:
+    return _Plan(_KINDS[plan.kind], plan.bits, plan.k, plan.block, int(plan.unbias), shared_key(seed), plan.value)
+
+
+def _threads(num: int) -> int:
+    return num_threads() if num >= _SMALL else 1
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise MemoryError("no memory for the positions of the kept values")
+    return result
