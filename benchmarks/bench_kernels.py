@@ -192,7 +192,7 @@ def rival_passes(x: Tensor) -> dict[str, Pass]:
 
 def rival_versions() -> dict[str, str]:
     """Return the versions of the rivals in this interpreter."""
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     try:
         import bitsandbytes
 

@@ -215,11 +215,16 @@ class MeanExchange:
         pieces = [self._pieces(segments, "first", buffer) for buffer in buffers]
         for copies in zip(*pieces, strict=True):
             segment = copies[0][0]
-            total = torch.zeros(segment.numel, device=flat.device)
-            for (_, data), seed in zip(copies, seeds, strict=True):
-                payload = Payload(data, segment.first, (segment.numel,), torch.float32, segment.seed(seed))
-                segment.first.decode_add(payload, total, 1.0 / len(buffers))
-            flat[segment.slice] = total
+            payloads = [
+                Payload(data, segment.first, (segment.numel,), torch.float32, segment.seed(seed))
+                for (_, data), seed in zip(copies, seeds, strict=True)
+            ]
+            total = (
+                flat[segment.slice] if flat.dtype == torch.float32 else torch.empty(segment.numel, device=flat.device)
+            )
+            segment.first.decode_sum(payloads, [1.0 / len(buffers)] * len(buffers), total)
+            if flat.dtype != torch.float32:
+                flat[segment.slice] = total
 
     def _decode(
         self, segments: Sequence[Segment], leg: Leg, buffer: Tensor, seeds: Sequence[int], flat: Tensor
