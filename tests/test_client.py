@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedq.data import Split
 from fedq.errors import FieldError
-from fedq.federated.client import Client, LocalTraining, RoundContext
+from fedq.federated.client import Client, LocalTraining, RoundContext, is_finite
 from fedq.federated.precision import Precision, choose_precision
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
@@ -244,3 +244,11 @@ def test_an_update_that_is_not_finite_is_not_sent(split: Split, bad: float) -> N
         assert torch.equal(residual(who), before)
     assert sent(who, 2)[1].kind == Kind.UPDATE
     assert not torch.equal(residual(who), before)
+
+
+@pytest.mark.parametrize("num", [1, 7, 1000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_finite_means_every_value(num: int, bad: float) -> None:
+    for place in {0, num // 2, num - 1}:
+        values = torch.full((num,), -2.0).index_fill(0, torch.tensor(place), bad)
+        assert is_finite(values) == bool(torch.isfinite(values).all())

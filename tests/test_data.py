@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedq.data import Dataset, augment, batches, load_dataset, normalize
 from fedq.data.batch import crop_and_flip
-from fedq.data.cache import Cache, Examples, channel_sums, default_cache_dir
+from fedq.data.cache import Cache, Examples, channel_sums, default_cache_dir, release
 from fedq.data.split import split_indices, stratified
 from fedq.errors import FieldError
 
@@ -393,3 +393,25 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load_dataset("digits", data_dir=tmp_path)
     assert len(cached_files(tmp_path / "fedq")) == 1
+
+
+def _resident_bytes(path):
+    """Pages of a mapped file that count as this process's memory."""
+    with open("/proc/self/smaps") as maps:
+        lines = iter(maps)
+        return sum(1024 * int(next(x for x in lines if x.startswith("Rss:")).split()[1]) for m in lines if path in m)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux to see what is resident")
+def test_released_pages_are_given_back_and_stay_readable(tmp_path):
+    values = np.arange(1 << 22, dtype=np.uint32).view(np.uint8)
+    values.tofile(tmp_path / "file")
+    images = np.memmap(tmp_path / "file", np.uint8, "r")[8:].reshape(-1, 8)
+    total = images.sum(dtype=np.int64)
+    assert _resident_bytes(str(tmp_path / "file")) > values.nbytes // 2
+    release(images)
+    assert _resident_bytes(str(tmp_path / "file")) == 0
+    assert images.sum(dtype=np.int64) == total
+    in_memory = np.ones(10, dtype=np.uint8)
+    release(in_memory)
+    assert in_memory.sum() == 10

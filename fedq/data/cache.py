@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
 import shutil
 import struct
@@ -35,7 +36,7 @@ Allocate: TypeAlias = Callable[[tuple[int, ...]], np.ndarray]
 _LENGTH = struct.Struct("<Q")  # bytes of the header
 _TRAILER = struct.Struct("<I4s")  # CRC-32, magic
 _MAGIC = b"FQD1"
-_BLOCK_BYTES = 1 << 26
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ def channel_sums(images: np.ndarray) -> np.ndarray:
     """Return int64 (N, C, 2): sum and sum of squares of the pixels of uint8 (N, C, H, W) images."""
     pixels = images.reshape(*images.shape[:2], -1).astype(np.int64)
     return np.stack([pixels.sum(-1), np.einsum("ncp,ncp->nc", pixels, pixels)], axis=-1)
+
+
+def release(images: np.ndarray) -> None:
+    """Give back the pages of a mapped array; those that were read count as this process's memory until then.
+
+    The values stay readable. An array in memory is left alone.
+    """
+    owner: object = images
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def default_cache_dir() -> Path:
@@ -203,4 +216,5 @@ def _crc32(data: np.ndarray) -> int:
     checksum = 0
     for start in range(0, flat.size, _BLOCK_BYTES):
         checksum = zlib.crc32(flat[start : start + _BLOCK_BYTES].data, checksum)
+        release(flat)
     return checksum

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedq.data.cache import Allocate, Cache, Examples, default_cache_dir, source_key
+from fedq.data.cache import Allocate, Cache, Examples, default_cache_dir, release, source_key
 from fedq.data.dataset import Dataset, Split
 from fedq.data.decode import decode
 from fedq.data.find import find_source
@@ -121,6 +121,7 @@ def _arrange(examples: Examples, parts: tuple[np.ndarray, ...], allocate: Alloca
     images = allocate((len(order), *examples.images.shape[1:]))
     for start in range(0, len(order), _BLOCK):
         images[start : start + _BLOCK] = examples.images[order[start : start + _BLOCK]]
+        release(examples.images)
     counts = tuple(map(len, parts))
     return Examples(images, examples.labels[order], examples.sums[order], counts, examples.class_names)
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fedq.errors import FieldError, one_of
+from fedq.federated.lean_optim import lean
 from fedq.federated.option_values import describe, parse_value
 
 
@@ -25,7 +26,7 @@ class _PseudoGradientOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own options, as `torch.optim.Optimizer` does; all must be float32."""
-        super().add_param_group(param_group)
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)  # see lean_optim
         for param in param_group["params"]:
             if param.dtype != torch.float32:
                 del self.param_groups[-1]
@@ -244,7 +245,7 @@ def server_optimizer(spec: str, params: ParamsT) -> Optimizer:
     cls = _optimizer_class(spec, name.strip().lower())
     options = _options(spec, cls, text) if colon else {}
     try:
-        return cls(params, **options)
+        return lean(cls)(params, **options)
     except FieldError as error:
         raise FieldError("server", spec, f"{error.field}: {error.allowed}") from error
     except (ValueError, RuntimeError) as error:

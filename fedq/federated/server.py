@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedq.federated.client import RoundContext
+from fedq.federated.client import RoundContext, is_finite
 from fedq.layout import Layout
 from fedq.wire import Frame, Kind, check_layout, join_payloads, split_body
 
@@ -82,7 +82,7 @@ def aggregate(
         mean = torch.zeros(layout.numel, device=device)
         for frame in kept:
             _decode_add(layout, frame, mean, scales.get(frame.client, 1.0) * frame.weight / total)
-        if bool(torch.isfinite(mean).all()):
+        if is_finite(mean):
             return Aggregate(mean, left_out, clipped)
         culprits = {f.client: "decoded update is not finite" for f in kept if not _is_finite(layout, f, device)}
         left_out |= culprits or {f.client: "sum of updates overflows" for f in kept}
@@ -121,7 +121,7 @@ def _norm_scales(
 def _is_finite(layout: Layout, frame: Frame, device: torch.device) -> bool:
     decoded = torch.zeros(layout.numel, device=device)
     _decode_add(layout, frame, decoded, 1.0)
-    return bool(torch.isfinite(decoded).all())
+    return is_finite(decoded)
 
 
 class Server:

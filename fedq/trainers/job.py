@@ -25,6 +25,7 @@ from fedq.data import Dataset, load_dataset
 from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
+from fedq.federated.lean_optim import lean
 from fedq.federated.partition import label_counts, partition
 from fedq.federated.precision import Precision, choose_precision
 from fedq.files import replace_file
@@ -35,6 +36,7 @@ from fedq.models import build_model, num_parameters
 from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
 from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
+from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
@@ -112,6 +114,8 @@ def open_job(config: Config) -> Iterator[Job]:
     run = config.run
     with distributed(run.device, run.threads, timeout_s=run.timeout) as runtime:
         started = time.perf_counter()
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         folder = on_root(runtime, lambda: _open_folder(config)) or NullRunFolder()
         path = Path(from_root(runtime, str(folder.path and folder.path.resolve())))
         start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
@@ -285,5 +289,6 @@ def _local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> t
     """Return a fresh fused optimizer."""
     local = config.local
     if local.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=lr, weight_decay=local.weight_decay, fused=True)
-    return torch.optim.SGD(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
+        return lean(torch.optim.AdamW)(params, lr=lr, weight_decay=local.weight_decay, fused=True)
+    sgd = lean(torch.optim.SGD)
+    return sgd(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
