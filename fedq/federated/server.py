@@ -79,13 +79,21 @@ def aggregate(
         if len(kept) < max(1, min_cohort) or total <= 0:
             reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
             return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
-        mean = torch.zeros(layout.numel, device=device)
-        for frame in kept:
-            _decode_add(layout, frame, mean, scales.get(frame.client, 1.0) * frame.weight / total)
+        mean = _weighted_sum(layout, kept, [scales.get(f.client, 1.0) * f.weight / total for f in kept], device)
         if is_finite(mean):
             return Aggregate(mean, left_out, clipped)
         culprits = {f.client: "decoded update is not finite" for f in kept if not _is_finite(layout, f, device)}
         left_out |= culprits or {f.client: "sum of updates overflows" for f in kept}
+
+
+def _weighted_sum(layout: Layout, frames: Sequence[Frame], weights: Sequence[float], device: torch.device) -> Tensor:
+    """Return the sum of decoded updates, in the order given; the buffer passes through memory once."""
+    for frame in frames:
+        check_layout(frame, layout)
+    out = torch.empty(layout.numel, device=device)
+    bodies = [split_body(layout, frame.body) for frame in frames]
+    layout.decode_sum(bodies, out, seeds=[frame.seed for frame in frames], weights=weights)
+    return out
 
 
 def _decode_add(layout: Layout, frame: Frame, out: Tensor, weight: float) -> None:
