@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py benchmarks/cifar_codecs.yaml --data-dir DIR --work DIR --table docs/results.md
 
-An arm that has a summary already is not run again, so an interrupted table goes on where it stopped. Differences to
+An arm that has a summary already is not run again and one that was interrupted is resumed. Differences to
 the first arm are paired by seed; their 95 % interval is Student's t. The table replaces the section of the same title.
 
 ``budgets_mb`` in a plan adds a column for each: the best validation accuracy that a run had reached when its uplink had
@@ -60,6 +60,8 @@ def run_job(plan: Plan, arm: str, seed: int, work: Path, data_dir: Path) -> dict
         if plan.ranks > 1:
             launcher += f"-m torch.distributed.run --standalone --nproc-per-node {plan.ranks}".split()
         flags = [*shlex.split(plan.flags(arm, seed)), "--data-dir", str(data_dir), "--out", str(out)]
+        if (out / "config.yaml").exists():  # begun before, and interrupted
+            flags = ["--resume", str(out)]
         begin = time.time()
         subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL)
         print(f"{arm}, seed {seed}: {time.time() - begin:.0f} s", flush=True)
