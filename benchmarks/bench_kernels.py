@@ -19,15 +19,16 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import rival_quantizers as quantizers
 import torch
 from evidence import replace_section
+from rival_quantizers import Pass, timed
 from torch import Tensor
 
 from fedq import kernels
@@ -35,7 +36,6 @@ from fedq.kernels import BlockPlan, CastPlan, Plan, SparsePlan, cpu
 from fedq.runfolder.environment import environment_info
 
 TITLE = "Kernels on the CPU"
-Pass = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -160,62 +160,11 @@ def check_equal(name: str, implementation: str, num: int = 100_003) -> None:
 # ---- rivals --------------------------------------------------------------------------------------------------------
 
 
-def rival_passes(x: Tensor) -> dict[str, Pass]:
-    """Return what the libraries of this interpreter offer for comparable work."""
-    residual = torch.zeros_like(x)
-    scales, zeros = x.view(-1, 256).abs().amax(1) / 127, torch.zeros(x.numel() // 256, dtype=torch.int64)
-
-    def sign_with_feedback() -> Tensor:
-        total = (x + residual).view(-1, 1024)
-        scale = total.abs().mean(1, keepdim=True)
-        bits = (total < 0).view(-1, 8)
-        packed = (bits * torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-        residual.copy_((total - scale * torch.where(total < 0, -1.0, 1.0)).view(-1))
-        return packed
-
-    passes: dict[str, Pass] = {
-        "torch .to(bfloat16)": lambda: x.to(torch.bfloat16),
-        "torch operations": sign_with_feedback,
-        "torch quantize_per_channel": lambda: torch.quantize_per_channel(
-            x.view(-1, 256), scales, zeros, 0, torch.qint8
-        ),
-        "torch topk": lambda: x.abs().topk(x.numel() // 100, sorted=False),
-    }
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        return passes
-    passes["bitsandbytes 8-bit"] = lambda: functional.quantize_blockwise(x, blocksize=256)
-    passes["bitsandbytes nf4"] = lambda: functional.quantize_4bit(x, blocksize=256, quant_type="nf4")
-    return passes
-
-
-def rival_versions() -> dict[str, str]:
-    """Return the versions of the rivals in this interpreter."""
-    versions = {"torch": str(torch.__version__)}
-    try:
-        import bitsandbytes
-
-        versions["bitsandbytes"] = bitsandbytes.__version__
-    except ImportError:
-        pass
-    return versions
-
-
-def serve_rivals(num: int, threads: int) -> None:
-    """Answer on standard output: first the versions and names, then the seconds of each name read from input."""
-    torch.set_num_threads(threads)
-    passes = rival_passes(torch.randn(num))
-    print(json.dumps({"versions": rival_versions(), "names": list(passes)}), flush=True)
-    for line in sys.stdin:
-        print(timed(passes[line.strip()]), flush=True)
-
-
 class RivalProcess:
     """Rivals in an interpreter of their own; idle except while one is timed."""
 
     def __init__(self, python: str, num: int, threads: int) -> None:
-        command = [python, __file__, "--serve-rivals", "--elements", str(num), "--threads", str(threads)]
+        command = [python, quantizers.__file__, str(num), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         hello = json.loads(self._read())
         self.versions: dict[str, str] = hello["versions"]
@@ -241,12 +190,6 @@ class RivalProcess:
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
-
-
-def timed(work: Pass) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def measure(
@@ -327,7 +270,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rival-python", help="interpreter with bitsandbytes")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--table", type=Path, help="Markdown file whose section is replaced; default: print")
-    parser.add_argument("--serve-rivals", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.elements % 1024:
         parser.error(f"--elements {args.elements}: a multiple of 1024, for the rivals' blocks")
@@ -336,17 +278,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.serve_rivals:
-        serve_rivals(args.elements, args.threads)
-    else:
-        bench(args)
-
-
-def bench(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     x = torch.randn(args.elements)
-    here = {name: (lambda work=work: timed(work)) for name, work in rival_passes(x).items()}
-    versions, process = rival_versions(), None
+    here = {name: (lambda work=work: timed(work)) for name, work in quantizers.passes(x).items()}
+    versions, process = quantizers.versions(), None
     if args.rival_python:
         process = RivalProcess(args.rival_python, args.elements, args.threads)
         versions |= process.versions
