@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from fedq.codecs import Codec, codec
-from fedq.codecs.dense import Cast
 from fedq.collectives import MeanExchange, Residuals, Segment, Sent, assign_owners, cut
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
+from fedq.layout import exempt_codec
 
 SCHEMA_VERSION = 1
 
@@ -182,8 +182,8 @@ class StepState:
     def _codecs_of(self, param: Tensor) -> tuple[Codec, Codec]:
         if param.dim() > 1:
             return self.codecs
-        first, second = (c if isinstance(c, Cast) else Cast("bf16") for c in self.codecs)
-        return first, second
+        first, second = self.codecs
+        return exempt_codec(first), exempt_codec(second)
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,11 @@ from fedq.errors import FieldError
 Role = Literal["coded", "exempt", "stats"]
 
 
+def exempt_codec(chosen: Codec) -> Codec:
+    """Return what carries the parameters that a lossy codec must not touch: bfloat16, or the chosen cast itself."""
+    return chosen if isinstance(chosen, Cast) else Cast("bf16")
+
+
 @dataclass(frozen=True)
 class Span:
     """One tensor's place in the flat buffer.
@@ -75,7 +80,7 @@ class Layout:
         under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Integer buffers never travel.
         """
         chosen = codec(spec)
-        plain = chosen if isinstance(chosen, Cast) else Cast("bf16")
+        plain = exempt_codec(chosen)
         params = list(module.named_parameters())
         groups: list[tuple[list[tuple[str, Tensor]], Codec, Role]] = [
             ([(n, p) for n, p in params if p.dim() > 1], chosen, "coded"),

@@ -192,11 +192,7 @@ class MeanExchange:
         self, runs: Sequence[Sequence[Segment]], peers: Peers, flat: Tensor, seed: int, residuals: Residuals | None
     ) -> Tensor:
         """Send every peer the segments that it owns, average those received, and return their second-leg payload."""
-        first = rank_seed(seed, "first", self.peers.rank)
-        sends = [encode(run, "first", flat, first, residuals) for run in runs]
-        received = peers.exchange(sends, [sends[peers.rank].numel()] * peers.size)
-        self.sent.first += sum(send.numel() for r, send in enumerate(sends) if r != peers.rank)
-        self._sum(runs[peers.rank], received, [rank_seed(seed, "first", r) for r in peers.members], flat)
+        self._average_owned(runs, peers, flat, [rank_seed(seed, "first", r) for r in peers.members], residuals)
         return encode(runs[peers.rank], "second", flat, rank_seed(seed, "second", self.peers.rank), residuals)
 
     def _decode_means(self, segments: Sequence[Segment], data: Tensor, seed: int, flat: Tensor) -> None:
@@ -205,10 +201,21 @@ class MeanExchange:
     def _inside_mean(self, parts: Sequence[Sequence[Segment]], node: Peers, flat: Tensor) -> None:
         """Average inside a node, each rank its part, in the codec of the node's inside."""
         plain = [[replace(segment, first=self.inside) for segment in part] for part in parts]
-        sends = [encode(part, "first", flat, 0, None) for part in plain]
-        received = node.exchange(sends, [sends[node.rank].numel()] * node.size)
-        self.sent.first += sum(send.numel() for r, send in enumerate(sends) if r != node.rank)
-        self._sum(plain[node.rank], received, [0] * node.size, flat)
+        self._average_owned(plain, node, flat, [0] * node.size, None)
+
+    def _average_owned(
+        self,
+        runs: Sequence[Sequence[Segment]],
+        peers: Peers,
+        flat: Tensor,
+        seeds: Sequence[int],
+        residuals: Residuals | None,
+    ) -> None:
+        """Send every peer its run of segments, in the first leg's codecs, and average those received for one's own."""
+        sends = [encode(run, "first", flat, seeds[peers.rank], residuals) for run in runs]
+        received = peers.exchange(sends, [sends[peers.rank].numel()] * peers.size)
+        self.sent.first += sum(send.numel() for r, send in enumerate(sends) if r != peers.rank)
+        self._sum(runs[peers.rank], received, seeds, flat)
 
     def _sum(self, segments: Sequence[Segment], buffers: Sequence[Tensor], seeds: Sequence[int], flat: Tensor) -> None:
         """Write the mean of every rank's payload of these segments, in rank order."""
