@@ -23,6 +23,7 @@ import fedq
 from fedq import kernels
 from fedq.errors import FieldError
 from fedq.kernels.cpu import library
+from fedq.runtime.hardware import cpu_name
 
 _BANDWIDTH_BYTES = 64 << 20
 
@@ -111,18 +112,7 @@ def _is_installed(name: str) -> bool:
 
 def _processor() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("processor", f"{_processor_name()}, {cores} cores for this process")
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return Finding("processor", f"{cpu_name()}, {cores} cores for this process")
 
 
 def _memory() -> Finding:

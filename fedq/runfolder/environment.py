@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from fedq.runtime.hardware import cpu_name
 
 
 def environment_info() -> dict[str, Any]:
@@ -29,7 +29,7 @@ def environment_info() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -50,11 +50,3 @@ def git_commit(path: str | os.PathLike[str]) -> str | None:
         return commit + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:  # not Linux
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
