@@ -30,7 +30,7 @@ import torch
 from evidence import replace_section
 from federated_task import FederatedTask, Run, hardware, pooled, run_fedq, run_script
 
-from fedq.federated.precision import choose_precision
+from fedq.engines.precision import choose_precision
 
 TITLE = "Rounds beside other systems"
 SCRIPTS = {"loop": "plain_loop.py", "pfl": "pfl_rounds.py", "flwr": "flower_rounds.py"}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.data import Split
+from fedq.engines.precision import Precision, choose_precision
 from fedq.errors import FieldError
 from fedq.federated.client import Client, LocalTraining, RoundContext, is_finite
-from fedq.federated.precision import Precision, choose_precision
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import Kind, split_body

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from fedq.collectives import Moved, Transport
 from fedq.data import Split
+from fedq.engines.precision import choose_precision
 from fedq.federated.evaluate import Evaluator
-from fedq.federated.precision import choose_precision
 
 MEAN, STD = (0.5,), (0.25,)
 

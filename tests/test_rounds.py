@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fedq.collectives import Transport
 from fedq.data import Split
+from fedq.engines.precision import Precision
 from fedq.federated.client import Client, LocalTraining, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
 from fedq.federated.optim import server_optimizer
-from fedq.federated.precision import Precision
 from fedq.federated.rounds import FederatedRounds, RoundResult, assign, sample_cohort
 from fedq.federated.server import Server
 from fedq.feedback import NoFeedback

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedq.data import Split
+from fedq.engines.precision import Precision
 from fedq.federated import rounds
 from fedq.federated.client import LocalTraining
-from fedq.federated.precision import Precision
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.layout import Layout
 from fedq.models import build_model

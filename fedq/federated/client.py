@@ -7,24 +7,23 @@ network. Which client runs where is decided by the rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.data import Split, augment, batches, normalize
-from fedq.federated.precision import Precision
+from fedq.engines import Engine, MakeOptimizer, Precision, TorchEngine
 from fedq.feedback import Feedback
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import Frame, Kind, join_payloads
 
 _MAX_ERROR_NBYTES = 500
-
-MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,33 @@ class Trained:
     loss: float
     accuracy: float
     num_steps: int
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What some steps saw.
+
+    Args:
+        loss_sum: Sum of the training loss over the examples seen.
+        num_correct: How many of them were classified correctly while training.
+        num_seen: Examples.
+        num_steps: Optimizer steps.
+    """
+
+    loss_sum: float
+    num_correct: float
+    num_seen: int
+    num_steps: int
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss."""
+        return self.loss_sum / max(1, self.num_seen)
+
+    @property
+    def accuracy(self) -> float:
+        """Share that was classified correctly."""
+        return self.num_correct / max(1, self.num_seen)
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,7 @@ class LocalTraining:
         augment: Random crop with padding 4.
         flip: Random horizontal flip too.
         beat: Called after every step, as a sign of life.
+        engine: What takes the steps; default: plain PyTorch, with ``make_optimizer`` and ``precision``.
     """
 
     model: nn.Module
@@ -79,35 +106,54 @@ class LocalTraining:
     augment: bool = True
     flip: bool = False
     beat: Callable[[], None] = lambda: None
+    engine: Engine | None = None
+
+    @cached_property
+    def steps_by(self) -> Engine:
+        """What takes the steps: the engine given, or plain PyTorch."""
+        return self.engine or TorchEngine(self.model, self.make_optimizer, self.precision)
 
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
         self.layout.unflatten_(start, self.model)
-        self.model.train()
         counters = [buffer for buffer in self.model.buffers() if not buffer.is_floating_point()]
-        torch.manual_seed(seed)  # dropout
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
+        self.steps_by.start(lr)
+        with _restored(counters):
+            passed = self.train(indices, self.index_batches(len(indices), generator), generator)
+        self.steps_by.finish()
+        return Trained(self.layout.flatten(self.model), passed.loss, passed.accuracy, passed.num_steps)
+
+    def train(self, indices: Tensor, index_batches: Sequence[Tensor], generator: torch.Generator) -> Passed:
+        """Take a step for each batch, with an engine that was started.
+
+        Args:
+            indices: The examples that may be used.
+            index_batches: For each step, places in ``indices``.
+            generator: Of the augmentation.
+        """
+        engine, device, where = self.steps_by, next(self.model.parameters()).device, self.split.images.device
         params = [p for p in self.model.parameters() if p.requires_grad]
         anchors = [p.detach().clone() for p in params] if self.prox_mu else []
-        optimizer, scaler = self.make_optimizer(params, lr), self.precision.grad_scaler()
-        device, where = start.device, self.split.images.device
         indices = indices.to(where)
-        seen, steps, totals = 0, 0, torch.zeros(2, dtype=torch.float64, device=device)
-        with _restored(counters):
-            for batch in self.index_batches(len(indices), generator):
-                picked = indices[batch.to(where)]
-                x = self._inputs(self.split.images[picked].to(device), generator)
-                y = self.split.labels[picked].to(device)
-                loss, logits = self._backward(x, y, optimizer, scaler)
-                if anchors:
-                    self._pull(params, anchors)
-                scaler.step(optimizer)
-                scaler.update()
-                totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
-                seen, steps = seen + len(y), steps + 1
-                self.beat()
-        mean_loss, accuracy = (totals / max(1, seen)).tolist()
-        return Trained(self.layout.flatten(self.model), mean_loss, accuracy, steps)
+        seen, totals = 0, torch.zeros(2, dtype=torch.float64, device=device)
+        self.model.train()
+        for batch in index_batches:
+            picked = indices[batch.to(where)]
+            x = self._inputs(self.split.images[picked].to(device), generator)
+            y = self.split.labels[picked].to(device)
+            logits = engine.forward(x)
+            loss = functional.cross_entropy(logits, y)
+            engine.backward(loss)
+            if anchors:
+                engine.unscale()
+                self._pull(params, anchors)
+            engine.step()
+            totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum())).to(torch.float64)
+            seen += len(y)
+            self.beat()
+        loss_sum, num_correct = totals.tolist()
+        return Passed(loss_sum, num_correct, seen, len(index_batches))
 
     def _pull(self, params: list[nn.Parameter], anchors: list[Tensor]) -> None:
         """Add the gradient of the proximal term."""
@@ -131,17 +177,11 @@ class LocalTraining:
             images = augment(images, generator=generator, flip=self.flip)
         return normalize(images, self.mean, self.std, channels_last=self.precision.channels_last)
 
-    def _backward(
-        self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> tuple[Tensor, Tensor]:
-        with self.precision.autocast():
-            logits = self.model(x)
-            loss = functional.cross_entropy(logits.float(), y)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self.prox_mu:
-            scaler.unscale_(optimizer)
-        return loss, logits
+
+def seeded(seed: int) -> torch.Generator:
+    """Seed torch (dropout draws from it), and return a generator of the same seed for batches and augmentation."""
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def is_finite(values: Tensor) -> bool:

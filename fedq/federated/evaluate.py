@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fedq.collectives import Moved, Transport
 from fedq.data import Split, batches, normalize
-from fedq.federated.precision import Precision
+from fedq.engines.precision import Precision
 
 
 @dataclass(frozen=True)

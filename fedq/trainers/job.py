@@ -22,12 +22,12 @@ from fedq.collectives import Transport
 from fedq.config import Config, RunConfig, parse_lr_schedule
 from fedq.configfile import config_dict, load_config
 from fedq.data import Dataset, load_dataset
+from fedq.engines.precision import Precision, choose_precision
 from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.lean_optim import lean
 from fedq.federated.partition import label_counts, partition
-from fedq.federated.precision import Precision, choose_precision
 from fedq.files import replace_file
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
