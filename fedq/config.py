@@ -19,7 +19,16 @@ from fedq.codecs import codec, codec_schedule
 from fedq.errors import FieldError, one_of
 from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
+from fedq.hooks import check_step_codec
 from fedq.models import MODELS
+
+_OF_ROUNDS = {
+    "clients": ("cohort", "min_cohort", "max_update_norm"),
+    "local": ("local_epochs", "prox_mu", "side_by_side"),
+    "exchange": ("server", "residual_memory", "downlink_to"),
+    "run": ("chaos", "histogram_every"),
+}
+"""Settings, by section, that --exchange step cannot have."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class ClientsConfig:
     """Who takes part."""
 
     num_clients: int = 4
-    """Clients in the federation; may exceed the ranks."""
+    """Clients in the federation; may exceed the ranks. With --exchange step every rank is one."""
     cohort: int | None = None
     """Clients sampled each round. Default: all."""
     partition: str = "iid"
@@ -98,12 +107,14 @@ class LocalConfig:
 class ExchangeConfig:
     """What travels, and what the server does with it."""
 
-    exchange: Literal["round", "none"] = "round"
-    """round: federated rounds. none: clients train alone (one client: a centralised arm)."""
+    exchange: Literal["round", "step", "none"] = "round"
+    """round: federated rounds. step: gradients are averaged in every step. none: clients train alone."""
     uplink: str = "int4"
     """Codec of the clients' updates: int4:block=256, sign, blocktopk:k=1,block=64; 'int4 sign@7': sign from round 7."""
     downlink: str = "int8"
-    """Codec of the server's change to the model."""
+    """Codec of the server's change to the model; with --exchange step of the second leg, from owners to all."""
+    schedule: Literal["auto", "reduce", "one_phase", "two_phase", "hierarchical"] = "auto"
+    """How gradients travel with --exchange step; auto chooses by ranks and payload."""
     feedback: Literal["auto", "on", "off"] = "auto"
     """Error feedback of the uplink. auto: on for every codec that loses more than a cast does."""
     residual_memory: float = 1.0
@@ -119,7 +130,7 @@ class RunConfig:
     """How long, where to, and how it is reported."""
 
     rounds: int = 7
-    """Federated rounds."""
+    """Federated rounds; with --exchange step: epochs."""
     seed: int = 0
     """Seed of everything: data split, partition, sampling, weights, noise."""
     target_accuracy: float | None = None
@@ -201,8 +212,10 @@ def validate(config: Config) -> None:
             raise FieldError(name, value, allowed)
     parse_lr_schedule(config.local.lr_schedule)
     chaos(config.run.chaos)
-    _check_codec("uplink", config.exchange.uplink, codec_schedule)
-    _check_codec("downlink", config.exchange.downlink, codec)
+    is_step = config.exchange.exchange == "step"
+    _check_codec("uplink", config.exchange.uplink, check_step_codec if is_step else codec_schedule)
+    _check_codec("downlink", config.exchange.downlink, check_step_codec if is_step else codec)
+    _check_mode(config)
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
 
 
@@ -244,6 +257,24 @@ def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
         yield name, number, number is None or number >= 1, "1 or more"
     for name, number in (("seed", run.seed), ("histogram_every", run.histogram_every)):
         yield name, number, number >= 0, "0 or more"
+
+
+def _check_mode(config: Config) -> None:
+    """Refuse settings of rounds in a job that has none, and the other way round.
+
+    Raises:
+        FieldError: A setting of the other mode that is not its default.
+    """
+    mode, defaults = config.exchange.exchange, Config()
+    if mode != "step":
+        if config.exchange.schedule != "auto":
+            raise FieldError("schedule", config.exchange.schedule, f"auto, unless with --exchange step (here {mode})")
+        return
+    for section, names in _OF_ROUNDS.items():
+        for name in names:
+            value, default = (getattr(getattr(tree, section), name) for tree in (config, defaults))
+            if value != default:
+                raise FieldError(name, value, f"{default} with --exchange step, which has no rounds")
 
 
 def _check_codec(name: str, spec: str, parse: Callable[[str], object]) -> None:

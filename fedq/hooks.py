@@ -21,6 +21,7 @@ from torch.futures import Future
 
 from fedq.codecs import Codec, codec
 from fedq.collectives import MeanExchange, Residuals, Segment, Sent, assign_owners, cut
+from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
 from fedq.layout import exempt_codec
@@ -80,6 +81,17 @@ def register(
 def compressed_mean_hook(state: "StepState", bucket: dist.GradBucket) -> Future[Tensor]:
     """Average one bucket; the DDP communication hook that `register` registers."""
     return state.average(bucket)
+
+
+def check_step_codec(spec: str) -> None:
+    """Refuse what gradients cannot travel as.
+
+    Raises:
+        FieldError: No codec, or one whose payload size depends on the values.
+    """
+    chosen = codec(spec)
+    if not chosen.fixed_size:
+        raise FieldError("codec", spec, "a codec of fixed payload size, such as topk or blocktopk")
 
 
 class StepState:
@@ -184,6 +196,21 @@ class StepState:
             return self.codecs
         first, second = self.codecs
         return exempt_codec(first), exempt_codec(second)
+
+    @property
+    def numels(self) -> dict[str, int]:
+        """Elements of each parameter whose gradient is averaged."""
+        return {name: param.numel() for name, param in self._params.items()}
+
+    def makeup(self, leg: Leg) -> list[tuple[str, str, int]]:
+        """Return what the whole model's payload of a leg is made of: parameter, part and bytes."""
+        rows = []
+        for segment in self._segments(range(len(self._names))):
+            name, chosen = self._names[segment.param], getattr(segment, leg)
+            sections = chosen.section_nbytes((segment.numel,))
+            exempt = self._params[name].dim() <= 1
+            rows += [(name, "exempt" if exempt else part, nbytes) for part, nbytes in sections.items()]
+        return rows
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

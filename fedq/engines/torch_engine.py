@@ -71,9 +71,10 @@ class TorchEngine:
         """Wrap the model in DDP with fedq's hook; a single rank has nothing to share."""
         if not dist.is_initialized():
             return hooks.StepState(self.model, Peers(), **options)
-        # What DDP would send at the start and before every forward pass without being asked is shared and counted by
-        # the trainer instead.
-        wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False, init_sync=False)
+        # What DDP would send without being asked, at the start and before every forward pass, the trainer shares, and
+        # counts. An attribute, not an argument: the argument has another name in every second version of torch.
+        wrapped = nn.parallel.DistributedDataParallel(self.model, init_sync=False)
+        wrapped.broadcast_buffers = False
         self._forward = wrapped
         return hooks.register(wrapped, grad_scaler=self.scaler, **options)
 
@@ -83,7 +84,13 @@ class TorchEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._started().load_state_dict(state["optimizer"])
+        optimizer = self._started()
+        optimizer.load_state_dict(state["optimizer"])
+        for param, values in optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape == param.shape:
+                    # Fused optimizers walk through memory, so state must lie as its parameter does.
+                    values[name] = torch.empty_like(param).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
 
     def _started(self) -> torch.optim.Optimizer:

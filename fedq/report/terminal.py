@@ -97,10 +97,11 @@ def print_header(lines: Sequence[str], console: Console | None = None) -> None:
 class RoundProgress:
     """Show how far the rounds are: a live bar in a terminal, one plain line a round elsewhere."""
 
-    def __init__(self, total_rounds: int, console: Console, bar: tuple[Progress, TaskID] | None) -> None:
+    def __init__(self, total_rounds: int, console: Console, bar: tuple[Progress, TaskID] | None, noun: str) -> None:
         self._total_rounds = total_rounds
         self._console = console
         self._bar = bar
+        self._noun = noun
         self._started = time.monotonic()
 
     def update(self, round: int, text: str) -> None:
@@ -115,25 +116,28 @@ class RoundProgress:
             progress.update(task, completed=round, text=text)
         else:
             elapsed = human_seconds(time.monotonic() - self._started)
-            print_header([f"round {round}/{self._total_rounds}  {text}  ({elapsed})"], self._console)
+            print_header([f"{self._noun} {round}/{self._total_rounds}  {text}  ({elapsed})"], self._console)
 
 
 @contextmanager
-def round_progress(total_rounds: int, enabled: bool, console: Console | None = None) -> Iterator[RoundProgress]:
+def round_progress(
+    total_rounds: int, enabled: bool, console: Console | None = None, noun: str = "round"
+) -> Iterator[RoundProgress]:
     """Give a `RoundProgress` while the rounds run.
 
     Args:
         total_rounds: Rounds of the whole job.
         enabled: False on the ranks that print nothing.
         console: Where to print; default: standard output.
+        noun: What a round is called.
     """
     console = (console or _stdout()) if enabled else _nowhere()
     if not console.is_terminal or console.quiet:
-        yield RoundProgress(total_rounds, console, None)
+        yield RoundProgress(total_rounds, console, None, noun)
         return
     with _bar(console) as progress:
-        task = progress.add_task("round", total=total_rounds, text="")
-        yield RoundProgress(total_rounds, console, (progress, task))
+        task = progress.add_task(noun, total=total_rounds, text="")
+        yield RoundProgress(total_rounds, console, (progress, task), noun)
 
 
 def _bar(console: Console) -> Progress:
@@ -177,16 +181,17 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     def get(key: str) -> str:
         return "-" if summary.get(key) is None else str(summary[key])
 
+    per = "an epoch" if summary.get("exchange") == "step" else "a round"
     ranks = f"{_count(summary, 'world_size', 'rank')} ({', '.join(_present(summary, 'launcher', 'backend', 'device'))})"
     return [
         ("data", get("dataset")),
         ("model", f"{get('model')}, {_count(summary, 'num_params', 'parameter')}"),
-        ("job", f"{_clients(summary)}{_count(summary, 'rounds', 'round')}, server {get('server')}, {ranks}"),
+        ("job", f"{_work(summary, get('server'))}, {ranks}"),
         ("test accuracy", _percent(summary.get("test_accuracy"))),
         ("best validation", _percent(summary.get("best_val_accuracy"))),
         *_exchange(summary, get("uplink"), get("downlink")),
         ("between ranks", f"{_bytes(summary.get('wire_bytes'))} in all"),
-        ("time", f"{_seconds(summary.get('seconds'))}, {_seconds(summary.get('seconds_per_round'))} a round"),
+        ("time", f"{_seconds(summary.get('seconds'))}, {_seconds(summary.get('seconds_per_round'))} {per}"),
         *_left_out(summary.get("left_out") or []),
     ]
 
@@ -196,9 +201,18 @@ def _exchange(summary: Mapping[str, Any], uplink: str, downlink: str) -> list[tu
         return [("exchange", "none: clients trained alone, nothing was sent")]
     up = _cost(summary.get("uplink_bytes"), summary.get("uplink_bytes_fp32"))
     down = _cost(summary.get("downlink_bytes"), summary.get("downlink_bytes_fp32"))
+    if summary.get("exchange") == "step":
+        second = f"{downlink}: {down}" if summary.get("downlink_bytes") else "none: one leg reaches everyone"
+        return [("first leg", f"{uplink}: {up}"), ("second leg", second)]
     rule = summary.get("downlink_to")
     charged = f", {_DOWNLINK_RULES.get(rule, rule)}" if rule else ""
     return [("uplink", f"{uplink}: {up}"), ("downlink", f"{downlink}: {down}{charged}")]
+
+
+def _work(summary: Mapping[str, Any], server: str) -> str:
+    if summary.get("exchange") == "step":
+        return f"{_count(summary, 'rounds', 'epoch')}, gradients averaged in every step"
+    return f"{_clients(summary)}{_count(summary, 'rounds', 'round')}, server {server}"
 
 
 def _clients(summary: Mapping[str, Any]) -> str:

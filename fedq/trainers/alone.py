@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from fedq.data import Split
-from fedq.federated.accounting import framing
 from fedq.federated.client import Trained
 from fedq.federated.rounds import assign
 from fedq.kernels import derive_seed
-from fedq.ledger import NO_CLIENT
 from fedq.report import round_progress
 from fedq.trainers.job import Job
-from fedq.trainers.records import accuracy_text
+from fedq.trainers.records import accuracy_text, book_metrics, finish
 
 
 def run_alone(job: Job) -> dict[str, Any]:
@@ -47,15 +45,15 @@ def run_alone(job: Job) -> dict[str, Any]:
                 break
     seconds_per_round = (time.perf_counter() - begin) / num_rounds
     test = _share(job, {c: [_accuracy(job, flat, job.dataset.test)] for c, flat in models.items()}, num_rounds - 1, 1)
-    if not job.is_root:
-        return {}
-    return _finish(
+    if job.is_root:
+        job.training.layout.unflatten_(models[0], job.model)
+    return finish(
         job,
-        models[0],
         rounds=num_rounds,
         test_accuracy=float(test.mean()),
         client_test_accuracy=test[:, 0].tolist(),
         best_val_accuracy=best_val,
+        seconds=time.perf_counter() - job.started,
         seconds_per_round=seconds_per_round,
     )
 
@@ -88,19 +86,6 @@ def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
     return float(val_accuracy)
 
 
-def _finish(job: Job, flat: Tensor, **results: Any) -> dict[str, Any]:
-    """Write model, ledger and summary on rank 0."""
-    job.training.layout.unflatten_(flat, job.model)
-    job.folder.save_model(job.model.state_dict())
-    job.folder.write_ledger(job.ledger)
-    nothing = dict.fromkeys(("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32"), 0)
-    summary = job.summary(
-        **nothing, **results, wire_bytes=job.ledger.totals().wire, seconds=time.perf_counter() - job.started
-    )
-    job.folder.write_summary(summary)
-    return summary
-
-
 def _train(job: Job, client: int, flat: Tensor, round: int) -> Trained:
     seed = derive_seed(job.config.run.seed, "local", round, client)
     return job.training.run(flat, job.parts[client], lr=job.lr(round), seed=seed)
@@ -118,7 +103,5 @@ def _share(job: Job, mine: dict[int, list[float]], round: int, num_values: int) 
     for client, row in mine.items():
         values[client] = torch.tensor(row, dtype=torch.float64)
     gathered, moved = job.transport.all_gather(values)
-    if job.is_root and moved.payload:
-        parts = framing("metrics", moved.payload)
-        job.ledger.record(round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
+    book_metrics(job, moved, round)
     return gathered.sum(dim=0)

@@ -7,18 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fedq.config import Config, RunConfig
+from fedq.config import Config
 from fedq.data import Split
-from fedq.federated.accounting import framing
 from fedq.federated.client import RoundContext
 from fedq.federated.rounds import FederatedRounds
-from fedq.ledger import NO_CLIENT
-from fedq.report import print_header, print_summary, round_progress
+from fedq.report import print_summary, round_progress
 from fedq.trainers.alone import run_alone
 from fedq.trainers.build import build_rounds, residual_store
 from fedq.trainers.job import Job, open_job
-from fedq.trainers.records import log_round, progress_text, report_left_out
+from fedq.trainers.records import evaluate, finish, log_round, progress_text, report_left_out
 from fedq.trainers.state import Progress, RunState
+from fedq.trainers.stepwise import run_steps
 
 
 def run_job(config: Config) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def run_job(config: Config) -> dict[str, Any]:
         FieldError: A setting that cannot be used.
     """
     with open_job(config) as job:
-        summary = run_alone(job) if config.exchange.exchange == "none" else run_rounds(job)
+        summary = {"none": run_alone, "step": run_steps, "round": run_rounds}[config.exchange.exchange](job)
     if job.folder.path is not None:
         print_summary(job.folder.path)
     return summary
@@ -43,23 +42,23 @@ def run_rounds(job: Job) -> dict[str, Any]:
     store = residual_store(job)
     rounds = build_rounds(job, store)
     state = RunState(job, rounds, so_far, store)
-    if not (run.resume and _resume(job, state)):
+    if not (run.resume and state.go_on()):
         rounds.share_start()
     setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
     with round_progress(run.rounds, job.is_root) as progress:
-        while not _is_done(run, so_far):
+        while not so_far.is_done(run):
             _run_round(job, rounds, so_far, state)
             so_far.seconds = seconds_before + time.perf_counter() - job.started
-            if so_far.num_rounds % run.checkpoint_every == 0 or _is_done(run, so_far):
+            if so_far.num_rounds % run.checkpoint_every == 0 or so_far.is_done(run):
                 job.watch.beat(f"saving round {so_far.num_rounds}")
                 with job.watch.writing():
                     state.save()
             progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
     job.watch.beat("testing")
     test_loss, test_accuracy = _evaluate(job, rounds.replica, job.dataset.test, so_far.num_rounds - 1)
-    return _finish(
+    return finish(
         job,
-        rounds,
+        feedback=rounds.sticky,
         rounds=so_far.num_rounds,
         test_accuracy=test_accuracy,
         test_loss=test_loss,
@@ -69,19 +68,6 @@ def run_rounds(job: Job) -> dict[str, Any]:
         seconds_setup=setup_s,
         seconds_per_round=so_far.seconds_in_rounds / so_far.num_rounds,
     )
-
-
-def _resume(job: Job, state: RunState) -> bool:
-    """Load the newest checkpoint, if there is one, and say what is gone on with."""
-    found, words = state.resume()
-    if job.is_root:
-        print_header([words])
-    return found
-
-
-def _is_done(run: RunConfig, so_far: Progress) -> bool:
-    reached = run.target_accuracy is not None and so_far.val_accuracy >= run.target_accuracy
-    return reached or so_far.num_rounds >= run.rounds
 
 
 def _run_round(job: Job, rounds: FederatedRounds, so_far: Progress, state: RunState) -> None:
@@ -104,31 +90,6 @@ def _run_round(job: Job, rounds: FederatedRounds, so_far: Progress, state: RunSt
 
 
 def _evaluate(job: Job, flat: Tensor, split: Split, round: int) -> tuple[float, float]:
-    """Evaluate the replica, and book the shared sums as peer bytes."""
+    """Evaluate the replica."""
     job.training.layout.unflatten_(flat, job.model)
-    loss, accuracy, moved = job.evaluator.run(job.model, split)
-    if job.is_root and moved.payload:
-        parts = framing("metrics", moved.payload)
-        job.ledger.record(round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
-    return loss, accuracy
-
-
-def _finish(job: Job, federation: FederatedRounds, **results: Any) -> dict[str, Any]:
-    """Write model, ledger and summary on rank 0."""
-    if not job.is_root:
-        return {}
-    job.training.layout.unflatten_(federation.replica, job.model)
-    job.folder.save_model(job.model.state_dict())
-    job.folder.write_ledger(job.ledger)
-    up, down = job.ledger.totals("uplink"), job.ledger.totals("downlink")
-    summary = job.summary(
-        feedback=federation.sticky,
-        uplink_bytes=up.payload,
-        downlink_bytes=down.payload,
-        uplink_bytes_fp32=up.raw,
-        downlink_bytes_fp32=down.raw,
-        wire_bytes=job.ledger.totals().wire,
-        **results,
-    )
-    job.folder.write_summary(summary)
-    return summary
+    return evaluate(job, split, round)

@@ -146,7 +146,7 @@ def _check_resumable(config: Config, path: Path) -> None:
         FieldError: ``resume`` with ``--exchange none`` or another ``--out``, or a setting that has changed.
     """
     if config.exchange.exchange == "none":
-        raise FieldError("resume", str(path), "a run with --exchange round")
+        raise FieldError("resume", str(path), "a run with --exchange round or step")
     stored = load_config(path / "config.yaml", Config())
     out = config.run.out  # the stored one may be relative to another working directory, or the run was moved
     if out is not None and out != stored.run.out and out.resolve() != path.resolve():
@@ -208,6 +208,9 @@ def _job(
     start: int,
 ) -> Job:
     clients, labels = config.clients, data.train.labels
+    if config.exchange.exchange == "step":  # every rank is a client
+        clients = replace(clients, num_clients=runtime.world_size)
+        config = replace(config, clients=clients)
     parts = partition(
         labels, clients.num_clients, clients.partition, seed=config.run.seed, min_examples=clients.min_examples
     )

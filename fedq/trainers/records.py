@@ -6,7 +6,11 @@ import logging
 import math
 from typing import Any
 
+from fedq.collectives import Moved
+from fedq.data import Split
+from fedq.federated.accounting import framing
 from fedq.federated.rounds import RoundResult
+from fedq.ledger import NO_CLIENT
 from fedq.report import human_bytes
 from fedq.trainers.job import Job
 
@@ -20,6 +24,39 @@ def report_left_out(round: int, result: RoundResult) -> list[dict[str, Any]]:
     for client, reason in result.left_out.items():
         _log.warning("round %d: client %d is left out: %s", round, client, reason)
     return [{"round": round, "client": client, "reason": reason} for client, reason in result.left_out.items()]
+
+
+def book_metrics(job: Job, moved: Moved, round: int) -> None:
+    """Book shared metrics as bytes between ranks, on rank 0."""
+    if job.is_root and moved.payload:
+        parts = framing("metrics", moved.payload)
+        job.ledger.record(round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
+
+
+def evaluate(job: Job, split: Split, round: int) -> tuple[float, float]:
+    """Return the loss and accuracy of the job's model as it is, on every rank, and book the shared sums."""
+    loss, accuracy, moved = job.evaluator.run(job.model, split)
+    book_metrics(job, moved, round)
+    return loss, accuracy
+
+
+def finish(job: Job, **results: Any) -> dict[str, Any]:
+    """Write the job's model as it is, ledger and summary on rank 0; return the summary there."""
+    if not job.is_root:
+        return {}
+    job.folder.save_model(job.model.state_dict())
+    job.folder.write_ledger(job.ledger)
+    up, down = job.ledger.totals("uplink"), job.ledger.totals("downlink")
+    summary = job.summary(
+        uplink_bytes=up.payload,
+        downlink_bytes=down.payload,
+        uplink_bytes_fp32=up.raw,
+        downlink_bytes_fp32=down.raw,
+        wire_bytes=job.ledger.totals().wire,
+        **results,
+    )
+    job.folder.write_summary(summary)
+    return summary
 
 
 def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]) -> None:
@@ -41,15 +78,13 @@ def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]
         for rank, frame in result.frames
     ]
     job.folder.log_clients(rows)
+    log_metrics(job, round, metrics | {"train_loss": result.train_loss, "train_accuracy": result.train_accuracy})
+
+
+def log_metrics(job: Job, round: int, metrics: dict[str, Any]) -> None:
+    """Write a round's metrics, with the bytes so far, on rank 0."""
     totals = {f"{d}_bytes": job.ledger.totals(d).payload for d in ("uplink", "downlink")}
-    job.folder.log_metrics(
-        round,
-        train_loss=result.train_loss,
-        train_accuracy=result.train_accuracy,
-        **metrics,
-        **totals,
-        wire_bytes=job.ledger.totals().wire,
-    )
+    job.folder.log_metrics(round, **metrics, **totals, wire_bytes=job.ledger.totals().wire)
 
 
 def progress_text(job: Job, val_accuracy: float) -> str:

@@ -6,6 +6,7 @@ Random states are not among it: everything random is seeded by round and client,
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from fedq.checkpoint import KEPT, CheckpointError, Checkpoints, Loaded
+from fedq.config import RunConfig
 from fedq.errors import FieldError
 from fedq.federated.rounds import FederatedRounds, RoundResult
 from fedq.feedback import ResidualStore, prune_residuals, read_residual
+from fedq.report import print_header
 from fedq.trainers.job import Job
 from fedq.wire import Kind
 
@@ -32,9 +35,99 @@ class Progress:
     """Seconds of the job, those of stopped processes included."""
     seconds_in_rounds: float = 0.0
 
+    def is_done(self, run: RunConfig) -> bool:
+        """Whether the last round or the target accuracy is reached."""
+        reached = run.target_accuracy is not None and self.val_accuracy >= run.target_accuracy
+        return reached or self.num_rounds >= run.rounds
 
-class RunState:
-    """Saves and loads a job: model, replica, server optimizer, residuals, sampler position, ledger, files.
+
+class JobState(ABC):
+    """Saves and loads a job; what its state consists of is for each kind of job to say.
+
+    Args:
+        job: The job.
+        so_far: Its progress.
+    """
+
+    def __init__(self, job: Job, so_far: Progress) -> None:
+        self.job = job
+        self.so_far = so_far
+        self.checkpoints = Checkpoints(job.path / "checkpoints")
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write a checkpoint of the rounds so far; every rank calls it."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state, on every rank.
+
+        Raises:
+            FieldError: It belongs to another model or other codecs.
+        """
+
+    @abstractmethod
+    def check(self, loaded: Loaded) -> None:
+        """Read what the checkpoint names outside itself.
+
+        Raises:
+            CheckpointError: A file is damaged.
+            FieldError: A file cannot be used.
+        """
+
+    def go_on(self) -> bool:
+        """Load the newest checkpoint, if there is one, and say what is gone on with."""
+        found, words = self.resume()
+        if self.job.is_root:
+            print_header([words])
+        return found
+
+    def resume(self) -> tuple[bool, str]:
+        """Load the newest checkpoint that is whole, with all that it names.
+
+        Returns:
+            Whether there was one (a run that was stopped before its first starts again from the beginning), and what
+            a user should know.
+
+        Raises:
+            FieldError: Checkpoints exist, and all are damaged.
+        """
+        if not self.checkpoints.numbers():
+            self.job.folder.rewind(0, {"metrics_bytes": 0})
+            return False, "no round was finished before: starting from the first"
+        loaded = self._newest_whole()
+        self.load_state_dict(loaded.state)
+        before, now = loaded.state["where"], self.where()
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+        lines = [f"resumed after round {loaded.number}", *changed, *loaded.refused]
+        return True, "; ".join(lines)
+
+    def where(self) -> dict[str, Any]:
+        """Return where the job runs: what may change when it is resumed."""
+        runtime = self.job.runtime
+        return {
+            "world_size": runtime.world_size,
+            "launcher": runtime.launcher,
+            "device": runtime.device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _newest_whole(self) -> Loaded:
+        """Return the newest checkpoint that is whole; all ranks agree because all read the same files."""
+        refused: list[str] = []
+        for number in reversed(self.checkpoints.numbers()):
+            try:
+                loaded = self.checkpoints.load(number)
+                self.check(loaded)
+            except (CheckpointError, FieldError) as error:
+                refused.append(f"round {number} is refused: {error}")
+                continue
+            return Loaded(loaded.number, loaded.state, tuple(refused))
+        raise FieldError("resume", str(self.checkpoints.folder), "a checkpoint that is whole; " + "; ".join(refused))
+
+
+class RunState(JobState):
+    """Saves and loads rounds: model, replica, server optimizer, residuals, sampler position, ledger, files.
 
     Every rank saves its own clients' residuals, only those that changed; rank 0 writes the rest. Every rank loads
     what it needs from the run's folder, so nothing travels.
@@ -47,11 +140,9 @@ class RunState:
     """
 
     def __init__(self, job: Job, federation: FederatedRounds, so_far: Progress, store: ResidualStore | None) -> None:
-        self.job = job
+        super().__init__(job, so_far)
         self.federation = federation
-        self.so_far = so_far
         self.store = store
-        self.checkpoints = Checkpoints(job.path / "checkpoints")
         self._versions: dict[int, int] = {}
         self._kept: deque[dict[int, int]] = deque(maxlen=KEPT)
         self._updated: set[int] = set()
@@ -73,7 +164,7 @@ class RunState:
             "files": job.folder.position(),
             "residuals": dict(self._versions),
             "layouts": [federation.uplink.hash, federation.downlink.hash],
-            "where": self._where(),
+            "where": self.where(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -114,46 +205,8 @@ class RunState:
             keep = {self.store.path(*pair) for versions in self._kept for pair in versions.items()}
             prune_residuals(self.store.folder, keep)
 
-    def resume(self) -> tuple[bool, str]:
-        """Load the newest checkpoint that is whole, residuals included.
-
-        Returns:
-            Whether there was one (a run that was stopped before its first starts again from the beginning), and what
-            a user should know.
-
-        Raises:
-            FieldError: Checkpoints exist, and all are damaged.
-        """
-        if not self.checkpoints.numbers():
-            self.job.folder.rewind(0, {"metrics_bytes": 0})
-            return False, "no round was finished before: starting from the first"
-        loaded = self._newest_whole()
-        self.load_state_dict(loaded.state)
-        before, now = loaded.state["where"], self._where()
-        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
-        lines = [f"resumed after round {loaded.number}", *changed, *loaded.refused]
-        return True, "; ".join(lines)
-
-    def _newest_whole(self) -> Loaded:
-        """Return the newest checkpoint whose residuals are whole too; all ranks agree because all read the same."""
-        refused: list[str] = []
-        for number in reversed(self.checkpoints.numbers()):
-            try:
-                loaded = self.checkpoints.load(number)
-                if self.store is not None:
-                    for pair in loaded.state["residuals"].items():
-                        read_residual(self.store.path(*pair))
-            except (CheckpointError, FieldError) as error:
-                refused.append(f"round {number} is refused: {error}")
-                continue
-            return Loaded(loaded.number, loaded.state, tuple(refused))
-        raise FieldError("resume", str(self.checkpoints.folder), "a checkpoint that is whole; " + "; ".join(refused))
-
-    def _where(self) -> dict[str, Any]:
-        runtime = self.job.runtime
-        return {
-            "world_size": runtime.world_size,
-            "launcher": runtime.launcher,
-            "device": runtime.device.type,
-            "threads": torch.get_num_threads(),
-        }
+    def check(self, loaded: Loaded) -> None:
+        """Read the residuals that the checkpoint names."""
+        if self.store is not None:
+            for pair in loaded.state["residuals"].items():
+                read_residual(self.store.path(*pair))

@@ -1,0 +1,175 @@
+"""Data-parallel training: in every step the gradients are averaged over the ranks in few bits. An epoch is a round.
+
+Every rank is a client. With ``--partition iid`` the training set is shuffled anew and dealt over the ranks each epoch,
+as a distributed sampler does; with any other partition a rank keeps its own images. Either way all ranks take equally
+many steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedq.federated.accounting import plain_model
+from fedq.federated.client import Passed, seeded
+from fedq.hooks import StepState
+from fedq.kernels import derive_seed
+from fedq.ledger import NO_CLIENT
+from fedq.report import round_progress
+from fedq.trainers.job import Job
+from fedq.trainers.records import book_metrics, evaluate, finish, log_metrics, progress_text
+from fedq.trainers.state import Progress
+from fedq.trainers.step_ledger import StepLedger
+from fedq.trainers.step_state import StepRunState
+
+
+def run_steps(job: Job) -> dict[str, Any]:
+    """Train epochs, a checkpoint after each, and write their results."""
+    run, so_far, engine = job.config.run, Progress(), job.training.steps_by
+    shared = engine.share_gradients(_options(job))
+    engine.start(job.lr(0))
+    state = StepRunState(job, so_far, engine, shared)
+    if not (run.resume and state.go_on()):
+        _share_start(job)
+    books = StepLedger(job.ledger, shared, job.runtime.world_size)
+    setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
+    with round_progress(run.rounds, job.is_root, noun="epoch") as progress:
+        while not so_far.is_done(run):
+            _run_epoch(job, shared, books, so_far)
+            so_far.seconds = seconds_before + time.perf_counter() - job.started
+            if so_far.num_rounds % run.checkpoint_every == 0 or so_far.is_done(run):
+                job.watch.beat(f"saving epoch {so_far.num_rounds}")
+                with job.watch.writing():
+                    state.save()
+            progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
+    job.watch.beat("testing")
+    test_loss, test_accuracy = evaluate(job, job.dataset.test, so_far.num_rounds - 1)
+    return finish(
+        job,
+        feedback=shared.feedback,
+        rounds=so_far.num_rounds,
+        test_accuracy=test_accuracy,
+        test_loss=test_loss,
+        best_val_accuracy=so_far.best_val_accuracy,
+        left_out=[],
+        seconds=seconds_before + time.perf_counter() - job.started,
+        seconds_setup=setup_s,
+        seconds_per_round=so_far.seconds_in_rounds / so_far.num_rounds,
+    )
+
+
+def _options(job: Job) -> dict[str, Any]:
+    exchange, runtime = job.config.exchange, job.runtime
+    several_nodes = runtime.local_world_size < runtime.world_size
+    return {
+        "spec": exchange.uplink,
+        "second": exchange.downlink,
+        "feedback": {"auto": None, "on": True, "off": False}[exchange.feedback],
+        "schedule": exchange.schedule,
+        "ranks_per_node": runtime.local_world_size if several_nodes else 1,
+        "seed": derive_seed(job.config.run.seed, "gradients"),
+    }
+
+
+def _share_start(job: Job) -> None:
+    """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
+    layout = job.training.layout
+    flat = layout.flatten(job.model)
+    message, moved = job.transport.broadcast(flat.view(torch.uint8) if job.is_root else None)
+    layout.unflatten_(message.view(torch.float32), job.model)
+    if job.is_root and moved.payload:
+        others, parts = job.runtime.world_size - 1, plain_model(layout)
+        job.ledger.record(round=0, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=others)
+        book_metrics(job, type(moved)(payload=moved.sizes), 0)
+
+
+def _run_epoch(job: Job, shared: StepState, books: StepLedger, so_far: Progress) -> None:
+    """Train one epoch, evaluate where it is due, and write its rows."""
+    run, begin, number = job.config.run, time.perf_counter(), so_far.num_rounds
+    job.watch.beat(f"training in epoch {number}")
+    lr, training = job.lr(number), job.training
+    training.steps_by.set_lr(lr)
+    generator = seeded(derive_seed(run.seed, "local", number, job.runtime.rank))
+    indices = epoch_indices(job, number)
+    passed = training.train(indices, training.index_batches(len(indices), generator), generator)
+    so_far.num_rounds = number + 1
+    job.watch.beat(f"sharing statistics of epoch {number}")
+    books.book_statistics(number, share_statistics(job))
+    rows = _share_totals(job, passed, shared, number)
+    books.book_steps(number, passed.num_steps, rows[:, 3:])
+    metrics: dict[str, Any] = {"lr": lr}
+    if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
+        job.watch.beat(f"evaluating epoch {number}")
+        metrics["val_loss"], metrics["val_accuracy"] = evaluate(job, job.dataset.val, number)
+        so_far.val_accuracy = metrics["val_accuracy"]
+        so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
+    seconds = time.perf_counter() - begin
+    so_far.seconds_in_rounds += seconds
+    _log(job, number, rows, metrics | {"seconds": seconds})
+
+
+def epoch_indices(job: Job, epoch: int) -> Tensor:
+    """Return this rank's examples of an epoch; equally many on every rank, so a few may come twice."""
+    num, world_size, rank = len(job.dataset.train), job.runtime.world_size, job.runtime.rank
+    each = math.ceil(num / world_size)
+    seed = derive_seed(job.config.run.seed, "order", epoch)
+    if job.config.clients.partition == "iid":
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+        return _repeated(order, each * world_size)[rank::world_size]
+    own, generator = job.parts[rank], torch.Generator().manual_seed(seed)
+    return _repeated(own[torch.randperm(len(own), generator=generator)], each)
+
+
+def _repeated(indices: Tensor, length: int) -> Tensor:
+    return indices.repeat(math.ceil(length / len(indices)))[:length]
+
+
+def share_statistics(job: Job) -> int:
+    """Average the normalisation layers' float statistics over ranks, in rank order; return the bytes that crossed."""
+    layout = job.training.layout
+    tensors = [
+        tensor for span, tensor in zip(layout.spans, layout.tensors(job.model), strict=True) if span.role == "stats"
+    ]
+    if not tensors or job.transport.world_size == 1:
+        return 0
+    gathered, moved = job.transport.all_gather(torch.cat([tensor.flatten().float() for tensor in tensors]))
+    mean = gathered.mean(dim=0)
+    for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return moved.payload
+
+
+def _share_totals(job: Job, passed: Passed, shared: StepState, round: int) -> Tensor:
+    """Return each rank's loss sum, correct answers, examples, and bytes sent so far by leg, (ranks, 5) float64."""
+    own = (passed.loss_sum, passed.num_correct, passed.num_seen, shared.sent.first, shared.sent.second)
+    rows, moved = job.transport.all_gather(torch.tensor(own, dtype=torch.float64))
+    book_metrics(job, moved, round)
+    return rows
+
+
+def _log(job: Job, round: int, rows: Tensor, metrics: dict[str, Any]) -> None:
+    """Write the epoch's rows on rank 0."""
+    if not job.is_root:
+        return
+    job.folder.log_clients(
+        [
+            {
+                "round": round,
+                "client": rank,
+                "rank": rank,
+                "num_examples": int(seen),
+                "train_loss": loss / max(1, seen),
+                "train_accuracy": correct / max(1, seen),
+                "val_accuracy": None,
+                "status": "ok",
+                "label_counts": job.label_counts[rank].tolist(),
+            }
+            for rank, (loss, correct, seen, *_) in enumerate(rows.tolist())
+        ]
+    )
+    loss, correct, seen = rows[:, :3].sum(dim=0).tolist()
+    log_metrics(job, round, metrics | {"train_loss": loss / max(1, seen), "train_accuracy": correct / max(1, seen)})
