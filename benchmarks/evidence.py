@@ -114,6 +114,13 @@ def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], bu
     return "| " + " | ".join(cells) + " |"
 
 
+def _set_up(head: dict[str, Any]) -> str:
+    if head["exchange"] == "step":
+        return f"{head['rounds']} epochs, {head['precision']}"
+    clients = f"{head['num_clients']} clients ({head['partition']}), {head['cohort']} a round"
+    return f"{clients}, {head['rounds']} rounds, {head['precision']}, server {head['server']}"
+
+
 def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, command: str) -> str:
     """Return the section: what was run, the table, and every arm's command."""
     first = next(iter(results.values()))
@@ -137,9 +144,8 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, 
         "",
         f"{plan.note}",
         "",
-        f"{data}. {head['model']} ({head['num_params']:,} parameters), {head['num_clients']} clients "
-        f"({head['partition']}), {head['cohort']} a round, {head['rounds']} rounds, {head['precision']}, server "
-        f"{head['server']}; {head['world_size']} {ranks} on {head['cpu']}, torch {head['versions']['torch']}, commit "
+        f"{data}. {head['model']} ({head['num_params']:,} parameters), {_set_up(head)}; "
+        f"{head['world_size']} {ranks} on {head['cpu']}, torch {head['versions']['torch']}, commit "
         f"{', '.join(commits)}; seeds {', '.join(map(str, plan.seeds))}; {spent:.0f} minutes in all. Differences are "
         f"paired by seed.",
         "",
