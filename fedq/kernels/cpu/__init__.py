@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedq.kernels import unfused
 from fedq.kernels.cpu import blocks, sparse
 from fedq.kernels.cpu.library import isa, load, select_isa, why_missing
 from fedq.kernels.plan import Plan, SparsePlan
@@ -54,7 +55,6 @@ def reduce(
     """Encode ``sum(weight · decoded) + residual``; see `fedq.kernels.reduce`."""
     if not isinstance(plan_in, SparsePlan) and not isinstance(plan_out, SparsePlan):
         return blocks.reduce(plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual)
-    total = torch.zeros(num)
-    for data, weight, data_seed in zip(datas, weights, seeds, strict=True):
-        decode(plan_in, data, num, seed=data_seed, out=total, weight=weight)
-    return encode(plan_out, total, seed=seed, out=out, residual=residual)
+    return unfused.reduce(
+        encode, decode, plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedq.kernels import unfused
 from fedq.kernels.plan import ROTATION, BlockPlan, CastPlan, Plan, SparsePlan, elias_fano_nbytes
 from fedq.kernels.reference import blocks, cast, sparse
 from fedq.kernels.reference.primitives import (
@@ -121,10 +122,9 @@ def reduce(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Encode ``sum(weight · decoded) + residual``; the sum starts from zero and runs in the order given."""
-    total = torch.zeros(num, device=datas[0].device)
-    for data, weight, data_seed in zip(datas, weights, seeds, strict=True):
-        decode(plan_in, data, num, seed=data_seed, out=total, weight=weight)
-    return encode(plan_out, total, seed=seed, out=out, residual=residual)
+    return unfused.reduce(
+        encode, decode, plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual
+    )
 
 
 def _decoded(plan: Plan, data: Tensor, num: int, seed: int) -> Tensor:

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fedq.kernels import unfused
 from fedq.kernels.plan import Plan, SparsePlan
 
 __all__ = ["decode", "encode", "reduce", "supports", "why_missing"]
@@ -81,10 +82,9 @@ def reduce(
             and blocks.fits(plan_in, plan_out)
         ):
             return blocks.reduce(plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual)
-        total = torch.zeros(num, device=datas[0].device)
-        for data, weight, data_seed in zip(datas, weights, seeds, strict=True):
-            decode(plan_in, data, num, seed=data_seed, out=total, weight=weight)
-        return encode(plan_out, total, seed=seed, out=out, residual=residual)
+        return unfused.reduce(
+            encode, decode, plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual
+        )
 
 
 def _module(plan: Plan) -> ModuleType:
