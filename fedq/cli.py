@@ -22,7 +22,7 @@ import tyro
 from fedq.config import Config, validate
 from fedq.configfile import load_config
 from fedq.errors import FieldError
-from fedq.runtime import Ranks, detect
+from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
 
 _DEFAULTS = Config()
 
@@ -95,11 +95,12 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         return _examine(argv[1:])
     try:
         ranks = detect(os.environ)
+        check_lone_process(ranks, os.environ)
     except FieldError as error:  # nobody knows which rank it is
         return _refuse(error, "error")
     is_root = ranks.rank == 0
     try:
-        config = parse_args(argv, defaults=defaults, is_heard=is_root)
+        config = parse_args(without_local_rank(argv, os.environ), defaults=defaults, is_heard=is_root)
         validate(config)
     except FieldError as error:
         return _refuse(error, "error" if is_root else None)
@@ -111,15 +112,21 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
 
 
 def _list_runs(argv: Sequence[str]) -> int:
-    """List runs and how far they are: `fedq runs [FOLDER ...]`."""
-    from fedq.report import find_runs, print_runs
+    """List runs and how far they are: `fedq runs [FOLDER ...]`; with --compare, accuracy, bytes and time of each."""
+    from fedq.report import comparison, find_runs, print_runs
 
     parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} runs", description=_list_runs.__doc__)
     parser.add_argument("folder", type=Path, nargs="*", default=[Path("runs")], help="a run, or a folder of runs")
+    parser.add_argument("--compare", action="store_true", help="print one Markdown table of results instead")
+    given = parser.parse_args(argv)
     try:
-        print_runs(find_runs(parser.parse_args(argv).folder))
+        runs = find_runs(given.folder)
     except FieldError as error:
         return _refuse(error, "error")
+    if given.compare:
+        print(comparison(runs))
+    else:
+        print_runs(runs)
     return 0
 
 

@@ -17,7 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedq.errors import FieldError
-from fedq.runtime import Ranks, Runtime, detect, distributed, local_root_first, on_root, rendezvous
+from fedq.runtime import (
+    Ranks,
+    Runtime,
+    check_lone_process,
+    detect,
+    distributed,
+    local_root_first,
+    on_root,
+    rendezvous,
+    without_local_rank,
+)
 from fedq.runtime.group import _runtime
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
@@ -29,6 +39,15 @@ SRUN = {
     "SLURM_NODEID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "2,1",
 }
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+}
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 
 
 # ---- what the environment says ----
@@ -42,6 +61,14 @@ SRUN = {
         ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2, 1, 2, "env")),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, Ranks(3, 4, 1, 2, "env")),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Ranks(1, 2, 0, 2, "env")),
+        (DEEPSPEED, Ranks(3, 4, 1, 2, "deepspeed")),
+        (DEEPSPEED | TORCHRUN, Ranks(3, 4, 1, 2, "torchrun")),
+        (ACCELERATE | TORCHRUN, Ranks(3, 4, 1, 2, "accelerate")),
+        (ACCELERATE, Ranks(0, 1, 0, 1, "accelerate")),
+        (SRUN | ACCELERATE, Ranks(2, 3, 0, 1, "srun")),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, Ranks(0, 1, 0, 1, "python")),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, Ranks(0, 1, 0, 1, "python")),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2, 1, 2, "env")),
         (SRUN, Ranks(2, 3, 0, 1, "srun")),
         (SRUN | TORCHRUN, Ranks(3, 4, 1, 2, "torchrun")),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "8"}, Ranks(2, 3, 0, 1, "srun")),
@@ -73,6 +100,7 @@ def test_ranks_of_each_launcher(environ: dict[str, str], expected: Ranks) -> Non
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE", "2(x"),
         (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID", "2"),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_NTASKS", None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE", "2"),  # they would train two models
     ],
 )
 def test_a_broken_environment_names_variable_and_value(environ: dict[str, str], field: str, value: str | None) -> None:
@@ -97,6 +125,56 @@ def test_srun_tasks_a_node_are_expanded(sizes: list[int], data: st.DataObject) -
         "SLURM_STEP_TASKS_PER_NODE": text,
     }
     assert detect(environ) == Ranks(sum(sizes[:node]), sum(sizes), 0, sizes[node], "srun")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "left"),
+    [
+        (["--local_rank=1", "--rounds", "2"], DEEPSPEED, ["--rounds", "2"]),
+        (["--local_rank=0", "--rounds", "2"], DEEPSPEED, ["--local_rank=0", "--rounds", "2"]),  # another rank's
+        (["--rounds", "2", "--local_rank=1"], DEEPSPEED, ["--rounds", "2", "--local_rank=1"]),  # the user's own
+        (["--local_rank=1"], TORCHRUN, ["--local_rank=1"]),
+        ([], DEEPSPEED, []),
+    ],
+)
+def test_only_deepspeeds_own_local_rank_is_dropped(argv: list[str], environ: dict[str, str], left: list[str]) -> None:
+    assert without_local_rank(argv, environ) == left
+
+
+LAUNCH = ["/usr/bin/python3", "/usr/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ([*LAUNCH, "--cpu", "--num_processes", "2", "train.py"], 2),
+        ([*LAUNCH, "--cpu", "--num-processes=3", "train.py"], 3),
+        ([*LAUNCH, "--cpu", "--num_processes", "1", "train.py"], 1),
+        ([*LAUNCH, "--cpu", "train.py"], 1),
+        ([*LAUNCH, "train.py"], 4),  # the user's own config
+        ([*LAUNCH, "--num_processes", "1", "train.py"], 1),  # the flag goes over it
+        ([*LAUNCH, "--config_file", "six.json", "train.py"], 6),
+        ([*LAUNCH, "--cpu", "--config_file", "six.json", "train.py"], 6),
+        ([*LAUNCH, "--config_file", "missing.yaml", "train.py"], 1),
+        (["/usr/bin/mpirun", "--num_processes", "2", "train.py"], 1),
+        ([], 1),
+    ],
+)
+def test_a_lone_process_of_accelerate_knows_how_many_were_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], number: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/default_config.yaml").write_text("num_machines: 1\nnum_processes: 4\n")
+    (tmp_path / "six.json").write_text('{\n  "num_machines": 1,\n  "num_processes": 6\n}')
+    environ = ACCELERATE | {"HF_HOME": str(tmp_path)}
+    check_lone_process(detect(ACCELERATE | TORCHRUN), environ, command)  # not alone
+    check_lone_process(detect({}), environ, command)  # by another launcher
+    if number == 1:
+        check_lone_process(detect(ACCELERATE), environ, command)
+    else:
+        with pytest.raises(FieldError, match=f"num_processes={number} is not allowed"):
+            check_lone_process(detect(ACCELERATE), environ, command)
 
 
 # ---- where the ranks meet ----

@@ -1,5 +1,6 @@
 """Show runs to people. Everything here reads a run's files only."""
 
+from fedq.report.compare import comparison
 from fedq.report.runs import RunStatus, find_runs, print_runs
 from fedq.report.terminal import (
     RoundProgress,
@@ -14,6 +15,7 @@ from fedq.report.terminal import (
 __all__ = [
     "RoundProgress",
     "RunStatus",
+    "comparison",
     "find_runs",
     "human_bytes",
     "human_seconds",

@@ -1,6 +1,17 @@
 """Where this process runs: its rank, its device, and the process group, from the launcher's environment alone."""
 
 from fedq.runtime.group import Runtime, distributed, from_root, local_root_first, on_root
-from fedq.runtime.launcher import Ranks, detect, rendezvous
+from fedq.runtime.launcher import Ranks, check_lone_process, detect, rendezvous, without_local_rank
 
-__all__ = ["Ranks", "Runtime", "detect", "distributed", "from_root", "local_root_first", "on_root", "rendezvous"]
+__all__ = [
+    "Ranks",
+    "Runtime",
+    "check_lone_process",
+    "detect",
+    "distributed",
+    "from_root",
+    "local_root_first",
+    "on_root",
+    "rendezvous",
+    "without_local_rank",
+]

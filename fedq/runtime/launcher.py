@@ -1,22 +1,27 @@
-"""What the launcher's environment says: this process's ranks, and where they meet.
+"""What the launcher says: this process's ranks, where they meet, and whether more of them were asked for.
 
 Nothing is read at import, and nothing here needs torch. The process group lives in `fedq.runtime.group`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedq.errors import FieldError
 
 # Step ids from here on are SLURM's own (batch script, interactive shell), not started by srun; see slurm.h.
 _FIRST_RESERVED_STEP = 0xFFFFFFFA
 _SCONTROL_TIMEOUT_S = 30
+# mpirun's variables for the number of processes: Open MPI; MPICH, Intel MPI; MVAPICH2.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Ranks:
     local_rank: int
     local_world_size: int
     launcher: str
-    """python, torchrun, srun, or env (something else that sets RANK and WORLD_SIZE)."""
+    """python, torchrun, deepspeed, accelerate, srun, or env (something else that sets RANK and WORLD_SIZE)."""
 
 
 def detect(environ: Mapping[str, str]) -> Ranks:
@@ -41,13 +46,52 @@ def detect(environ: Mapping[str, str]) -> Ranks:
         The ranks; one of one when there is no launcher.
 
     Raises:
-        FieldError: A variable is missing from its set, is no whole number, or is out of range; it is named.
+        FieldError: A variable is missing from its set, is no whole number, or is out of range; it is named. Or mpirun
+            started several processes, which do not know of each other.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_env(environ)
     if _in_srun_step(environ):
         return _from_slurm(environ)
-    return Ranks(0, 1, 0, 1, "python")
+    for name in _MPI_SIZES:
+        if environ.get(name, "1") != "1":
+            raise FieldError(name, environ[name], "another launcher (torchrun, srun), or RANK and WORLD_SIZE beside it")
+    return Ranks(0, 1, 0, 1, "accelerate" if _is_accelerate(environ) else "python")
+
+
+def without_local_rank(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return the arguments without the `--local_rank=N` that the deepspeed launcher puts before a script's own.
+
+    It stays, and is then refused as an unknown flag, where it did not come from the launcher.
+    """
+    appended = f"--local_rank={environ.get('LOCAL_RANK')}"
+    is_appended = bool(argv) and argv[0] == appended and _is_deepspeed(environ)
+    return list(argv[1:] if is_appended else argv)
+
+
+def check_lone_process(ranks: Ranks, environ: Mapping[str, str], command: Sequence[str] | None = None) -> None:
+    """Refuse the one process that `accelerate launch --cpu --num_processes 2` starts without a word.
+
+    Accelerate leaves no trace of the number in the environment, so the launcher's own command line is read.
+
+    Args:
+        ranks: This process's ranks.
+        environ: The environment, which says where Accelerate's own config file lies.
+        command: The launcher's command line. Default: that of the parent process, where /proc shows it.
+
+    Raises:
+        FieldError: More processes were asked for than the one that there is.
+    """
+    if ranks.launcher != "accelerate" or ranks.world_size > 1:
+        return
+    number = _num_processes(_parent_command() if command is None else command, environ)
+    if number > 1:
+        allowed = (
+            f"1, all that this command starts; for {number} on the CPU: accelerate launch --config_file "
+            f"accelerate_config/cpu.yaml, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu, with "
+            f"--num_processes {number}"
+        )
+        raise FieldError("num_processes", number, allowed)
 
 
 def rendezvous(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int]:
@@ -74,8 +118,58 @@ def _from_env(environ: Mapping[str, str]) -> Ranks:
     local_world_size = _count(environ, size_name, 1, world_size)
     has_local_rank = "LOCAL_RANK" in environ or size_name != "WORLD_SIZE"
     local_rank = _count(environ, "LOCAL_RANK", 0, local_world_size - 1) if has_local_rank else rank
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "env"
-    return Ranks(rank, world_size, local_rank, local_world_size, launcher)
+    return Ranks(rank, world_size, local_rank, local_world_size, _launcher(environ))
+
+
+def _launcher(environ: Mapping[str, str]) -> str:
+    """Name the launcher that has set RANK and WORLD_SIZE."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "accelerate" if _is_accelerate(environ) else "torchrun"
+    return "deepspeed" if _is_deepspeed(environ) else "env"
+
+
+def _is_accelerate(environ: Mapping[str, str]) -> bool:
+    # `accelerate launch` sets both on all its paths; a user's own environment rarely has the second.
+    return "ACCELERATE_MIXED_PRECISION" in environ and "ACCELERATE_DYNAMO_BACKEND" in environ
+
+
+def _is_deepspeed(environ: Mapping[str, str]) -> bool:
+    return all(name in environ for name in ("LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"))
+
+
+def _parent_command() -> list[str]:
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:  # no /proc, or not to be read
+        return []
+
+
+def _num_processes(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Return the processes that an `accelerate launch` command line asks for, 1 if nothing says how many."""
+    if not any("accelerate" in word for word in command):
+        return 1
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--num_processes", "--num-processes", default="")
+    flags.add_argument("--config_file", "--config-file", type=Path)
+    flags.add_argument("--cpu", action="store_true")
+    given = flags.parse_known_args(command)[0]
+    number = given.num_processes
+    if not number and not (given.cpu and given.config_file is None):  # with --cpu the user's own file is not read
+        number = _num_processes_in(given.config_file or _accelerate_config(environ))
+    return int(number) if number.isdecimal() else 1
+
+
+def _num_processes_in(path: Path) -> str:
+    """Return what an Accelerate config says; it is one key of a flat file, so no YAML parser is needed."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(r"""^\s*["']?num_processes["']?\s*:\s*(\d+)""", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _accelerate_config(environ: Mapping[str, str]) -> Path:
+    """Return where `accelerate config` leaves the user's own file."""
+    caches = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/"), ".cache")
+    return Path(environ.get("HF_HOME") or Path(caches, "huggingface"), "accelerate", "default_config.yaml")
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
