@@ -171,8 +171,13 @@ def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
         return f"stopped by {cause}; a run with --exchange none has no checkpoints, so start it again"
     finished = Checkpoints(path / "checkpoints").numbers()
     after = f"after round {finished[-1]}" if finished else "before the first round was finished"
-    launcher = "python" if runtime.world_size == 1 else f"torchrun --nproc-per-node {runtime.local_world_size}"
-    launcher = "srun python" if runtime.launcher == "srun" else launcher
+    local = runtime.local_world_size
+    launcher = {
+        "python": "python",
+        "torchrun": f"torchrun --nproc-per-node {local}",
+        "deepspeed": f"deepspeed --num_accelerators {local}",
+        "srun": "srun python",
+    }.get(runtime.launcher, "(the same launcher)")
     return f"stopped by {cause} {after}; go on with: {launcher} {sys.argv[0]} --resume {path}"
 
 
