@@ -29,6 +29,8 @@ from fedq.kernels import derive_seed
 
 Key = tuple[int, int]
 Leg = Literal["first", "second"]
+_SMALL = 4096
+"""Elements up to which casts travel together, at the cost of a copy."""
 
 
 @dataclass
@@ -153,9 +155,10 @@ class MeanExchange:
             return
         first_seed = shared_seed(seed, "first")
         buffer = encode(self.segments, "first", flat, first_seed, residuals)
-        for segment, data in self._pieces(self.segments, "first", buffer):
-            self.sent.first += self.peers.all_reduce(data.view(_value_type(segment.first)))
-        self._decode(self.segments, "first", buffer, [first_seed] * len(self.segments), flat)
+        parts = _parts(self.segments, "first")
+        for part, data in zip(parts, _cut(parts, "first", buffer), strict=True):
+            self.sent.first += self.peers.all_reduce(data.view(_value_type(part[0].first)))
+        self._decode(self.segments, "first", buffer, first_seed, flat)
 
     def _one_phase(self, flat: Tensor, seed: int, residuals: Residuals | None) -> None:
         size, rank = self.peers.size, self.peers.rank
@@ -184,7 +187,8 @@ class MeanExchange:
         received = node.exchange([part] * node.size, [_nbytes(segments, "second") for segments in parts])
         self.sent.second += (across.size - 1) * own.numel() + (node.size - 1) * part.numel()
         for data, by_node in zip(received, runs, strict=True):
-            self._decode_means([segment for run in by_node for segment in run], data, seed, flat)
+            for run, message in zip(by_node, data.split([_nbytes(run, "second") for run in by_node]), strict=True):
+                self._decode_means(run, message, seed, flat)
 
     # ---- steps of schedules --------------------------------------------------------------------------------------
 
@@ -195,8 +199,10 @@ class MeanExchange:
         self._average_owned(runs, peers, flat, [rank_seed(seed, "first", r) for r in peers.members], residuals)
         return encode(runs[peers.rank], "second", flat, rank_seed(seed, "second", self.peers.rank), residuals)
 
-    def _decode_means(self, segments: Sequence[Segment], data: Tensor, seed: int, flat: Tensor) -> None:
-        self._decode(segments, "second", data, [rank_seed(seed, "second", s.owner) for s in segments], flat)
+    def _decode_means(self, run: Sequence[Segment], data: Tensor, seed: int, flat: Tensor) -> None:
+        """Write the means that one owner sent."""
+        if run:
+            self._decode(run, "second", data, rank_seed(seed, "second", run[0].owner), flat)
 
     def _inside_mean(self, parts: Sequence[Sequence[Segment]], node: Peers, flat: Tensor) -> None:
         """Average inside a node, each rank its part, in the codec of the node's inside."""
@@ -219,31 +225,20 @@ class MeanExchange:
 
     def _sum(self, segments: Sequence[Segment], buffers: Sequence[Tensor], seeds: Sequence[int], flat: Tensor) -> None:
         """Write the mean of every rank's payload of these segments, in rank order."""
-        pieces = [self._pieces(segments, "first", buffer) for buffer in buffers]
-        for copies in zip(*pieces, strict=True):
-            segment = copies[0][0]
-            payloads = [
-                Payload(data, segment.first, (segment.numel,), torch.float32, segment.seed(seed))
-                for (_, data), seed in zip(copies, seeds, strict=True)
-            ]
-            total = (
-                flat[segment.slice] if flat.dtype == torch.float32 else torch.empty(segment.numel, device=flat.device)
-            )
-            segment.first.decode_sum(payloads, [1.0 / len(buffers)] * len(buffers), total)
-            if flat.dtype != torch.float32:
-                flat[segment.slice] = total
+        parts, weights = _parts(segments, "first"), [1.0 / len(buffers)] * len(buffers)
+        for part, *datas in zip(parts, *(_cut(parts, "first", buffer) for buffer in buffers), strict=True):
+            payloads = [_payload(part, "first", data, seed) for data, seed in zip(datas, seeds, strict=True)]
+            in_place = len(part) == 1 and flat.dtype == torch.float32
+            total = flat[part[0].slice] if in_place else torch.empty(payloads[0].shape, device=flat.device)
+            part[0].first.decode_sum(payloads, weights, total)
+            if not in_place:
+                _scatter(total, part, flat)
 
-    def _decode(
-        self, segments: Sequence[Segment], leg: Leg, buffer: Tensor, seeds: Sequence[int], flat: Tensor
-    ) -> None:
-        for (segment, data), seed in zip(self._pieces(segments, leg, buffer), seeds, strict=True):
-            payload = Payload(data, getattr(segment, leg), (segment.numel,), torch.float32, segment.seed(seed))
-            flat[segment.slice] = payload.decode()
-
-    @staticmethod
-    def _pieces(segments: Sequence[Segment], leg: Leg, buffer: Tensor) -> list[tuple[Segment, Tensor]]:
-        sizes = [getattr(segment, leg).payload_nbytes(segment.numel) for segment in segments]
-        return list(zip(segments, buffer.split(sizes), strict=True)) if segments else []
+    def _decode(self, segments: Sequence[Segment], leg: Leg, buffer: Tensor, seed: int, flat: Tensor) -> None:
+        """Write what one message's payloads decode to."""
+        parts = _parts(segments, leg)
+        for part, data in zip(parts, _cut(parts, leg, buffer), strict=True):
+            _scatter(_payload(part, leg, data, seed).decode(), part, flat)
 
 
 def encode(segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, residuals: Residuals | None) -> Tensor:
@@ -257,17 +252,44 @@ def encode(segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, resid
         residuals: Error feedback, replaced in place and begun where there is none; None: encode and forget.
     """
     buffer = torch.empty(_nbytes(segments, leg), dtype=torch.uint8, device=flat.device)
-    at = 0
-    for segment in segments:
-        chosen: Codec = getattr(segment, leg)
-        size = chosen.payload_nbytes(segment.numel)
-        x, out, seed_of = flat[segment.slice], buffer[at : at + size], segment.seed(seed)
+    parts = _parts(segments, leg)
+    for part, out in zip(parts, _cut(parts, leg, buffer), strict=True):
+        segment, chosen = part[0], _codec_of(part[0], leg)
         if residuals is None or not chosen.wants_feedback:
-            chosen.encode(x, seed=seed_of, out=out)
+            x = flat[segment.slice] if len(part) == 1 else torch.cat([flat[s.slice] for s in part])
+            chosen.encode(x, seed=segment.seed(seed), out=out)
         else:
-            chosen.encode_with_residual(x, residuals.of(leg, segment, flat.device), seed=seed_of, out=out)
-        at += size
+            residual = residuals.of(leg, segment, flat.device)
+            chosen.encode_with_residual(flat[segment.slice], residual, seed=segment.seed(seed), out=out)
     return buffer
+
+
+def _parts(segments: Sequence[Segment], leg: Leg) -> list[list[Segment]]:
+    """Return the segments in the order in which they travel, those together that are one payload.
+
+    Small casts (biases, normalisation: two of three tensors of a network) come first and together: they need neither
+    seed nor residual, so their bytes are the same, and a call of a kernel costs more than they do.
+    """
+    casts = [s for s in segments if s.numel <= _SMALL and isinstance(_codec_of(s, leg), Cast)]
+    together = [s for s in casts if _codec_of(s, leg) == _codec_of(casts[0], leg)]
+    keys = {segment.key for segment in together}
+    return [*([together] if together else []), *([s] for s in segments if s.key not in keys)]
+
+
+def _cut(parts: Sequence[Sequence[Segment]], leg: Leg, buffer: Tensor) -> Sequence[Tensor]:
+    """Return each part's bytes of a message."""
+    return buffer.split([_nbytes(part, leg) for part in parts]) if parts else []
+
+
+def _payload(part: Sequence[Segment], leg: Leg, data: Tensor, seed: int) -> Payload:
+    numel = sum(segment.numel for segment in part)
+    return Payload(data, _codec_of(part[0], leg), (numel,), torch.float32, part[0].seed(seed))
+
+
+def _scatter(values: Tensor, part: Sequence[Segment], flat: Tensor) -> None:
+    """Write a part's values to the places of its segments."""
+    for segment, own in zip(part, values.split([segment.numel for segment in part]), strict=True):
+        flat[segment.slice] = own
 
 
 def shared_seed(seed: int, leg: Leg) -> int:
@@ -280,8 +302,12 @@ def rank_seed(seed: int, leg: Leg, rank: int) -> int:
     return derive_seed(seed, leg) | derive_seed(seed, leg, "noise", rank) << 32
 
 
+def _codec_of(segment: Segment, leg: Leg) -> Codec:
+    return segment.first if leg == "first" else segment.second
+
+
 def _nbytes(segments: Sequence[Segment], leg: Leg) -> int:
-    return sum(getattr(s, leg).payload_nbytes(s.numel) for s in segments)
+    return sum(s.nbytes[leg] for s in segments)
 
 
 def _value_type(chosen: Codec) -> torch.dtype:

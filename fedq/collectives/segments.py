@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 from fedq.codecs import Codec
@@ -54,6 +55,11 @@ class Segment:
         """Its place in the flat buffer."""
         return slice(self.start, self.start + self.numel)
 
+    @cached_property
+    def nbytes(self) -> dict[str, int]:
+        """Payload bytes by leg, worked out once: every step asks for them several times."""
+        return {"first": self.first.payload_nbytes(self.numel), "second": self.second.payload_nbytes(self.numel)}
+
     def seed(self, seed: int) -> int:
         """Return the segment's seed in a message of this seed."""
         return span_seed(span_seed(seed, self.param), self.part)
@@ -90,7 +96,7 @@ def assign_owners(segments: Sequence[Segment], world_size: int) -> list[Segment]
     owned, result = [0] * world_size, []
     for segment in segments:
         owner = owned.index(min(owned))
-        owned[owner] += segment.second.payload_nbytes(segment.numel)
+        owned[owner] += segment.nbytes["second"]
         result.append(replace(segment, owner=owner))
     return result
 
@@ -118,6 +124,6 @@ def choose_schedule(schedule: str, segments: Sequence[Segment], world_size: int,
         return schedule
     if all(isinstance(s.first, Cast) for s in segments):
         return "reduce"
-    if world_size <= 2 or sum(s.first.payload_nbytes(s.numel) for s in segments) <= _SMALL_NBYTES:
+    if world_size <= 2 or sum(s.nbytes["first"] for s in segments) <= _SMALL_NBYTES:
         return "one_phase"
     return "hierarchical" if nodes == int(nodes) and ranks_per_node > 1 and nodes > 1 else "two_phase"
