@@ -19,7 +19,7 @@ from fedq.codecs import codec, codec_schedule
 from fedq.errors import FieldError, one_of
 from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
-from fedq.hooks import check_step_codec
+from fedq.hooks import check_step_codec, check_step_spec, is_powersgd
 from fedq.models import MODELS
 
 _OF_ROUNDS = {
@@ -213,7 +213,7 @@ def validate(config: Config) -> None:
     parse_lr_schedule(config.local.lr_schedule)
     chaos(config.run.chaos)
     is_step = config.exchange.exchange == "step"
-    _check_codec("uplink", config.exchange.uplink, check_step_codec if is_step else codec_schedule)
+    _check_codec("uplink", config.exchange.uplink, check_step_spec if is_step else codec_schedule)
     _check_codec("downlink", config.exchange.downlink, check_step_codec if is_step else codec)
     _check_mode(config)
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
@@ -275,6 +275,11 @@ def _check_mode(config: Config) -> None:
             value, default = (getattr(getattr(tree, section), name) for tree in (config, defaults))
             if value != default:
                 raise FieldError(name, value, f"{default} with --exchange step, which has no rounds")
+    if is_powersgd(config.exchange.uplink):
+        for name in ("downlink", "schedule"):
+            value, default = (getattr(tree.exchange, name) for tree in (config, defaults))
+            if value != default:
+                raise FieldError(name, value, "left out with --uplink powersgd, which has a second leg of its own")
 
 
 def _check_codec(name: str, spec: str, parse: Callable[[str], object]) -> None:

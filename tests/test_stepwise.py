@@ -43,7 +43,7 @@ def run_jobs(rank: int, configs: list[Config], stop_at: int | None = None) -> li
     for config in configs:
         heard, jobs, states = io.StringIO(), [], []
         with redirect_stdout(heard), redirect_stderr(heard), pytest.MonkeyPatch.context() as patch:
-            run_epoch, register = stepwise._run_epoch, hooks.StepState.__init__
+            run_epoch, register = stepwise._run_epoch, hooks.StepExchange.__init__
 
             def watched_epoch(job: Job, *given: Any, jobs=jobs, run_epoch=run_epoch) -> None:
                 jobs.append(job)
@@ -56,7 +56,7 @@ def run_jobs(rank: int, configs: list[Config], stop_at: int | None = None) -> li
                 register(self, *given, **options)
 
             patch.setattr(stepwise, "_run_epoch", watched_epoch)
-            patch.setattr(hooks.StepState, "__init__", watched_state)
+            patch.setattr(hooks.StepExchange, "__init__", watched_state)
             try:
                 summary = federated.run_job(config)
             except Stopped:
@@ -74,6 +74,7 @@ CASES = {
     "sign": {"uplink": "sign", "downlink": "int4", "optimizer": "adamw", "lr": 0.003},
     "two_phase": {"uplink": "int4", "downlink": "int8", "schedule": "two_phase"},
     "batchnorm": {"model": "resnet20", "rounds": 2, "local_steps": 1, "uplink": "int8"},
+    "powersgd": {"uplink": "powersgd:rank=2,start=3"},
     "labels": {"partition": "dirichlet:alpha=0.5", "local_steps": None, "rounds": 1},
 }
 
@@ -206,6 +207,7 @@ def note_indices(rank: int, config: Config) -> list[Any]:
         {"uplink": "int4", "downlink": "int4", "schedule": "two_phase"},
         {"uplink": "sign", "optimizer": "adamw", "lr": 0.003},
         {"uplink": "int8", "model": "resnet20", "local_steps": 2},
+        {"uplink": "powersgd:rank=2,start=3"},
     ],
 )
 def test_a_resumed_job_ends_with_the_same_bits(tmp_path: Path, flags: dict[str, Any]) -> None:
@@ -247,6 +249,9 @@ def test_a_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
         ({"uplink": "int4 sign@2"}, "uplink"),
         ({"downlink": "threshold:value=0.01"}, "downlink"),
         ({"exchange": "round", "schedule": "two_phase"}, "schedule"),
+        ({"exchange": "round", "uplink": "powersgd:rank=2"}, "uplink"),
+        ({"uplink": "powersgd:rank=0"}, "uplink"),
+        ({"uplink": "powersgd:rank=2", "downlink": "int6"}, "downlink"),
     ],
 )
 def test_settings_of_the_other_mode_are_refused(tmp_path: Path, flags: dict[str, Any], field: str) -> None:

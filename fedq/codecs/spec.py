@@ -29,10 +29,14 @@ def codec(spec: str | Codec) -> Codec:
     """Return the codec that a spec string names, for example ``codec("int4:block=256")``.
 
     Raises:
-        FieldError: Unknown codec or option, or a value that is not allowed; the text lists what is.
+        FieldError: Unknown codec or option, or a value that is not allowed; the text lists what is. PowerSGD is not a
+            codec: its messages are sums over all ranks, and no rank can decode one alone.
     """
     if isinstance(spec, Codec):
         return spec
+    if split_spec(spec)[0] == "powersgd":
+        ways = "--exchange step --uplink powersgd:rank=2, or fedq.hooks.register(ddp_model, 'powersgd:rank=2')"
+        raise FieldError("codec", spec, f"a codec; powersgd is an exchange of gradients: {ways}")
     return make(*split_spec(spec))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedq.hooks import StepState
+from fedq.hooks import StepExchange
 
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -42,7 +42,7 @@ class Engine(Protocol):
     def step(self) -> None:
         """Move the parameters."""
 
-    def share_gradients(self, options: dict[str, Any]) -> StepState:
+    def share_gradients(self, options: dict[str, Any]) -> StepExchange:
         """From now on average the gradients over all ranks between backward and step; the optimizer state is kept.
 
         Args:

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedq import hooks
-from fedq.collectives.peers import Peers
 from fedq.engines.base import MakeOptimizer
 from fedq.engines.precision import Precision
 
@@ -67,10 +66,10 @@ class TorchEngine:
         self.scaler.step(self._started())
         self.scaler.update()
 
-    def share_gradients(self, options: dict[str, Any]) -> hooks.StepState:
+    def share_gradients(self, options: dict[str, Any]) -> hooks.StepExchange:
         """Wrap the model in DDP with fedq's hook; a single rank has nothing to share."""
         if not dist.is_initialized():
-            return hooks.StepState(self.model, Peers(), **options)
+            return hooks.step_state(self.model, **options)
         # What DDP would send without being asked, at the start and before every forward pass, the trainer shares, and
         # counts. An attribute, not an argument: the argument has another name in every second version of torch.
         wrapped = nn.parallel.DistributedDataParallel(self.model, init_sync=False)

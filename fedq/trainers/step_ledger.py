@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from fedq.hooks import StepState
+from fedq.hooks import StepExchange
 from fedq.ledger import NO_CLIENT, Ledger, MessageParts
 
 _DIRECTIONS: tuple[tuple[Literal["first", "second"], str], ...] = (("first", "uplink"), ("second", "downlink"))
@@ -26,7 +26,7 @@ class StepLedger:
         world_size: Ranks.
     """
 
-    def __init__(self, ledger: Ledger, shared: StepState, world_size: int) -> None:
+    def __init__(self, ledger: Ledger, shared: StepExchange, world_size: int) -> None:
         self._ledger = ledger
         self._shared = shared
         self._world_size = world_size

@@ -9,7 +9,7 @@ from typing import Any
 from fedq.checkpoint import Checkpoints, Loaded
 from fedq.engines import Engine
 from fedq.errors import FieldError
-from fedq.hooks import StepState
+from fedq.hooks import StepExchange
 from fedq.trainers.job import Job
 from fedq.trainers.state import JobState, Progress
 
@@ -27,7 +27,7 @@ class StepRunState(JobState):
         shared: What averages the gradients.
     """
 
-    def __init__(self, job: Job, so_far: Progress, engine: Engine, shared: StepState) -> None:
+    def __init__(self, job: Job, so_far: Progress, engine: Engine, shared: StepExchange) -> None:
         super().__init__(job, so_far)
         self.engine = engine
         self.shared = shared

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedq.federated.accounting import plain_model
 from fedq.federated.client import Passed, seeded
-from fedq.hooks import StepState
+from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
 from fedq.ledger import NO_CLIENT
 from fedq.report import round_progress
@@ -67,7 +67,7 @@ def _options(job: Job) -> dict[str, Any]:
     several_nodes = runtime.local_world_size < runtime.world_size
     return {
         "spec": exchange.uplink,
-        "second": exchange.downlink,
+        "second": None if is_powersgd(exchange.uplink) else exchange.downlink,
         "feedback": {"auto": None, "on": True, "off": False}[exchange.feedback],
         "schedule": exchange.schedule,
         "ranks_per_node": runtime.local_world_size if several_nodes else 1,
@@ -87,7 +87,7 @@ def _share_start(job: Job) -> None:
         book_metrics(job, type(moved)(payload=moved.sizes), 0)
 
 
-def _run_epoch(job: Job, shared: StepState, books: StepLedger, so_far: Progress) -> None:
+def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, so_far: Progress) -> None:
     """Train one epoch, evaluate where it is due, and write its rows."""
     run, begin, number = job.config.run, time.perf_counter(), so_far.num_rounds
     job.watch.beat(f"training in epoch {number}")
@@ -143,7 +143,7 @@ def share_statistics(job: Job) -> int:
     return moved.payload
 
 
-def _share_totals(job: Job, passed: Passed, shared: StepState, round: int) -> Tensor:
+def _share_totals(job: Job, passed: Passed, shared: StepExchange, round: int) -> Tensor:
     """Return each rank's loss sum, correct answers, examples, and bytes sent so far by leg, (ranks, 5) float64."""
     own = (passed.loss_sum, passed.num_correct, passed.num_seen, shared.sent.first, shared.sent.second)
     rows, moved = job.transport.all_gather(torch.tensor(own, dtype=torch.float64))
