@@ -54,10 +54,12 @@ class Checkpoints:
 
     Args:
         folder: Where they lie, one sub-folder each; made when the first is saved.
+        kept: How many stay on disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: int = KEPT) -> None:
         self.folder = folder
+        self.kept = kept
 
     def save(self, number: int, state: dict[str, Any]) -> None:
         """Write a checkpoint; after a crash at any moment it is there whole or not at all.
@@ -75,8 +77,8 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         sync_folder(self.folder)
-        for old in self.numbers()[:-KEPT]:
-            shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+        for old in self.numbers()[: -self.kept]:
+            self.remove(old)
 
     def load(self, number: int) -> Loaded:
         """Read a checkpoint.
@@ -85,6 +87,10 @@ class Checkpoints:
             CheckpointError: It is damaged, or was written by another version.
         """
         return Loaded(number, _read_state(self.folder / f"{number:08d}", number))
+
+    def remove(self, number: int) -> None:
+        """Delete a checkpoint, if it is there."""
+        shutil.rmtree(self.folder / f"{number:08d}", ignore_errors=True)
 
     def numbers(self) -> list[int]:
         """Return the checkpoints' numbers, oldest first."""

@@ -25,7 +25,7 @@ from fedq.models import MODELS
 _OF_ROUNDS = {
     "clients": ("cohort", "min_cohort", "max_update_norm"),
     "local": ("local_epochs", "prox_mu", "side_by_side"),
-    "exchange": ("server", "residual_memory", "downlink_to"),
+    "exchange": ("aggregate", "server", "residual_memory", "downlink_to"),
     "run": ("chaos", "histogram_every"),
 }
 """Settings, by section, that --exchange step cannot have."""
@@ -113,6 +113,8 @@ class ExchangeConfig:
     """Codec of the clients' updates: int4:block=256, sign, blocktopk:k=1,block=64; 'int4 sign@7': sign from round 7."""
     downlink: str = "int8"
     """Codec of the server's change to the model; with --exchange step of the second leg, from owners to all."""
+    aggregate: Literal["rooted", "two_phase"] = "rooted"
+    """Who averages the updates: rank 0, or every rank the tensors that it owns, with the same result."""
     schedule: Literal["auto", "reduce", "one_phase", "two_phase", "hierarchical"] = "auto"
     """How gradients travel with --exchange step; auto chooses by ranks and payload."""
     feedback: Literal["auto", "on", "off"] = "auto"

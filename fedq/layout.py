@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -64,9 +65,14 @@ class Layout:
     """Ordered spans: coded parameters first, then exempt ones, then statistics.
 
     The order depends on the model alone, so layouts of one model with different codecs share their offsets.
+
+    Args:
+        spans: The tensors, one after another.
+        whole: The layout that this one is a `part` of.
     """
 
     spans: tuple[Span, ...]
+    whole: Layout | None = None
     _by_name: dict[str, Span] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,8 +100,27 @@ class Layout:
                 offset += tensor.numel()
         return cls(tuple(spans))
 
+    def part(self, numbers: Sequence[int]) -> Layout:
+        """Return the layout of some of the spans, in a flat buffer of their own: with the same codes, seeds and hash.
+
+        Args:
+            numbers: Which spans, rising.
+        """
+        spans = [self.spans[number] for number in numbers]
+        offsets = accumulate((span.numel for span in spans), initial=0)
+        moved = tuple(replace(span, offset=offset) for span, offset in zip(spans, offsets, strict=False))
+        return Layout(moved, whole=self)
+
     def __getitem__(self, name: str) -> Span:
         return self._by_name[name]
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """Place of each span in the whole layout."""
+        if self.whole is None:
+            return tuple(range(len(self.spans)))
+        places = {span.name: number for number, span in enumerate(self.whole.spans)}
+        return tuple(places[span.name] for span in self.spans)
 
     @cached_property
     def numel(self) -> int:
@@ -109,7 +134,9 @@ class Layout:
 
     @cached_property
     def hash(self) -> int:
-        """64 bits that agree only if names, shapes, order and codecs agree."""
+        """64 bits that agree only if names, shapes, order and codecs agree; of a part, those of the whole."""
+        if self.whole is not None:
+            return self.whole.hash
         text = "\n".join(f"{s.name} {list(s.shape)} {s.codec.spec} {s.role}" for s in self.spans)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -142,20 +169,27 @@ class Layout:
         """Return the flat buffer's tensors by name, without a copy."""
         return {span.name: flat[span.slice].view(span.shape) for span in self.spans}
 
+    def take(self, flat: Tensor) -> Tensor:
+        """Return the values of this part from a flat buffer of the whole; of a whole layout, the buffer itself."""
+        if self.whole is None:
+            return flat
+        spans = [self.whole[span.name] for span in self.spans]
+        return torch.cat([flat[span.slice] for span in spans]) if spans else flat[:0]
+
     # ---- flat buffer <-> payloads --------------------------------------------------------------------------------
 
     def encode(self, flat: Tensor, *, seed: int) -> list[Payload]:
-        """Encode every span; the i-th takes ``span_seed(seed, i)``."""
+        """Encode every span; the i-th of the whole layout takes ``span_seed(seed, i)``."""
         return [
             span.codec.encode(flat[span.slice].view(span.shape), seed=kernels.span_seed(seed, i))
-            for i, span in enumerate(self.spans)
+            for i, span in zip(self.numbers, self.spans, strict=True)
         ]
 
     def payloads(self, datas: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Span, Payload]]:
         """Pair the spans with payloads made of received bytes, in order."""
         if len(datas) != len(self.spans):
             raise FieldError("payloads", len(datas), f"{len(self.spans)}, one for each tensor of the layout")
-        for i, (span, data) in enumerate(zip(self.spans, datas, strict=True)):
+        for i, span, data in zip(self.numbers, self.spans, datas, strict=True):
             yield span, Payload(data, span.codec, span.shape, torch.float32, kernels.span_seed(seed, i))
 
     def decode_sum(

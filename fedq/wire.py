@@ -76,8 +76,8 @@ class Frame:
         """Bytes that travel, header included."""
         return HEADER_NBYTES + self.body.numel()
 
-    def pack(self) -> Tensor:
-        """Return the whole message as one uint8 tensor, on the body's device."""
+    def header(self) -> Tensor:
+        """Return the header, uint8 [`HEADER_NBYTES`], on the body's device."""
         head = _HEADER.pack(
             MAGIC,
             VERSION,
@@ -91,8 +91,11 @@ class Frame:
             self.accuracy,
             self.body.numel(),
         )
-        header = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(self.body.device)
-        return torch.cat((header, self.body))
+        return torch.frombuffer(bytearray(head), dtype=torch.uint8).to(self.body.device)
+
+    def pack(self) -> Tensor:
+        """Return the whole message as one uint8 tensor, on the body's device."""
+        return torch.cat((self.header(), self.body))
 
     @classmethod
     def unpack(cls, message: Tensor) -> Frame:
@@ -103,30 +106,48 @@ class Frame:
         """
         if message.numel() < HEADER_NBYTES:
             raise FieldError("frame bytes", message.numel(), f"at least {HEADER_NBYTES}")
-        head = message[:HEADER_NBYTES].cpu().numpy().tobytes()
+        return cls.of(message[:HEADER_NBYTES], message[HEADER_NBYTES:])
+
+    @classmethod
+    def of(cls, header: Tensor, body: Tensor) -> Frame:
+        """Put a header and the body that came with it together.
+
+        Raises:
+            FieldError: As for `unpack`.
+        """
+        head = header.cpu().numpy().tobytes()
         magic, version, kind, number, client, layout_hash, seed, weight, loss, accuracy, nbytes = _HEADER.unpack(head)
         if magic != MAGIC or version != VERSION:
             raise FieldError("frame version", (magic, version), f"({MAGIC!r}, {VERSION})")
         if kind not in set(Kind):
             raise FieldError("frame kind", kind, ", ".join(f"{k.value} ({k.name})" for k in Kind))
-        if nbytes != message.numel() - HEADER_NBYTES:
-            raise FieldError("frame body bytes", message.numel() - HEADER_NBYTES, f"{nbytes}, as its header says")
+        if nbytes != body.numel():
+            raise FieldError("frame body bytes", body.numel(), f"{nbytes}, as its header says")
         if not (math.isfinite(weight) and weight >= 0):
             raise FieldError("frame weight", weight, "a finite number of at least 0")
-        body = message[HEADER_NBYTES:]
         return cls(Kind(kind), number, client, layout_hash, seed, weight, loss, accuracy, body)
+
+
+def body_nbytes(header: Tensor) -> int:
+    """Return the size of the body that a header announces."""
+    return int(_HEADER.unpack(header.cpu().numpy().tobytes())[-1])
 
 
 def join_payloads(layout: Layout, payloads: Sequence[Payload]) -> Tensor:
     """Return the body: sizes of the spans without a fixed size, then all payloads in layout order."""
-    datas = [payload.data for payload in payloads]
-    sizes = [p.nbytes for p, span in zip(payloads, layout.spans, strict=True) if not span.codec.fixed_size]
-    table = torch.tensor(sizes, dtype=torch.int64, device=datas[0].device).view(torch.uint8)
+    return join_body(layout, [payload.data for payload in payloads])
+
+
+def join_body(layout: Layout, datas: Sequence[Tensor]) -> Tensor:
+    """Return the body made of each span's bytes; empty, and on the CPU, for a layout without spans."""
+    device = datas[0].device if datas else None
+    sizes = [data.numel() for data, span in zip(datas, layout.spans, strict=True) if not span.codec.fixed_size]
+    table = torch.tensor(sizes, dtype=torch.int64, device=device).view(torch.uint8)
     return torch.cat((table, *datas))
 
 
 def split_body(layout: Layout, body: Tensor) -> list[Tensor]:
-    """Undo `join_payloads`: return each span's bytes, as views.
+    """Undo `join_body`: return each span's bytes, as views.
 
     Raises:
         FieldError: The body has another size than the layout calls for.

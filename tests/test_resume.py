@@ -207,7 +207,8 @@ def assert_equal(folder: Path, whole: Path, *, same_ranks: bool) -> None:
             assert rows(folder / f"{name}.parquet") == rows(whole / f"{name}.parquet")
         assert summary(folder)["wire_bytes"] == summary(whole)["wire_bytes"]
         return
-    assert metrics(folder, "wire_bytes") == metrics(whole, "wire_bytes")
+    crossed = ("wire_bytes", "root_ingress_bytes")
+    assert metrics(folder, *crossed) == metrics(whole, *crossed)
     assert rows(folder / "clients.parquet", ["rank"]) == rows(whole / "clients.parquet", ["rank"])
     mine, theirs = histograms(folder), histograms(whole)  # each of one of rank 0's clients
     assert {at: mine[at] for at in mine.keys() & theirs} == {at: theirs[at] for at in mine.keys() & theirs}

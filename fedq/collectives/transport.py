@@ -1,7 +1,8 @@
 """Moves uint8 buffers between ranks and counts what it hands to the process group.
 
-`Transport` gathers messages of any size to rank 0, broadcasts from it and shares small metrics; without a process
-group (one rank) it moves nothing. Gloo cannot take CUDA tensors here, so payloads are staged through the host.
+`Transport` gathers messages of any size to rank 0, broadcasts from it, exchanges buffers between all ranks and shares
+small metrics; without a process group (one rank) it moves nothing. Gloo cannot take CUDA tensors here, so payloads are
+staged through the host.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fedq.collectives.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Transport:
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
         nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
         self.wire_device = self.device if nccl else torch.device("cpu")
+        self.received = 0
+        """Bytes of the buffers that came from other ranks to this one."""
 
     def gather(self, messages: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[list[Tensor]], Moved]:
         """Send this rank's messages to rank 0.
@@ -76,6 +81,7 @@ class Transport:
         for work in works:
             _wait(work)
         crossed = sum(m.numel() for messages in received[1:] for m in messages)
+        self.received += crossed + 8 * sum(counts[1:])
         return [[m.to(self.device) for m in messages] for messages in received], Moved(crossed, 8 * sum(counts[1:]))
 
     def broadcast(self, message: Tensor | None) -> tuple[Tensor, Moved]:
@@ -89,7 +95,19 @@ class Transport:
         nbytes = int(size.view(torch.int64))
         buffer = self._empty(nbytes) if message is None else message.to(self.wire_device)
         dist.broadcast(buffer, group=self.group, group_src=0)
+        self.received += (8 + nbytes) * (self.rank != 0)
         return buffer.to(self.device), Moved(nbytes * others, 8 * others)
+
+    def exchange(self, sends: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send a uint8 buffer to each rank and return what each sent, by rank; this rank's own moves nowhere.
+
+        Args:
+            sends: One for each rank, on this rank's device.
+            sizes: Bytes that come from each rank.
+        """
+        received = Peers(self.group).exchange(sends, sizes)
+        self.received += sum(buffer.numel() for rank, buffer in enumerate(received) if rank != self.rank)
+        return received
 
     def all_gather(self, values: Tensor) -> tuple[Tensor, Moved]:
         """Share one small tensor of equal size from each rank; return (world_size, ...) and the bytes that crossed."""
@@ -99,6 +117,7 @@ class Transport:
         out = self._empty(self.world_size * flat.numel())
         dist.all_gather_into_tensor(out, flat, group=self.group)
         crossed = flat.numel() * self.world_size * (self.world_size - 1)
+        self.received += out.numel() - flat.numel()
         shaped = out.view(values.dtype).view(self.world_size, *values.shape)
         return shaped.to(values.device), Moved(crossed)
 

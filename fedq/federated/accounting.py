@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping, Sequence
 
-from fedq.layout import Layout
+import numpy as np
+from torch import Tensor
+
+from fedq.layout import Layout, Span
 from fedq.ledger import MessageParts
 from fedq.wire import Frame, split_body
+
+Sections = Mapping[str, int]
+"""Bytes of a payload by part."""
 
 
 def message_parts(layout: Layout, frame: Frame) -> MessageParts:
     """Return the frame's bytes by tensor and part, counted from its buffers."""
+    if not frame.kind.has_payloads:
+        return framing("", frame.nbytes)
+    sections = span_sections(layout, split_body(layout, frame.body))
+    return payload_parts(list(zip(layout.spans, sections, strict=True)), frame.nbytes)
+
+
+def span_sections(layout: Layout, datas: Sequence[Tensor]) -> list[Sections]:
+    """Return the bytes by part of every span's payload."""
+    return [
+        span.codec.section_nbytes(span.shape, data) if span.role == "coded" else {span.role: data.numel()}
+        for span, data in zip(layout.spans, datas, strict=True)
+    ]
+
+
+def payload_parts(payloads: Sequence[tuple[Span, Sections]], nbytes: int) -> MessageParts:
+    """Return the rows of some payloads in ``nbytes`` bytes, of which the rest is framing."""
     rows: list[tuple[str, str, int, int]] = []
-    datas = split_body(layout, frame.body) if frame.kind.has_payloads else []
-    for span, data in zip(layout.spans, datas, strict=False):
-        if span.role == "coded":
-            sections = span.codec.section_nbytes(span.shape, data)
-            raw = {"codes": 4 * span.numel}
-            rows += [(span.name, part, raw.get(part, 0), nbytes) for part, nbytes in sections.items()]
-        else:
-            rows.append((span.name, span.role, 4 * span.numel, data.numel()))
-    framing = frame.nbytes - sum(row[3] for row in rows)
-    rows.append(("", "framing", 0, framing))
-    tensors, parts, raws, payloads = zip(*rows, strict=True)
-    return MessageParts(tensors, parts, np.array(raws, dtype=np.int64), np.array(payloads, dtype=np.int64))
+    for span, sections in payloads:
+        carrier = "codes" if span.role == "coded" else span.role
+        rows += [(span.name, part, 4 * span.numel * (part == carrier), size) for part, size in sections.items()]
+    rows.append(("", "framing", 0, nbytes - sum(row[3] for row in rows)))
+    tensors, parts, raws, payload = zip(*rows, strict=True)
+    return MessageParts(tensors, parts, np.array(raws, dtype=np.int64), np.array(payload, dtype=np.int64))
 
 
 def framing(name: str, nbytes: int) -> MessageParts:

@@ -1,7 +1,8 @@
 """Federated rounds over a process group: who trains where, what is sent, and what is booked.
 
-Rank 0 is the server and trains its share too. Results and payload bytes do not depend on how clients are laid over
-ranks: updates are averaged in client order, and everything random is seeded by round and client.
+Rank 0 is the server, or every rank is the server of a part of the model; all train their share of the clients. Results
+and payload bytes depend neither on that nor on how clients are laid over ranks: updates are averaged in client order,
+and everything random is seeded by round and client.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fedq.collectives import Moved, Transport
-from fedq.federated.accounting import framing, message_parts, plain_model
+from fedq.collectives import Transport
+from fedq.federated.accounting import message_parts
 from fedq.federated.chaos import Chaos
 from fedq.federated.client import Client, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
+from fedq.federated.exchange import Exchange, Ranked, Rooted
 from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
-from fedq.ledger import NO_CLIENT, Ledger, MessageParts
+from fedq.ledger import Ledger
 from fedq.wire import Frame
 
 _log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class RoundResult:
     """What rank 0 knows after a round; the lists are empty on other ranks.
 
     Args:
-        frames: The clients' messages, by rank.
+        frames: The clients' messages, or rank 0's share of each, with the rank that each came from.
         left_out: Clients whose update was not used, with the reason.
         clipped: Clients whose update was scaled down, with the words for it.
     """
@@ -85,7 +86,7 @@ class FederatedRounds:
     Args:
         transport: How buffers move.
         clients: Every client by number; a rank uses those of its share.
-        server: The server on rank 0, None elsewhere.
+        server: The server on rank 0, None elsewhere; with a ``two_phase`` exchange every rank's own.
         uplink: Layouts of updates, by round.
         downlink: Layout of changes.
         replica: The model that every participant holds, flat float32; updated in place.
@@ -100,6 +101,7 @@ class FederatedRounds:
         residual_memory: Share of a client's residual that is left after each round in which it was not sampled.
         side_by_side: Clients that a rank trains at a time, as one stacked model.
         beat: Called with words for what comes next, as a sign of life.
+        exchange: How messages reach the server and its change everybody; default: by way of rank 0.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class FederatedRounds:
         residual_memory: float = 1.0,
         side_by_side: int = 1,
         beat: Callable[[str], None] = lambda doing: None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.transport = transport
         self.clients = clients
@@ -140,26 +143,32 @@ class FederatedRounds:
         self.residual_memory = residual_memory
         self.side_by_side = side_by_side
         self.beat = beat
+        self.exchange = exchange or Rooted(transport, ledger)
 
     def share_start(self) -> None:
         """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
-        message, moved = self.transport.broadcast(self.replica.view(torch.uint8) if self.transport.rank == 0 else None)
-        self.replica.copy_(message.view(torch.float32))
-        self._book_broadcast(0, plain_model(self.downlink), moved)
+        self.exchange.share_model(self.replica, self.downlink)
+        if self.server:
+            self.server.start(self.replica)
 
     def run(self, context: RoundContext) -> RoundResult:
-        """Run one round on this rank: train the share, send, aggregate on rank 0, apply the change everywhere."""
+        """Run one round on this rank: train the share, send, aggregate where a server is, apply the change."""
         cohort = self._cohort(context.round, context.seed)
         shares = assign(cohort, self.transport.world_size, sticky=self.sticky)
-        if self.server:
+        if self._is_root:
             self.downlink_cost.start_round(context.round, cohort)
-        messages = self._train_share([self.clients[c] for c in shares[self.transport.rank]], context)
+        frames = self._train_share([self.clients[c] for c in shares[self.transport.rank]], context)
         self.chaos.strike_rank(context.round, self.transport.rank)
         self.beat(f"exchanging updates of round {context.round}")
-        gathered, moved = self.transport.gather(messages, [len(share) for share in shares])
-        result, change = self._serve(gathered, moved, context) if self.server else (RoundResult(), None)
-        self._share_change(change, context)
-        return result
+        layout = self.uplink.at(context.round)
+        ranked = self.exchange.collect(frames, [len(share) for share in shares], layout, context.round)
+        result, change = self._serve(ranked, context) if self.server else (RoundResult(), None)
+        self._apply(self.exchange.spread(change, self.downlink, context), context)
+        return result if self._is_root else RoundResult()
+
+    @property
+    def _is_root(self) -> bool:
+        return self.transport.rank == 0
 
     def _cohort(self, round: int, seed: int) -> list[int]:
         return sample_cohort(len(self.clients), self.cohort_size, seed=seed, round=round)
@@ -173,7 +182,7 @@ class FederatedRounds:
             missed += 1
         return float(self.residual_memory**missed)
 
-    def _train_share(self, share: Sequence[Client], context: RoundContext) -> list[Tensor]:
+    def _train_share(self, share: Sequence[Client], context: RoundContext) -> list[Frame]:
         """Train this rank's clients, ``side_by_side`` of them at a time, and return their messages."""
         messages = []
         for first in range(0, len(share), self.side_by_side):
@@ -194,7 +203,7 @@ class FederatedRounds:
             _log.exception("round %d: training side by side failed, now one by one", context.round)
             return []
 
-    def _train(self, client: Client, context: RoundContext, trained: Trained | None = None) -> Tensor:
+    def _train(self, client: Client, context: RoundContext, trained: Trained | None = None) -> Frame:
         """Train a client, unless it is trained already, and return its message."""
         self.beat(f"training client {client.number} in round {context.round}")
         try:
@@ -205,33 +214,24 @@ class FederatedRounds:
                 client.training.layout.unflatten_(trained.flat, client.training.model)
         except Exception as error:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
-            return client.failure(error, context).pack()
+            return client.failure(error, context)
         update = trained.flat.sub_(self.replica)
         self.chaos.spoil(update, context.round, client.number)
         frame = client.message(update, trained, context, memory=self._memory(client.number, context))
-        if self.observe and self.transport.rank == 0:
+        if self.observe and self._is_root:
             self.observe(context, client.number, update, frame)
-        return frame.pack()
+        return frame
 
-    def _serve(
-        self, gathered: list[list[Tensor]], moved: Moved, context: RoundContext
-    ) -> tuple[RoundResult, Frame | None]:
-        """Aggregate and step on rank 0; the change is None if no client remained."""
+    def _serve(self, ranked: Ranked, context: RoundContext) -> tuple[RoundResult, Frame | None]:
+        """Aggregate and step, where a server is; the change is None if no client remained."""
         assert self.server is not None
-        layout = self.uplink.at(context.round)
-        ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
-        ranked.sort(key=lambda pair: pair[1].client)
-        for rank, frame in ranked:
-            parts, crossed = message_parts(layout, frame), int(rank != 0)
-            self._book(context.round, frame.client, "uplink", parts, payload_times=1, wire_times=crossed)
-        if moved.sizes:
-            self._book(context.round, NO_CLIENT, "uplink", framing("sizes", moved.sizes), wire_times=1)
         outcome = aggregate(
-            layout,
+            self.exchange.part(self.uplink.at(context.round)),
             [frame for _, frame in ranked],
             self.replica.device,
             min_cohort=self.min_cohort,
             norm_limit=self.norm_limit,
+            facts=self.exchange,
         )
         change = None
         if outcome.mean is not None:
@@ -239,43 +239,10 @@ class FederatedRounds:
             change = self.server.change(self.replica, context)
         return RoundResult(ranked, outcome.left_out, outcome.clipped), change
 
-    def _share_change(self, change: Frame | None, context: RoundContext) -> None:
-        """Broadcast the change and apply it; an empty message says that there is none."""
-        message = None
-        if self.transport.rank == 0:
-            message = change.pack() if change else torch.empty(0, dtype=torch.uint8, device=self.replica.device)
-        message, moved = self.transport.broadcast(message)
-        if not message.numel():
-            self._book_broadcast(context.round, framing("change", 0), moved)
+    def _apply(self, change: Frame | None, context: RoundContext) -> None:
+        """Apply the change to the replica, and note it for those who will download it."""
+        if change is None:
             return
-        frame = Frame.unpack(message)
-        apply_change(self.downlink, frame, self.replica)
-        if self.server:
-            parts = message_parts(self.downlink, frame)
-            self._book_broadcast(context.round, parts, moved)
-            self.downlink_cost.end_round(context.round, parts)
-
-    def _book_broadcast(self, round: int, parts: MessageParts, moved: Moved) -> None:
-        others = self.transport.world_size - 1
-        if others and self.transport.rank == 0:
-            self._book(round, NO_CLIENT, "downlink", parts, wire_times=others)
-            self._book(round, NO_CLIENT, "downlink", framing("sizes", moved.sizes), wire_times=1)
-
-    def _book(
-        self,
-        round: int,
-        client: int,
-        direction: str,
-        parts: MessageParts,
-        *,
-        payload_times: int = 0,
-        wire_times: int = 0,
-    ) -> None:
-        self.ledger.record(
-            round=round,
-            client=client,
-            direction=direction,
-            parts=parts,
-            payload_times=payload_times,
-            wire_times=wire_times,
-        )
+        apply_change(self.downlink, change, self.replica)
+        if self._is_root:
+            self.downlink_cost.end_round(context.round, message_parts(self.downlink, change))

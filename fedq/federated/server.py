@@ -1,5 +1,8 @@
 """The server: averages decoded updates, steps its optimizer on the master, and sends the change to the replica.
 
+One server may hold the whole model, or several a part of it each: the same code, because codes, averages and steps are
+those of single tensors. What concerns whole updates (their norm, whether a value is not finite) goes through `Facts`.
+
 The master is exact (float32) and the server's alone; the replica is what every participant holds. The server sends
 ``C(master - replica)``, so whatever the downlink's codec loses stays in that difference and is sent later: the
 downlink's error feedback needs no other memory.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +54,29 @@ class NormLimit:
     rule: Literal["clip", "drop"] = "clip"
 
 
+class Facts:
+    """What is known of whole updates where one server has them whole: that which it sees itself."""
+
+    def of_all_params(self, rows: Tensor) -> Tensor:
+        """Return the rows of every parameter of the model, in any order.
+
+        Args:
+            rows: float64 [this server's parameters, updates].
+        """
+        return rows
+
+    def everywhere(self, holds: Tensor) -> Tensor:
+        """Return where something holds for every server.
+
+        Args:
+            holds: bool, of the same shape on all.
+        """
+        return holds
+
+
+_SEEN_WHOLE = Facts()
+
+
 def aggregate(
     layout: Layout,
     frames: Sequence[Frame],
@@ -58,11 +84,20 @@ def aggregate(
     *,
     min_cohort: int = 1,
     norm_limit: NormLimit | None = None,
+    facts: Facts = _SEEN_WHOLE,
 ) -> Aggregate:
     """Decode and average the updates, in client order, weighted by their numbers of examples.
 
     An update that is not finite, or whose client failed, is left out and named; the others are averaged without it.
     With fewer than ``min_cohort`` updates there is no mean, and those that there are are named too.
+
+    Args:
+        layout: Of the updates, or of this server's part of them.
+        frames: The updates, or this server's part of each; headers are the same on all servers.
+        device: Where to decode.
+        min_cohort: Fewest updates that make a mean.
+        norm_limit: What happens to updates that are far too large.
+        facts: What the other servers know; by them all servers decide the same.
 
     Raises:
         FieldError: A frame of another model, or of a wrong size.
@@ -70,7 +105,8 @@ def aggregate(
     frames = sorted(frames, key=lambda frame: frame.client)
     left_out = {f.client: _reason(f) for f in frames if f.kind != Kind.UPDATE}
     kept = [f for f in frames if f.client not in left_out]
-    scales, too_large = _norm_scales(layout, kept, norm_limit, device) if norm_limit else ({}, {})
+    norms = _norms(layout, kept, device, facts) if norm_limit else {}
+    scales, too_large = _norm_scales(norms, norm_limit) if norm_limit else ({}, {})
     left_out |= too_large
     clipped = {client: f"norm clipped to {scale:.3g} of itself" for client, scale in scales.items()}
     while True:
@@ -80,25 +116,28 @@ def aggregate(
             reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
             return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
         mean = _weighted_sum(layout, kept, [scales.get(f.client, 1.0) * f.weight / total for f in kept], device)
-        if is_finite(mean):
+        if facts.everywhere(torch.tensor([_is_finite(mean)])).all():
             return Aggregate(mean, left_out, clipped)
-        culprits = {f.client: "decoded update is not finite" for f in kept if not _is_finite(layout, f, device)}
+        fine = facts.everywhere(torch.tensor([_decodes_finite(layout, f, device) for f in kept])).tolist()
+        culprits = {f.client: "decoded update is not finite" for f, ok in zip(kept, fine, strict=True) if not ok}
         left_out |= culprits or {f.client: "sum of updates overflows" for f in kept}
 
 
 def _weighted_sum(layout: Layout, frames: Sequence[Frame], weights: Sequence[float], device: torch.device) -> Tensor:
     """Return the sum of decoded updates, in the order given; the buffer passes through memory once."""
-    for frame in frames:
-        check_layout(frame, layout)
     out = torch.empty(layout.numel, device=device)
-    bodies = [split_body(layout, frame.body) for frame in frames]
+    bodies = [_datas(layout, frame) for frame in frames]
     layout.decode_sum(bodies, out, seeds=[frame.seed for frame in frames], weights=weights)
     return out
 
 
 def _decode_add(layout: Layout, frame: Frame, out: Tensor, weight: float) -> None:
+    layout.decode_add(_datas(layout, frame), out, seed=frame.seed, weight=weight)
+
+
+def _datas(layout: Layout, frame: Frame) -> list[Tensor]:
     check_layout(frame, layout)
-    layout.decode_add(split_body(layout, frame.body), out, seed=frame.seed, weight=weight)
+    return split_body(layout, frame.body)
 
 
 def _reason(frame: Frame) -> str:
@@ -107,15 +146,25 @@ def _reason(frame: Frame) -> str:
     return "update is not finite"
 
 
-def _norm_scales(
-    layout: Layout, frames: Sequence[Frame], limit: NormLimit, device: torch.device
-) -> tuple[dict[int, float], dict[int, str]]:
-    """Return scale factors below 1, and clients to leave out, by the norms of the decoded parameters."""
-    norms: dict[int, float] = {}
-    for frame in frames:
-        decoded = torch.zeros(layout.numel, device=device)
-        _decode_add(layout, frame, decoded, 1.0)
-        norms[frame.client] = float(decoded[: layout.num_params].norm())
+def _norms(layout: Layout, frames: Sequence[Frame], device: torch.device, facts: Facts) -> dict[int, float]:
+    """Return the norms of the decoded parameters by client: roots of exact sums of the tensors' squared norms."""
+    if not frames:
+        return {}
+    squares = [
+        [
+            float(torch.linalg.vector_norm(payload.decode(), dtype=torch.float64)) ** 2
+            for span, payload in layout.payloads(_datas(layout, frame), seed=frame.seed)
+            if span.role != "stats"
+        ]
+        for frame in frames
+    ]
+    columns = facts.of_all_params(torch.tensor(squares, dtype=torch.float64).T).T.tolist()
+    # The exact sum, rounded once, is the same in any order: it does not depend on who holds which tensor.
+    return {frame.client: math.sqrt(math.fsum(column)) for frame, column in zip(frames, columns, strict=True)}
+
+
+def _norm_scales(norms: Mapping[int, float], limit: NormLimit) -> tuple[dict[int, float], dict[int, str]]:
+    """Return scale factors below 1, and clients to leave out, by the norms of their updates."""
     finite = [norm for norm in norms.values() if math.isfinite(norm)]
     highest = limit.multiple * statistics.median(finite or [0.0])
     if highest == 0:  # most updates are zero: there is no size to compare with
@@ -126,38 +175,52 @@ def _norm_scales(
     return {}, {c: f"norm {norm:.3g} is beyond {highest:.3g}" for c, norm in beyond.items()}
 
 
-def _is_finite(layout: Layout, frame: Frame, device: torch.device) -> bool:
+def _decodes_finite(layout: Layout, frame: Frame, device: torch.device) -> bool:
     decoded = torch.zeros(layout.numel, device=device)
     _decode_add(layout, frame, decoded, 1.0)
-    return is_finite(decoded)
+    return _is_finite(decoded)
+
+
+def _is_finite(values: Tensor) -> bool:
+    return not values.numel() or is_finite(values)
 
 
 class Server:
     """The server's state and its two acts: `step` and `change`.
 
+    The optimizer knows every parameter of the model by its number, but those of other servers' parts have no memory
+    and never a gradient, so it leaves them alone. States of parts thus put together are the state of the whole.
+
     Args:
-        initial: The model that everyone starts from, flat float32; copied.
-        layout: Layout of the downlink (offsets are those of the uplink too).
+        initial: The whole model that everyone starts from, flat float32; copied.
+        layout: Layout of the downlink (offsets are those of the uplink too), or this server's part of it.
         make_optimizer: From the master's parameter tensors to a `torch.optim.Optimizer`; it is fed the negative mean
             update as the gradient. Statistics never go through it: their mean change is added as it is.
     """
 
     def __init__(self, initial: Tensor, layout: Layout, make_optimizer: MakeServerOptimizer) -> None:
         self.layout = layout
-        self.master = initial.clone()
+        self.master = layout.take(initial).clone()
         views = layout.views(self.master)
-        self._params = [views[s.name].requires_grad_() for s in layout.spans if s.role != "stats"]
+        whole = [s for s in (layout.whole or layout).spans if s.role != "stats"]
+        params = [views.get(s.name, initial.new_zeros(()).expand(s.shape)).requires_grad_() for s in whole]
+        self._params = {s.name: param for s, param in zip(whole, params, strict=True) if s.name in views}
+        self._numbers = {number for number, span in enumerate(whole) if span.name in views}
         self._variances = [s for s in layout.spans if s.role == "stats" and s.name.endswith("running_var")]
-        self.optimizer = make_optimizer(self._params)
+        self.optimizer = make_optimizer(params)
+
+    def start(self, replica: Tensor) -> None:
+        """Begin from the model that everyone holds, flat float32."""
+        self.master.copy_(self.layout.take(replica))
 
     def step(self, mean: Tensor) -> None:
         """Apply a mean update to the master."""
-        gradient = self.layout.views(mean.neg())
-        params = (s for s in self.layout.spans if s.role != "stats")
-        for param, span in zip(self._params, params, strict=True):
-            param.grad = gradient[span.name]
-        self.optimizer.step()
-        for param in self._params:
+        gradients = self.layout.views(mean.neg())
+        for name, param in self._params.items():
+            param.grad = gradients[name]
+        if self._params:
+            self.optimizer.step()
+        for param in self._params.values():
             param.grad = None
         stats = slice(self.layout.num_params, self.layout.numel)
         self.master[stats] += mean[stats]
@@ -165,18 +228,22 @@ class Server:
             self.master[span.slice].clamp_(min=0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the master and the optimizer's state."""
-        return {"master": self.master, "optimizer": self.optimizer.state_dict()}
+        """Return the master (of this part) and the optimizer's state of its parameters, by number."""
+        return {"master": self.master, "optimizer": self._own(self.optimizer.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self.master.copy_(state["master"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from the state of a server that held the whole model, or of `join_states`."""
+        self.master.copy_(self.layout.take(state["master"]))
+        self.optimizer.load_state_dict(self._own(state["optimizer"]))
+
+    def _own(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state without that of other servers' parameters."""
+        return optimizer | {"state": {n: state for n, state in optimizer["state"].items() if n in self._numbers}}
 
     def change(self, replica: Tensor, context: RoundContext) -> Frame:
-        """Return the coded difference between master and replica."""
+        """Return the coded difference between master and replica; of a part, its share of the body."""
         seed = context.downlink_seed()
-        body = join_payloads(self.layout, self.layout.encode(self.master - replica, seed=seed))
+        body = join_payloads(self.layout, self.layout.encode(self.master - self.layout.take(replica), seed=seed))
         return Frame(
             kind=Kind.CHANGE,
             round=context.round,
@@ -188,6 +255,23 @@ class Server:
             accuracy=0.0,
             body=body,
         )
+
+
+def join_states(layout: Layout, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of a server of the whole model, put together from those of its parts.
+
+    Args:
+        layout: Of the whole model.
+        states: `Server.state_dict` of every part, with ``numbers``: which spans of the whole it holds.
+    """
+    master = torch.empty(layout.numel)
+    params: dict[int, Any] = {}
+    for state in states:
+        part = layout.part(state["numbers"])
+        for name, values in part.views(state["master"]).items():
+            master[layout[name].slice] = values.reshape(-1)
+        params |= state["optimizer"]["state"]
+    return {"master": master, "optimizer": {**states[0]["optimizer"], "state": dict(sorted(params.items()))}}
 
 
 def apply_change(layout: Layout, frame: Frame, replica: Tensor) -> None:

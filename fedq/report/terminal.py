@@ -190,7 +190,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("test accuracy", _percent(summary.get("test_accuracy"))),
         ("best validation", _percent(summary.get("best_val_accuracy"))),
         *_exchange(summary, get("uplink"), get("downlink")),
-        ("between ranks", f"{_bytes(summary.get('wire_bytes'))} in all"),
+        ("between ranks", f"{_bytes(summary.get('wire_bytes'))} in all{_root_ingress(summary)}"),
         ("time", f"{_seconds(summary.get('seconds'))}, {_seconds(summary.get('seconds_per_round'))} {per}"),
         *_left_out(summary.get("left_out") or []),
     ]
@@ -207,6 +207,13 @@ def _exchange(summary: Mapping[str, Any], uplink: str, downlink: str) -> list[tu
     rule = summary.get("downlink_to")
     charged = f", {_DOWNLINK_RULES.get(rule, rule)}" if rule else ""
     return [("uplink", f"{uplink}: {up}"), ("downlink", f"{downlink}: {down}{charged}")]
+
+
+def _root_ingress(summary: Mapping[str, Any]) -> str:
+    """Return what came to rank 0, and whether that is where all updates went."""
+    if not summary.get("root_ingress_bytes"):
+        return ""
+    return f", {_bytes(summary['root_ingress_bytes'])} of it to rank 0 (aggregate {summary.get('aggregate', '-')})"
 
 
 def _work(summary: Mapping[str, Any], server: str) -> str:

@@ -6,11 +6,14 @@ from fedq.codecs import codec, codec_schedule
 from fedq.federated.chaos import chaos
 from fedq.federated.client import Client
 from fedq.federated.downlink import DownlinkCost
+from fedq.federated.exchange import Exchange, Rooted
 from fedq.federated.optim import server_optimizer
 from fedq.federated.rounds import FederatedRounds
 from fedq.federated.server import NormLimit, Server
+from fedq.federated.two_phase import TwoPhase
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
+from fedq.report import print_header
 from fedq.trainers.histograms import HistogramLog
 from fedq.trainers.job import GIB, Job
 
@@ -33,9 +36,14 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
     feedback = NoFeedback() if store is None else ErrorFeedback(store)
     replica = downlink.flatten(job.model)
     clients = {i: Client(i, part, job.training, uplink, feedback) for i, part in enumerate(job.parts)}
+    way: Exchange = Rooted(job.transport, job.ledger)
+    if exchange.aggregate == "two_phase" and job.transport.world_size > 1:
+        way = TwoPhase(job.transport, job.ledger, uplink.at(0))
+        if job.is_root:
+            print_header([way.note])
     server = None
-    if job.is_root:
-        server = Server(replica, downlink, lambda params: server_optimizer(exchange.server, params))
+    if way.serves:
+        server = Server(replica, way.part(downlink), lambda params: server_optimizer(exchange.server, params))
     return FederatedRounds(
         transport=job.transport,
         clients=clients,
@@ -54,6 +62,7 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         residual_memory=exchange.residual_memory,
         side_by_side=job.config.local.side_by_side,
         beat=job.watch.beat,
+        exchange=way,
     )
 
 

@@ -63,6 +63,7 @@ def run_rounds(job: Job) -> dict[str, Any]:
         test_accuracy=test_accuracy,
         test_loss=test_loss,
         best_val_accuracy=so_far.best_val_accuracy,
+        root_ingress_bytes=job.transport.received,
         left_out=so_far.left_out,
         seconds=seconds_before + time.perf_counter() - job.started,
         seconds_setup=setup_s,

@@ -41,7 +41,7 @@ from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
 
-_FREE_ON_RESUME = {"data_dir", "download"} | {field.name for field in fields(RunConfig)} - {"seed"}
+_FREE_ON_RESUME = {"data_dir", "download", "aggregate"} | {field.name for field in fields(RunConfig)} - {"seed"}
 """Settings that may differ when a run is resumed."""
 
 
@@ -100,6 +100,7 @@ class Job:
             "uplink": config.exchange.uplink,
             "downlink": config.exchange.downlink,
             "downlink_to": config.exchange.downlink_to,
+            "aggregate": config.exchange.aggregate,
             "server": config.exchange.server,
             "seed": config.run.seed,
             "git_commit": git_commit(Path(fedq.__file__).parent),

@@ -78,7 +78,8 @@ def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]
         for rank, frame in result.frames
     ]
     job.folder.log_clients(rows)
-    log_metrics(job, round, metrics | {"train_loss": result.train_loss, "train_accuracy": result.train_accuracy})
+    means = {"train_loss": result.train_loss, "train_accuracy": result.train_accuracy}
+    log_metrics(job, round, metrics | means | {"root_ingress_bytes": job.transport.received})
 
 
 def log_metrics(job: Job, round: int, metrics: dict[str, Any]) -> None:

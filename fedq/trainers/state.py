@@ -20,6 +20,7 @@ from fedq.federated.rounds import FederatedRounds, RoundResult
 from fedq.feedback import ResidualStore, prune_residuals, read_residual
 from fedq.report import print_header
 from fedq.trainers.job import Job
+from fedq.trainers.shards import ServerShards
 from fedq.wire import Kind
 
 
@@ -98,7 +99,7 @@ class JobState(ABC):
         loaded = self._newest_whole()
         self.load_state_dict(loaded.state)
         before, now = loaded.state["where"], self.where()
-        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
         lines = [f"resumed after round {loaded.number}", *changed, *loaded.refused]
         return True, "; ".join(lines)
 
@@ -129,8 +130,9 @@ class JobState(ABC):
 class RunState(JobState):
     """Saves and loads rounds: model, replica, server optimizer, residuals, sampler position, ledger, files.
 
-    Every rank saves its own clients' residuals, only those that changed; rank 0 writes the rest. Every rank loads
-    what it needs from the run's folder, so nothing travels.
+    Every rank saves its own clients' residuals, only those that changed, and its part of the server where that is
+    spread over the ranks; rank 0 writes the rest. Every rank loads what it needs from the run's folder, so nothing
+    travels.
 
     Args:
         job: The job.
@@ -143,6 +145,7 @@ class RunState(JobState):
         super().__init__(job, so_far)
         self.federation = federation
         self.store = store
+        self.shards = ServerShards(job.path / "checkpoints" / "servers")
         self._versions: dict[int, int] = {}
         self._kept: deque[dict[int, int]] = deque(maxlen=KEPT)
         self._updated: set[int] = set()
@@ -152,13 +155,15 @@ class RunState(JobState):
         self._updated |= {frame.client for _, frame in result.frames if frame.kind == Kind.UPDATE}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, on rank 0; residuals are named by owner and version."""
+        """Return everything, on rank 0; residuals are named by owner and version, a spread server by its parts."""
         job, federation = self.job, self.federation
         assert federation.server is not None
+        parts = {"parts": job.runtime.world_size}
         return {
             "progress": asdict(self.so_far),
             "replica": federation.replica,
-            "server": federation.server.state_dict(),
+            "server": parts if federation.exchange.is_spread else federation.server.state_dict(),
+            "root_ingress_bytes": job.transport.received,
             "downlink_cost": federation.downlink_cost.state_dict(),
             "ledger": job.ledger.state_dict(),
             "files": job.folder.position(),
@@ -184,6 +189,8 @@ class RunState(JobState):
             self.store.attach(self._versions)
         if self.federation.server is not None:
             self.federation.server.load_state_dict(state["server"])
+        if self.job.is_root:
+            self.job.transport.received = state.get("root_ingress_bytes", 0)
             self.federation.downlink_cost.load_state_dict(state["downlink_cost"])
             self.job.ledger.load_state_dict(state["ledger"])
             self.job.folder.rewind(self.so_far.num_rounds, state["files"])
@@ -193,7 +200,9 @@ class RunState(JobState):
         number = self.so_far.num_rounds
         if self.store is not None:
             self.store.save(number)
-        self.job.transport.barrier()  # the residuals are on disk before a checkpoint names them
+        if self.federation.server is not None and self.federation.exchange.is_spread:
+            self.shards.save(number, self.job.runtime.rank, self.job.runtime.world_size, self.federation.server)
+        self.job.transport.barrier()  # all that a checkpoint names is on disk before it is written
         if not self.job.is_root:
             return
         if self.store is not None:
@@ -201,12 +210,19 @@ class RunState(JobState):
         self._updated.clear()
         self.checkpoints.save(number, self.state_dict())
         self._kept.append(dict(self._versions))
+        self.shards.prune(self.checkpoints.numbers())
         if self.store is not None and self.store.folder is not None:
             keep = {self.store.path(*pair) for versions in self._kept for pair in versions.items()}
             prune_residuals(self.store.folder, keep)
 
     def check(self, loaded: Loaded) -> None:
-        """Read the residuals that the checkpoint names."""
+        """Read the residuals that the checkpoint names, and the parts of a spread server, which are put together."""
         if self.store is not None:
             for pair in loaded.state["residuals"].items():
                 read_residual(self.store.path(*pair))
+        if "parts" in (server := loaded.state["server"]):
+            loaded.state["server"] = self.shards.load(loaded.number, server["parts"], self.federation.downlink)
+
+    def where(self) -> dict[str, Any]:
+        """Return where the job runs, and who averages."""
+        return super().where() | {"aggregate": self.job.config.exchange.aggregate}

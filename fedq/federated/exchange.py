@@ -1,0 +1,127 @@
+"""How a round's messages reach the server, and how its change reaches everybody; here by way of rank 0.
+
+`TwoPhase` is the other way, with a part of the server on every rank. Both book what crossed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedq.collectives import Moved, Transport
+from fedq.federated.accounting import framing, message_parts, plain_model
+from fedq.federated.client import RoundContext
+from fedq.federated.server import Facts
+from fedq.layout import Layout
+from fedq.ledger import NO_CLIENT, Ledger, MessageParts
+from fedq.wire import Frame
+
+Ranked = list[tuple[int, Frame]]
+"""Messages with the rank that each came from, in client order."""
+
+
+class Exchange(Facts, ABC):
+    """The same three acts on every rank; a rank with a server aggregates between `collect` and `spread`.
+
+    Args:
+        transport: How buffers move.
+        ledger: Where rank 0 books.
+    """
+
+    is_spread: ClassVar[bool] = False
+    """Whether every rank has the server of a part of the model."""
+
+    def __init__(self, transport: Transport, ledger: Ledger) -> None:
+        self.transport = transport
+        self.ledger = ledger
+
+    @property
+    @abstractmethod
+    def serves(self) -> bool:
+        """Whether this rank has a server."""
+
+    def part(self, layout: Layout) -> Layout:
+        """Return what this rank's server has of a layout of the model."""
+        return layout
+
+    @abstractmethod
+    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+        """Send this rank's messages to where they are averaged; return those that are averaged here.
+
+        Args:
+            frames: This rank's.
+            counts: Messages of each rank, known to all.
+            layout: Of the updates.
+            round: Number, from 0.
+        """
+
+    @abstractmethod
+    def spread(self, change: Frame | None, layout: Layout, context: RoundContext) -> Frame | None:
+        """Give the whole change to every rank; None if there is none.
+
+        Args:
+            change: This rank's part of it, where it has a server.
+            layout: Of changes.
+            context: The round.
+        """
+
+    def share_model(self, replica: Tensor, layout: Layout) -> None:
+        """Replace every rank's model by rank 0's, flat float32."""
+        message, moved = self.transport.broadcast(replica.view(torch.uint8) if self.transport.rank == 0 else None)
+        replica.copy_(message.view(torch.float32))
+        self._book_broadcast(0, plain_model(layout), moved)
+
+    def _book_broadcast(self, round: int, parts: MessageParts, moved: Moved) -> None:
+        others = self.transport.world_size - 1
+        if others:
+            self._book(round, NO_CLIENT, "downlink", parts, wire_times=others)
+            self._book(round, NO_CLIENT, "downlink", framing("sizes", moved.sizes), wire_times=1)
+
+    def _book(
+        self, round: int, client: int, direction: str, parts: MessageParts, *, payload_times: int = 0, wire_times: int
+    ) -> None:
+        """Book on rank 0; nothing elsewhere."""
+        if self.transport.rank == 0:
+            self.ledger.record(
+                round=round,
+                client=client,
+                direction=direction,
+                parts=parts,
+                payload_times=payload_times,
+                wire_times=wire_times,
+            )
+
+
+class Rooted(Exchange):
+    """Rank 0 has the server: messages are gathered there, and the change is broadcast."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether this is rank 0."""
+        return self.transport.rank == 0
+
+    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+        """Gather all messages on rank 0; nothing comes back on the others."""
+        gathered, moved = self.transport.gather([frame.pack() for frame in frames], counts)
+        ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
+        ranked.sort(key=lambda pair: pair[1].client)
+        for rank, frame in ranked:
+            crossed = int(rank != 0)
+            self._book(round, frame.client, "uplink", message_parts(layout, frame), payload_times=1, wire_times=crossed)
+        if moved.sizes:
+            self._book(round, NO_CLIENT, "uplink", framing("sizes", moved.sizes), wire_times=1)
+        return ranked
+
+    def spread(self, change: Frame | None, layout: Layout, context: RoundContext) -> Frame | None:
+        """Broadcast the change; an empty message says that there is none."""
+        message = None
+        if self.transport.rank == 0:
+            message = change.pack() if change else torch.empty(0, dtype=torch.uint8, device=self.transport.device)
+        message, moved = self.transport.broadcast(message)
+        frame = Frame.unpack(message) if message.numel() else None
+        self._book_broadcast(context.round, message_parts(layout, frame) if frame else framing("change", 0), moved)
+        return frame
