@@ -13,18 +13,20 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from fedq.config import Config, validate
-from fedq.configfile import load_config
+from fedq.configfile import load_config, load_deepspeed_config, with_settings
+from fedq.engines.accelerate_engine import accelerate_settings
 from fedq.errors import FieldError
 from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
 
 _DEFAULTS = Config()
+_DEEPSPEED_CONFIG = Path("deepspeed_config.json")
 
 # A launcher ends all ranks when one fails; a silent rank that is early waits this long, so that the other can speak.
 _GRACE_S = 5.0
@@ -40,18 +42,18 @@ class _Arguments:
 
 
 def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) -> Config:
-    """Read the settings from the command line, over those of `--config`, over `defaults`.
+    """Read the settings from the command line, over those of `--deepspeed-config`, of `--config`, and `defaults`.
 
     Args:
         argv: Arguments without the program's name.
-        defaults: Settings that neither a flag nor the file gives.
+        defaults: Settings that neither a flag nor a file gives.
         is_heard: Whether help and errors are printed; False on all ranks but the first.
 
     Returns:
         The settings, not yet validated.
 
     Raises:
-        FieldError: The file of `--config` cannot be used.
+        FieldError: A file cannot be used.
         SystemExit: Help was asked for (code 0), or a flag or its value is wrong (code 2).
     """
     # The file is wanted before the flags are parsed, because it changes their defaults and so what --help shows.
@@ -59,11 +61,12 @@ def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path, nargs="?")
     early.add_argument("--resume", type=Path, nargs="?")
+    early.add_argument("--deepspeed-config", "--deepspeed_config", type=Path, nargs="?")
     given = early.parse_known_args(argv)[0]
     path = given.config
     if path is None and given.resume is not None:
         path = given.resume / "config.yaml"
-    job = defaults if path is None else load_config(path, defaults)
+    job = _from_files(path, given.deepspeed_config, defaults)
     program = Path(sys.argv[0]).name
     # Not tyro's console_outputs=False: with it, 1.0.17 still prints that a value does not parse.
     with ExitStack() as silence:
@@ -72,6 +75,30 @@ def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) 
             silence.enter_context(redirect_stderr(io.StringIO()))
         marks = (tyro.conf.OmitArgPrefixes,)
         return tyro.cli(_Arguments, prog=program, args=argv, default=_Arguments(path, job), config=marks).job
+
+
+def _of_launcher(launcher: str, defaults: Config) -> Config:
+    """Return the defaults with what the launcher brings along: a configuration file, or variables."""
+    if launcher == "deepspeed" and _DEEPSPEED_CONFIG.is_file():
+        return replace(defaults, run=replace(defaults.run, deepspeed_config=_DEEPSPEED_CONFIG))
+    if launcher == "accelerate":
+        return with_settings(defaults, accelerate_settings(os.environ))
+    return defaults
+
+
+def _from_files(path: Path | None, deepspeed_path: Path | None, defaults: Config) -> Config:
+    """Return the settings of a YAML file and a DeepSpeed file.
+
+    A DeepSpeed file that a flag names goes over the YAML file. One that the YAML file or the defaults name goes under
+    it, because a run's config.yaml holds everything that was decided then.
+    """
+    config = defaults if path is None else load_config(path, defaults)
+    if deepspeed_path is not None:
+        return load_deepspeed_config(deepspeed_path, config)
+    if config.run.deepspeed_config is None:
+        return config
+    under = load_deepspeed_config(config.run.deepspeed_config, defaults)
+    return under if path is None else load_config(path, under)
 
 
 def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> int:
@@ -100,6 +127,7 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         return _refuse(error, "error")
     is_root = ranks.rank == 0
     try:
+        defaults = _of_launcher(ranks.launcher, defaults)
         config = parse_args(without_local_rank(argv, os.environ), defaults=defaults, is_heard=is_root)
         validate(config)
     except FieldError as error:

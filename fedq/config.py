@@ -147,6 +147,10 @@ class RunConfig:
     """Name of the run. Default: <dataset>-<model>-<uplink>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed's JSON file; goes over --config. Started by deepspeed, default: deepspeed_config.json if it is here."""
+    log_with: str = ""
+    """Started by accelerate launch: its trackers to log to as well, as in wandb,aim."""
     threads: int | None = None
     """CPU threads a rank. Default: 1 when there are several ranks on a machine, otherwise torch's choice."""
     checkpoint_every: int = 1

@@ -1,4 +1,4 @@
-"""Settings in a YAML file: a mapping of groups, as the `config.yaml` that every run writes.
+"""Settings in a YAML file, a mapping of groups as the `config.yaml` that every run writes, or in a DeepSpeed file.
 
 Reading is strict: a key or a type that the tree in `fedq.config` does not have is an error, never ignored.
 """
@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from fedq.config import Config
+from fedq.engines.deepspeed_config import DeepSpeedFile
 from fedq.errors import FieldError, one_of
 from fedq.runfolder import SCHEMA_VERSION
 
@@ -46,6 +47,33 @@ def load_config(path: Path, defaults: Config) -> Config:
             raise FieldError(f"{path}: key", name, one_of([*hints, "schema_version"], name))
         groups[name] = _group(getattr(defaults, name), values, f"{path}: {name}")
     return replace(defaults, **groups)
+
+
+def load_deepspeed_config(path: Path, defaults: Config) -> Config:
+    """Read settings from a DeepSpeed file: what its own keys say, and its section `fedq`.
+
+    Args:
+        path: A DeepSpeed JSON file; the settings name it, so that an engine reads the rest.
+        defaults: The settings that the file changes.
+
+    Raises:
+        FieldError: The file cannot be used, or has two values for a setting.
+    """
+    file, config = DeepSpeedFile.read(path), defaults
+    for name, (key, value) in file.implied.items():
+        if file.fedq.get(name, value) != value:
+            raise FieldError(f"{path}: fedq.{name}", file.fedq[name], f"{value!r}, as {key} says, or left out")
+        config = _with_setting(config, name, value, f"{path}: {key}")
+    for name, value in file.fedq.items():
+        config = _with_setting(config, name, value, f"{path}: fedq.{name}")
+    return replace(config, run=replace(config.run, deepspeed_config=path))
+
+
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the settings with some changed, by the names of their flags."""
+    for name, value in values.items():
+        config = _with_setting(config, name, value, name)
+    return config
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -105,6 +133,17 @@ def _group(defaults: Any, values: Any, place: str) -> Any:
             raise FieldError(f"{place}.{key}", value, f"only the keys {one_of(hints, key)}")
         changes[key] = _typed(hints[key], value, f"{place}.{key}")
     return replace(defaults, **changes)
+
+
+def _with_setting(config: Config, name: str, value: Any, place: str) -> Config:
+    """Return the settings with one changed, whatever its group."""
+    groups = {key: group for group in get_type_hints(Config) for key in get_type_hints(type(getattr(config, group)))}
+    allowed = groups.keys() - {"resume", "deepspeed_config"}
+    if name not in allowed:
+        raise FieldError(place, value, f"only the keys {one_of(allowed, name)}")
+    section = getattr(config, groups[name])
+    typed = _typed(get_type_hints(type(section))[name], value, place)
+    return replace(config, **{groups[name]: replace(section, **{name: typed})})
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,16 @@ SUMMARY_KEYS = (
 _TAG_GROUPS = ("train", "val", "test", "bytes")
 
 
+class Tracker(Protocol):
+    """What wants a run's numbers as well, such as an experiment tracker's client."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take a round's numbers."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+
 class RunFolder:
     """Write one run's files. Use it as a context manager, or call `close`.
 
@@ -75,6 +85,7 @@ class RunFolder:
         self._tensorboard: SummaryWriter | None = None
         self._flushed_round = 0
         self._purge_step: int | None = None
+        self._trackers: list[Tracker] = []
 
     @classmethod
     def create(cls, out: Path | None, *, name: str, exist_ok: bool = False) -> RunFolder:
@@ -109,6 +120,10 @@ class RunFolder:
         plain = {"schema_version": SCHEMA_VERSION, **_plain(config)}
         self._write_text("config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
+    def follow(self, tracker: Tracker) -> None:
+        """Tell a tracker what goes to TensorBoard too, from now on until `close`."""
+        self._trackers.append(tracker)
+
     def log_metrics(self, round: int, **values: Any) -> None:
         """Append one line to `metrics.jsonl`, on disk when this returns, and its numbers to TensorBoard.
 
@@ -118,9 +133,11 @@ class RunFolder:
         plain = _plain(values)
         self._metrics.write(json.dumps({"round": round, **plain}, allow_nan=False) + "\n")
         self._metrics.flush()
-        for key, value in plain.items():
-            if isinstance(value, (int, float)):
-                self._events().add_scalar(_tag(key), value, round)
+        numbers = {_tag(key): value for key, value in plain.items() if isinstance(value, (int, float))}
+        for tag, value in numbers.items():
+            self._events().add_scalar(tag, value, round)
+        for tracker in self._trackers:
+            tracker.log(numbers, round)
         if round - self._flushed_round >= FLUSH_EVERY_ROUNDS:
             self._flushed_round = round
             self._clients.flush()
@@ -206,6 +223,8 @@ class RunFolder:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+        while self._trackers:
+            self._trackers.pop().close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -233,6 +252,9 @@ class NullRunFolder:
     path: Path | None = None
 
     def write_config(self, config: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def follow(self, tracker: Tracker) -> None:
         """Do nothing."""
 
     def log_metrics(self, round: int, **values: Any) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from fedq.collectives import Transport
 from fedq.config import Config, RunConfig, parse_lr_schedule
 from fedq.configfile import config_dict, load_config
 from fedq.data import Dataset, load_dataset
-from fedq.engines.precision import Precision, choose_precision
+from fedq.engines import Engine, Precision, choose_precision, make_engine
+from fedq.engines.accelerate_engine import AccelerateEngine, Trackers
 from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
@@ -89,6 +90,7 @@ class Job:
             "num_params": num_parameters(self.model),
             "world_size": runtime.world_size,
             "launcher": runtime.launcher,
+            "engine": self.training.steps_by.name,
             "backend": runtime.backend,
             "device": runtime.device.type,
             "precision": self.training.precision.name,
@@ -226,6 +228,18 @@ def _job(
     precision = choose_precision(config.local.precision, runtime.device)
     model = _model(config, data, runtime.device, precision)
     transport = Transport(runtime.device)
+    engine = make_engine(
+        runtime.launcher,
+        model,
+        partial(_local_optimizer, config),
+        precision,
+        settings=asdict(config.local),
+        deepspeed_config=config.run.deepspeed_config,
+        log_with=config.run.log_with,
+        folder=path,
+    )
+    if isinstance(engine, AccelerateEngine) and config.run.log_with:
+        folder.follow(Trackers(engine.accelerator, config_dict(config)))
     return Job(
         config=config,
         runtime=runtime,
@@ -234,7 +248,7 @@ def _job(
         parts=parts,
         label_counts=label_counts(labels, parts, data.num_classes),
         model=model,
-        training=_training(config, on_device, model, precision, watch.beat),
+        training=_training(config, on_device, model, precision, watch.beat, engine),
         evaluator=Evaluator(data.mean, data.std, precision, transport),
         transport=transport,
         ledger=Ledger(),
@@ -261,7 +275,7 @@ def _model(config: Config, data: Dataset, device: torch.device, precision: Preci
 
 
 def _training(
-    config: Config, data: Dataset, model: nn.Module, precision: Precision, beat: Callable[[], None]
+    config: Config, data: Dataset, model: nn.Module, precision: Precision, beat: Callable[[], None], engine: Engine
 ) -> LocalTraining:
     local = config.local
     return LocalTraining(
@@ -279,6 +293,7 @@ def _training(
         augment=config.data.augment,
         flip=data.flip,
         beat=beat,
+        engine=engine,
     )
 
 

@@ -1,0 +1,72 @@
+"""Which engine takes the steps: the one of the library that started the job, or that its settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedq.engines.base import Engine, MakeOptimizer
+from fedq.engines.precision import Precision
+from fedq.engines.torch_engine import TorchEngine
+from fedq.errors import FieldError
+
+
+def make_engine(
+    launcher: str,
+    model: nn.Module,
+    make_optimizer: MakeOptimizer,
+    precision: Precision,
+    *,
+    settings: Mapping[str, Any],
+    deepspeed_config: Path | None = None,
+    log_with: str = "",
+    folder: Path | None = None,
+) -> Engine:
+    """Return DeepSpeed's engine if it started the job or a file of it is given, then Accelerate's, then torch's.
+
+    Args:
+        launcher: Who started the job, as `fedq.runtime.detect` names it.
+        model: What is trained, on its device.
+        make_optimizer: From parameters and learning rate to an optimizer.
+        precision: Arithmetic of forward and backward.
+        settings: Those of local training, by the names of their flags.
+        deepspeed_config: DeepSpeed's configuration file.
+        log_with: Accelerate's trackers, separated by commas.
+        folder: The run's folder.
+
+    Raises:
+        FieldError: The library is missing, or a setting does nothing with this engine.
+    """
+    if deepspeed_config is not None or launcher == "deepspeed":
+        engine: Engine = _deepspeed(model, make_optimizer, precision, settings, deepspeed_config)
+    elif launcher == "accelerate":
+        from fedq.engines.accelerate_engine import AccelerateEngine
+
+        names = [name.strip() for name in log_with.split(",") if name.strip()]
+        engine = AccelerateEngine(model, make_optimizer, precision, names, folder)
+    else:
+        engine = TorchEngine(model, make_optimizer, precision)
+    if log_with and engine.name != "accelerate":
+        raise FieldError("log_with", log_with, "nothing, unless the job is started by accelerate launch")
+    return engine
+
+
+def _deepspeed(
+    model: nn.Module,
+    make_optimizer: MakeOptimizer,
+    precision: Precision,
+    settings: Mapping[str, Any],
+    path: Path | None,
+) -> Engine:
+    from fedq.engines.deepspeed_config import DeepSpeedFile
+    from fedq.engines.deepspeed_engine import DeepSpeedEngine
+
+    if settings["side_by_side"] > 1:
+        raise FieldError("side_by_side", settings["side_by_side"], "1 with DeepSpeed, which steps one model at a time")
+    file = DeepSpeedFile() if path is None else DeepSpeedFile.read(path)
+    if "optimizer" in file.tree and settings["optimizer"] != "sgd":
+        raise FieldError("optimizer", settings["optimizer"], f"left out, because {path} has an optimizer")
+    return DeepSpeedEngine(model, make_optimizer, precision, file, settings)
