@@ -16,6 +16,7 @@ from fedq.errors import FieldError
 
 SPECS = ["bf16", "int8", "int4", "sign", "ternary", "blocktopk:k=2,block=64,bits=2", "randk:density=0.2"]
 STEPS = 6
+LONG = 50
 
 
 def network() -> nn.Module:
@@ -70,7 +71,7 @@ def _exact(rank: int) -> None:
             assert state.step == STEPS
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_float32_is_ddp_itself(world_size: int) -> None:
     run_group(world_size, _exact)
 
@@ -83,7 +84,7 @@ def _all_codecs(rank: int) -> dict[str, np.ndarray]:
     for spec in SPECS:
         ddp = wrapped()
         state = hooks.register(ddp, spec, schedule="auto" if spec == "bf16" else "two_phase", seed=3)
-        train(ddp, rank, range(STEPS))
+        train(ddp, rank, range(LONG))
         results[spec] = flat_of(ddp)
         assert state.sent.first > 0
     return results

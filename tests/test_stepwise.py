@@ -45,11 +45,11 @@ def run_jobs(rank: int, configs: list[Config], stop_at: int | None = None) -> li
         with redirect_stdout(heard), redirect_stderr(heard), pytest.MonkeyPatch.context() as patch:
             run_epoch, register = stepwise._run_epoch, hooks.StepExchange.__init__
 
-            def watched_epoch(job: Job, *given: Any, jobs=jobs, run_epoch=run_epoch) -> None:
+            def watched_epoch(job: Job, *given: Any, jobs=jobs, run_epoch=run_epoch) -> Any:
                 jobs.append(job)
                 if len(jobs) - 1 == stop_at:
                     raise Stopped
-                run_epoch(job, *given)
+                return run_epoch(job, *given)
 
             def watched_state(self, *given: Any, states=states, register=register, **options: Any) -> None:
                 states.append(self)

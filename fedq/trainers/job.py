@@ -175,12 +175,9 @@ def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
     finished = Checkpoints(path / "checkpoints").numbers()
     after = f"after round {finished[-1]}" if finished else "before the first round was finished"
     local = runtime.local_world_size
-    launcher = {
-        "python": "python",
-        "torchrun": f"torchrun --nproc-per-node {local}",
-        "deepspeed": f"deepspeed --num_accelerators {local}",
-        "srun": "srun python",
-    }.get(runtime.launcher, "(the same launcher)")
+    torchrun = f"torchrun --nproc-per-node {local}"  # works whatever the job was started by
+    by_name = {"python": "python", "srun": "srun python", "deepspeed": f"deepspeed --num_accelerators {local}"}
+    launcher = by_name.get(runtime.launcher, torchrun)
     return f"stopped by {cause} {after}; go on with: {launcher} {sys.argv[0]} --resume {path}"
 
 

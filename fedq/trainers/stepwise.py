@@ -8,7 +8,6 @@ many steps.
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from fedq.federated.client import Passed, seeded
 from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
 from fedq.ledger import NO_CLIENT
-from fedq.report import round_progress
 from fedq.trainers.job import Job
-from fedq.trainers.records import book_metrics, evaluate, finish, log_metrics, progress_text
+from fedq.trainers.loop import Log, run_to_the_end
+from fedq.trainers.records import book_metrics, finish, log_metrics
 from fedq.trainers.state import Progress
 from fedq.trainers.step_ledger import StepLedger
 from fedq.trainers.step_state import StepRunState
@@ -29,37 +28,15 @@ from fedq.trainers.step_state import StepRunState
 
 def run_steps(job: Job) -> dict[str, Any]:
     """Train epochs, a checkpoint after each, and write their results."""
-    run, so_far, engine = job.config.run, Progress(), job.training.steps_by
+    engine = job.training.steps_by
     shared = engine.share_gradients(_options(job))
     engine.start(job.lr(0))
-    state = StepRunState(job, so_far, engine, shared)
-    if not (run.resume and state.go_on()):
+    state = StepRunState(job, Progress(), engine, shared)
+    if not (job.config.run.resume and state.go_on()):
         _share_start(job)
     books = StepLedger(job.ledger, shared, job.runtime.world_size)
-    setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
-    with round_progress(run.rounds, job.is_root, noun="epoch") as progress:
-        while not so_far.is_done(run):
-            _run_epoch(job, shared, books, so_far)
-            so_far.seconds = seconds_before + time.perf_counter() - job.started
-            if so_far.num_rounds % run.checkpoint_every == 0 or so_far.is_done(run):
-                job.watch.beat(f"saving epoch {so_far.num_rounds}")
-                with job.watch.writing():
-                    state.save()
-            progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
-    job.watch.beat("testing")
-    test_loss, test_accuracy = evaluate(job, job.dataset.test, so_far.num_rounds - 1)
-    return finish(
-        job,
-        feedback=shared.feedback,
-        rounds=so_far.num_rounds,
-        test_accuracy=test_accuracy,
-        test_loss=test_loss,
-        best_val_accuracy=so_far.best_val_accuracy,
-        left_out=[],
-        seconds=seconds_before + time.perf_counter() - job.started,
-        seconds_setup=setup_s,
-        seconds_per_round=so_far.seconds_in_rounds / so_far.num_rounds,
-    )
+    results = run_to_the_end(job, state, lambda number: _run_epoch(job, shared, books, number), noun="epoch")
+    return finish(job, feedback=shared.feedback, **results)
 
 
 def _options(job: Job) -> dict[str, Any]:
@@ -87,29 +64,19 @@ def _share_start(job: Job) -> None:
         book_metrics(job, type(moved)(payload=moved.sizes), 0)
 
 
-def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, so_far: Progress) -> None:
-    """Train one epoch, evaluate where it is due, and write its rows."""
-    run, begin, number = job.config.run, time.perf_counter(), so_far.num_rounds
+def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -> Log:
+    """Train one epoch, and return what writes its rows."""
     job.watch.beat(f"training in epoch {number}")
-    lr, training = job.lr(number), job.training
-    training.steps_by.set_lr(lr)
-    generator = seeded(derive_seed(run.seed, "local", number, job.runtime.rank))
+    training = job.training
+    training.steps_by.set_lr(job.lr(number))
+    generator = seeded(derive_seed(job.config.run.seed, "local", number, job.runtime.rank))
     indices = epoch_indices(job, number)
     passed = training.train(indices, training.index_batches(len(indices), generator), generator)
-    so_far.num_rounds = number + 1
     job.watch.beat(f"sharing statistics of epoch {number}")
     books.book_statistics(number, share_statistics(job))
     rows = _share_totals(job, passed, shared, number)
     books.book_steps(number, passed.num_steps, rows[:, 3:])
-    metrics: dict[str, Any] = {"lr": lr}
-    if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
-        job.watch.beat(f"evaluating epoch {number}")
-        metrics["val_loss"], metrics["val_accuracy"] = evaluate(job, job.dataset.val, number)
-        so_far.val_accuracy = metrics["val_accuracy"]
-        so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
-    seconds = time.perf_counter() - begin
-    so_far.seconds_in_rounds += seconds
-    _log(job, number, rows, metrics | {"seconds": seconds})
+    return lambda metrics: _log(job, number, rows, metrics)
 
 
 def epoch_indices(job: Job, epoch: int) -> Tensor:

@@ -1,0 +1,68 @@
+"""From the first round to the last, or to the target accuracy; an epoch of data-parallel training is a round too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fedq.report import round_progress
+from fedq.trainers.job import Job
+from fedq.trainers.records import evaluate, progress_text
+from fedq.trainers.state import JobState
+
+Log = Callable[[dict[str, Any]], None]
+
+
+def run_to_the_end(job: Job, state: JobState, run_one: Callable[[int], Log], *, noun: str = "round") -> dict[str, Any]:
+    """Run rounds, evaluate where it is due, save a checkpoint after each, and test at the end.
+
+    Args:
+        job: The job.
+        state: What its checkpoints hold, with its progress.
+        run_one: Runs the round of a number, leaves what is to be evaluated in the job's model, and returns what
+            writes the round's rows, given its metrics.
+        noun: What a round is called.
+
+    Returns:
+        What the summary says of it.
+    """
+    run, so_far = job.config.run, state.so_far
+    setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
+    with round_progress(run.rounds, job.is_root, noun=noun) as progress:
+        while not so_far.is_done(run):
+            _run_and_evaluate(job, state, run_one, noun)
+            so_far.seconds = seconds_before + time.perf_counter() - job.started
+            if so_far.num_rounds % run.checkpoint_every == 0 or so_far.is_done(run):
+                job.watch.beat(f"saving {noun} {so_far.num_rounds}")
+                with job.watch.writing():
+                    state.save()
+            progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
+    job.watch.beat("testing")
+    test_loss, test_accuracy = evaluate(job, job.dataset.test, so_far.num_rounds - 1)
+    return {
+        "rounds": so_far.num_rounds,
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "best_val_accuracy": so_far.best_val_accuracy,
+        "left_out": so_far.left_out,
+        "seconds": seconds_before + time.perf_counter() - job.started,
+        "seconds_setup": setup_s,
+        "seconds_per_round": so_far.seconds_in_rounds / so_far.num_rounds,
+    }
+
+
+def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], noun: str) -> None:
+    run, so_far, begin = job.config.run, state.so_far, time.perf_counter()
+    number = so_far.num_rounds
+    log = run_one(number)
+    so_far.num_rounds = number + 1
+    metrics: dict[str, Any] = {"lr": job.lr(number)}
+    if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
+        job.watch.beat(f"evaluating {noun} {number}")
+        metrics["val_loss"], metrics["val_accuracy"] = evaluate(job, job.dataset.val, number)
+        so_far.val_accuracy = metrics["val_accuracy"]
+        so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
+    seconds = time.perf_counter() - begin
+    so_far.seconds_in_rounds += seconds
+    log(metrics | {"seconds": seconds})
