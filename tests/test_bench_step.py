@@ -185,8 +185,9 @@ def test_a_signal_takes_links_and_ranks_down(tmp_path: Path, number: int) -> Non
     script.write_text(
         textwrap.dedent(
             """
-            import os, pathlib, sys, time
+            import os, pathlib, signal, sys, time
             import links
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             here = pathlib.Path(__file__)
             if "--rank-of" in sys.argv:
                 here.with_name("rank" + os.environ["RANK"]).write_text(str(os.getpid()))
