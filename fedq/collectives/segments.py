@@ -80,11 +80,20 @@ def cut(numels: Sequence[int], codecs: Sequence[tuple[Codec, Codec]], params: Se
     offsets = accumulate(numels, initial=0)
     for numel, (first, second), param, offset in zip(numels, codecs, params, offsets, strict=False):
         for codec in (first, second):
-            if not codec.fixed_size:
-                raise FieldError("codec", codec.spec, "a codec of fixed payload size, such as topk or blocktopk")
+            check_fixed_size(codec, codec.spec)
         for part, start in enumerate(range(0, numel, SEGMENT)):
             segments.append(Segment(offset + start, min(SEGMENT, numel - start), param, part, first, second))
     return segments
+
+
+def check_fixed_size(codec: Codec, spec: str) -> None:
+    """Refuse a codec, named as it was given, whose payload size depends on the values.
+
+    Raises:
+        FieldError: It does.
+    """
+    if not codec.fixed_size:
+        raise FieldError("codec", spec, "a codec of fixed payload size, such as topk or blocktopk")
 
 
 def assign_owners(segments: Sequence[Segment], world_size: int) -> list[Segment]:

@@ -109,6 +109,12 @@ class Transport:
         self.received += sum(buffer.numel() for rank, buffer in enumerate(received) if rank != self.rank)
         return received
 
+    def share(self, values: Tensor) -> Moved:
+        """Replace every rank's flat contiguous tensor by rank 0's; return the bytes that crossed."""
+        message, moved = self.broadcast(values.view(torch.uint8) if self.rank == 0 else None)
+        values.copy_(message.view(values.dtype))
+        return moved
+
     def all_gather(self, values: Tensor) -> tuple[Tensor, Moved]:
         """Share one small tensor of equal size from each rank; return (world_size, ...) and the bytes that crossed."""
         if self.world_size == 1:

@@ -71,9 +71,7 @@ class Exchange(Facts, ABC):
 
     def share_model(self, replica: Tensor, layout: Layout) -> None:
         """Replace every rank's model by rank 0's, flat float32."""
-        message, moved = self.transport.broadcast(replica.view(torch.uint8) if self.transport.rank == 0 else None)
-        replica.copy_(message.view(torch.float32))
-        self._book_broadcast(0, plain_model(layout), moved)
+        self._book_broadcast(0, plain_model(layout), self.transport.share(replica))
 
     def _book_broadcast(self, round: int, parts: MessageParts, moved: Moved) -> None:
         others = self.transport.world_size - 1

@@ -18,6 +18,7 @@ from torch.futures import Future
 
 from fedq.codecs import Codec, codec
 from fedq.collectives.peers import Peers
+from fedq.collectives.segments import check_fixed_size
 from fedq.errors import FieldError
 from fedq.hooks.exchange import GradScale, StepExchange
 from fedq.hooks.powersgd import PowerSGDExchange
@@ -141,9 +142,7 @@ def check_step_codec(spec: str) -> None:
     Raises:
         FieldError: No codec, or one whose payload size depends on the values.
     """
-    chosen = codec(spec)
-    if not chosen.fixed_size:
-        raise FieldError("codec", spec, "a codec of fixed payload size, such as topk or blocktopk")
+    check_fixed_size(codec(spec), spec)
 
 
 def check_step_spec(spec: str) -> None:

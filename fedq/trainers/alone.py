@@ -15,7 +15,7 @@ from fedq.federated.rounds import assign
 from fedq.kernels import derive_seed
 from fedq.report import round_progress
 from fedq.trainers.job import Job
-from fedq.trainers.records import accuracy_text, book_metrics, finish
+from fedq.trainers.records import accuracy_text, book_metrics, client_row, finish
 
 
 def run_alone(job: Job) -> dict[str, Any]:
@@ -65,17 +65,7 @@ def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
     world_size = job.transport.world_size
     job.folder.log_clients(
         [
-            {
-                "round": round,
-                "client": client,
-                "rank": client % world_size,
-                "num_examples": len(job.parts[client]),
-                "train_loss": loss,
-                "train_accuracy": train_accuracy,
-                "val_accuracy": val_accuracy,
-                "status": "ok",
-                "label_counts": job.label_counts[client].tolist(),
-            }
+            client_row(job, round, client, client % world_size, loss, train_accuracy, val_accuracy=val_accuracy)
             for client, (loss, train_accuracy, val_accuracy) in enumerate(values.tolist())
         ]
     )
@@ -103,5 +93,5 @@ def _share(job: Job, mine: dict[int, list[float]], round: int, num_values: int) 
     for client, row in mine.items():
         values[client] = torch.tensor(row, dtype=torch.float64)
     gathered, moved = job.transport.all_gather(values)
-    book_metrics(job, moved, round)
+    book_metrics(job, moved.payload, round)
     return gathered.sum(dim=0)

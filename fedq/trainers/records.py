@@ -6,11 +6,10 @@ import logging
 import math
 from typing import Any
 
-from fedq.collectives import Moved
 from fedq.data import Split
 from fedq.federated.accounting import framing
 from fedq.federated.rounds import RoundResult
-from fedq.ledger import NO_CLIENT
+from fedq.ledger import NO_CLIENT, MessageParts
 from fedq.report import human_bytes
 from fedq.trainers.job import Job
 
@@ -26,17 +25,23 @@ def report_left_out(round: int, result: RoundResult) -> list[dict[str, Any]]:
     return [{"round": round, "client": client, "reason": reason} for client, reason in result.left_out.items()]
 
 
-def book_metrics(job: Job, moved: Moved, round: int) -> None:
-    """Book shared metrics as bytes between ranks, on rank 0."""
-    if job.is_root and moved.payload:
-        parts = framing("metrics", moved.payload)
-        job.ledger.record(round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
+def book_peer(job: Job, round: int, parts: MessageParts, *, times: int = 1) -> None:
+    """Book what crossed between ranks for no client, on rank 0; nothing if nothing did."""
+    if job.is_root and parts.nbytes:
+        job.ledger.record(
+            round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=times
+        )
+
+
+def book_metrics(job: Job, nbytes: int, round: int) -> None:
+    """Book shared metrics as bytes between ranks."""
+    book_peer(job, round, framing("metrics", nbytes))
 
 
 def evaluate(job: Job, split: Split, round: int) -> tuple[float, float]:
     """Return the loss and accuracy of the job's model as it is, on every rank, and book the shared sums."""
     loss, accuracy, moved = job.evaluator.run(job.model, split)
-    book_metrics(job, moved, round)
+    book_metrics(job, moved.payload, round)
     return loss, accuracy
 
 
@@ -63,23 +68,48 @@ def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]
     """Write the round's rows on rank 0."""
     if not job.is_root:
         return
-    rows = [
-        {
-            "round": round,
-            "client": frame.client,
-            "rank": rank,
-            "num_examples": len(job.parts[frame.client]),
-            "train_loss": _known(frame.loss),
-            "train_accuracy": _known(frame.accuracy),
-            "val_accuracy": None,
-            "status": result.left_out.get(frame.client) or result.clipped.get(frame.client, "ok"),
-            "label_counts": job.label_counts[frame.client].tolist(),
-        }
-        for rank, frame in result.frames
-    ]
-    job.folder.log_clients(rows)
+    job.folder.log_clients(
+        [
+            client_row(
+                job,
+                round,
+                frame.client,
+                rank,
+                _known(frame.loss),
+                _known(frame.accuracy),
+                status=result.left_out.get(frame.client) or result.clipped.get(frame.client, "ok"),
+            )
+            for rank, frame in result.frames
+        ]
+    )
     means = {"train_loss": result.train_loss, "train_accuracy": result.train_accuracy}
     log_metrics(job, round, metrics | means | {"root_ingress_bytes": job.transport.received})
+
+
+def client_row(
+    job: Job,
+    round: int,
+    client: int,
+    rank: int,
+    train_loss: float | None,
+    train_accuracy: float | None,
+    *,
+    num_examples: int | None = None,
+    val_accuracy: float | None = None,
+    status: str = "ok",
+) -> dict[str, Any]:
+    """Return a client's row of a round, for `clients.parquet`; examples: by default all that it holds."""
+    return {
+        "round": round,
+        "client": client,
+        "rank": rank,
+        "num_examples": len(job.parts[client]) if num_examples is None else num_examples,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "val_accuracy": val_accuracy,
+        "status": status,
+        "label_counts": job.label_counts[client].tolist(),
+    }
 
 
 def log_metrics(job: Job, round: int, metrics: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fedq.hooks import StepExchange
-from fedq.ledger import NO_CLIENT, Ledger, MessageParts
+from fedq.ledger import Ledger, MessageParts
 
 _DIRECTIONS: tuple[tuple[Literal["first", "second"], str], ...] = (("first", "uplink"), ("second", "downlink"))
 
@@ -51,14 +51,11 @@ class StepLedger:
                 parts = _spread(rows, numels, nbytes, ring)
                 self._ledger.record(round=round, client=rank, direction=direction, parts=parts, wire_times=1)
 
-    def book_statistics(self, round: int, nbytes: int) -> None:
-        """Book what averaging the normalisation layers' statistics sent between ranks."""
-        if nbytes:
-            size = np.array([nbytes], dtype=np.int64)
-            parts = MessageParts(("statistics",), ("stats",), size, size)
-            self._ledger.record(
-                round=round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1
-            )
+
+def statistics_parts(nbytes: int) -> MessageParts:
+    """Return the row of what averaging the normalisation layers' statistics sent."""
+    size = np.array([nbytes], dtype=np.int64)
+    return MessageParts(("statistics",), ("stats",), size, size)
 
 
 def _spread(rows: list[tuple[str, str, int]], numels: dict[str, int], nbytes: int, raw: int) -> MessageParts:

@@ -17,12 +17,11 @@ from fedq.federated.accounting import plain_model
 from fedq.federated.client import Passed, seeded
 from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
-from fedq.ledger import NO_CLIENT
 from fedq.trainers.job import Job
 from fedq.trainers.loop import Log, run_to_the_end
-from fedq.trainers.records import book_metrics, finish, log_metrics
+from fedq.trainers.records import book_metrics, book_peer, client_row, finish, log_metrics
 from fedq.trainers.state import Progress
-from fedq.trainers.step_ledger import StepLedger
+from fedq.trainers.step_ledger import StepLedger, statistics_parts
 from fedq.trainers.step_state import StepRunState
 
 
@@ -56,12 +55,11 @@ def _share_start(job: Job) -> None:
     """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
     layout = job.training.layout
     flat = layout.flatten(job.model)
-    message, moved = job.transport.broadcast(flat.view(torch.uint8) if job.is_root else None)
-    layout.unflatten_(message.view(torch.float32), job.model)
-    if job.is_root and moved.payload:
-        others, parts = job.runtime.world_size - 1, plain_model(layout)
-        job.ledger.record(round=0, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=others)
-        book_metrics(job, type(moved)(payload=moved.sizes), 0)
+    moved = job.transport.share(flat)
+    layout.unflatten_(flat, job.model)
+    if moved.payload:
+        book_peer(job, 0, plain_model(layout), times=job.runtime.world_size - 1)
+        book_metrics(job, moved.sizes, 0)
 
 
 def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -> Log:
@@ -73,7 +71,7 @@ def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -
     indices = epoch_indices(job, number)
     passed = training.train(indices, training.index_batches(len(indices), generator), generator)
     job.watch.beat(f"sharing statistics of epoch {number}")
-    books.book_statistics(number, share_statistics(job))
+    book_peer(job, number, statistics_parts(share_statistics(job)))
     rows = _share_totals(job, passed, shared, number)
     books.book_steps(number, passed.num_steps, rows[:, 3:])
     return lambda metrics: _log(job, number, rows, metrics)
@@ -114,7 +112,7 @@ def _share_totals(job: Job, passed: Passed, shared: StepExchange, round: int) ->
     """Return each rank's loss sum, correct answers, examples, and bytes sent so far by leg, (ranks, 5) float64."""
     own = (passed.loss_sum, passed.num_correct, passed.num_seen, shared.sent.first, shared.sent.second)
     rows, moved = job.transport.all_gather(torch.tensor(own, dtype=torch.float64))
-    book_metrics(job, moved, round)
+    book_metrics(job, moved.payload, round)
     return rows
 
 
@@ -122,20 +120,11 @@ def _log(job: Job, round: int, rows: Tensor, metrics: dict[str, Any]) -> None:
     """Write the epoch's rows on rank 0."""
     if not job.is_root:
         return
+    means = [(loss / max(1, seen), correct / max(1, seen), int(seen)) for loss, correct, seen, *_ in rows.tolist()]
     job.folder.log_clients(
         [
-            {
-                "round": round,
-                "client": rank,
-                "rank": rank,
-                "num_examples": int(seen),
-                "train_loss": loss / max(1, seen),
-                "train_accuracy": correct / max(1, seen),
-                "val_accuracy": None,
-                "status": "ok",
-                "label_counts": job.label_counts[rank].tolist(),
-            }
-            for rank, (loss, correct, seen, *_) in enumerate(rows.tolist())
+            client_row(job, round, rank, rank, loss, accuracy, num_examples=seen)
+            for rank, (loss, accuracy, seen) in enumerate(means)
         ]
     )
     loss, correct, seen = rows[:, :3].sum(dim=0).tolist()
