@@ -16,11 +16,13 @@ from typing import Literal
 import torch
 
 from fedq.codecs import codec, codec_schedule
+from fedq.codecs.sign import Sign
 from fedq.errors import FieldError, one_of
 from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
 from fedq.hooks import check_step_codec, check_step_spec, is_powersgd
-from fedq.models import MODELS
+from fedq.lowbit import Binary, choose_quantizers
+from fedq.models import MODELS, build_model
 
 _OF_ROUNDS = {
     "clients": ("cohort", "min_cohort", "max_update_norm"),
@@ -128,6 +130,58 @@ class ExchangeConfig:
 
 
 @dataclass(frozen=True)
+class LowBitConfig:
+    """Models whose weights have few bits while they are trained."""
+
+    weights: str = "float"
+    """float, binary, ternary, int2 to int16, or bits by layer: head=8,body=1,tail=8. Stem and last layer stay float."""
+    activations: Literal["float", "binary"] = "float"
+    """Inputs of the few-bit layers; binary: signs around a learned threshold."""
+    sends: Literal["update", "weights"] = "update"
+    """What clients send of few-bit layers: the change of their float weights, or the few-bit weights themselves."""
+
+
+@dataclass(frozen=True)
+class PersonalConfig:
+    """Models of the clients' own."""
+
+    algorithm: Literal["fedavg", "fedbat", "local", "perfedavg", "pfedme", "mutual", "qupel", "quped"] = "fedavg"
+    """fedavg: one model. fedbat: one, learned 1-bit updates. The others give every client a model of its own."""
+    personal_test: bool = False
+    """Test every client on the images of its own classes; always so where clients have models of their own."""
+    client_bits: str = "32"
+    """Bits of the clients' own models, dealt over the clients in turn: 2, or 1,2,32. quped and qupel only."""
+    client_models: str = ""
+    """Networks of the clients' own models, dealt in turn: resnet20,cnn62k. Default: --model."""
+    regularizer: Literal["l1", "l2"] = "l1"
+    """Distance of weights to their centres that quped and qupel penalise."""
+    regularizer_weight: float = 1e-4
+    """Weight of that distance in the first epoch; it grows by as much in every epoch."""
+    centres: Literal["learned", "fixed"] = "learned"
+    """fixed: two centres at -1 and +1 (ProxQuant)."""
+    centre_lr: float = 1e-4
+    """Learning rate of the centres; a tenth from 2/5, and a hundredth from 7/10 of the rounds before freezing."""
+    centre_sign: Literal["corrected", "published"] = "corrected"
+    """Sign of the penalty in the l1 step of the centres: its subgradient's, or that of QuPeD's published code."""
+    freeze_at: float = 0.8
+    """Share of the rounds after which weights are set to their centres and the rest is trained on."""
+    warm_start: Path | None = None
+    """A model.safetensors to start from."""
+    distill_weight: float = 0.5
+    """Weight of the distillation (quped, mutual) or of the pull to the global model (qupel)."""
+    temperature: float = 1.0
+    """Softmax temperature of the distillation."""
+    global_loss: Literal["mutual", "distill"] = "mutual"
+    """Loss of quped's global copy on a client: distillation with cross-entropy, or distillation alone."""
+    personal_lr: float | None = None
+    """Learning rate of the inner step (perfedavg, pfedme) or of the client's own model. Default: --lr."""
+    personal_steps: int = 5
+    """Inner steps on a batch (pfedme), or steps from the global model before a test (perfedavg)."""
+    attachment: float = 15.0
+    """Weight of the squared distance to the global model (pfedme's lambda)."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How long, where to, and how it is reported."""
 
@@ -173,6 +227,8 @@ class Config:
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    lowbit: LowBitConfig = field(default_factory=LowBitConfig)
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -222,6 +278,7 @@ def validate(config: Config) -> None:
     _check_codec("uplink", config.exchange.uplink, check_step_spec if is_step else codec_schedule)
     _check_codec("downlink", config.exchange.downlink, check_step_codec if is_step else codec)
     _check_mode(config)
+    _check_lowbit(config)
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
 
 
@@ -286,6 +343,49 @@ def _check_mode(config: Config) -> None:
             value, default = (getattr(tree.exchange, name) for tree in (config, defaults))
             if value != default:
                 raise FieldError(name, value, "left out with --uplink powersgd, which has a second leg of its own")
+
+
+def _check_lowbit(config: Config) -> None:
+    """Check few-bit weights and updates against the model, which is built without values for it.
+
+    Raises:
+        FieldError: A spec that fits no layer, or settings that contradict each other.
+    """
+    lowbit, exchange = config.lowbit, config.exchange
+    is_fedbat = config.personal.algorithm == "fedbat"
+    if is_fedbat:
+        _check_fedbat(config)
+    if lowbit.weights == "float":
+        for name in ("activations", "sends"):
+            value, default = getattr(lowbit, name), getattr(LowBitConfig(), name)
+            if value != default:
+                raise FieldError(name, value, f"{default}, unless --weights are few-bit")
+        return
+    if is_fedbat:
+        raise FieldError("weights", lowbit.weights, "float with --algorithm fedbat, whose updates are binary instead")
+    with torch.device("meta"):
+        chosen = choose_quantizers(build_model(config.local.model), lowbit.weights)
+    if lowbit.sends == "weights":
+        if any(not isinstance(one, Binary) for one in chosen.values()):
+            raise FieldError("sends", lowbit.sends, "update, unless all few-bit layers are binary")
+        if exchange.exchange != "round" or config.clients.max_update_norm is not None:
+            raise FieldError("sends", lowbit.sends, "update, unless with --exchange round and no --max-update-norm")
+
+
+def _check_fedbat(config: Config) -> None:
+    """Refuse what does not go with binary updates."""
+    exchange = config.exchange
+    if exchange.exchange != "round":
+        raise FieldError("algorithm", "fedbat", "fedavg, unless with --exchange round")
+    schedule = codec_schedule(exchange.uplink)
+    if not all(isinstance(c, Sign) and not c.rotates and c.rounding == "nearest" for _, c in schedule):
+        raise FieldError("uplink", exchange.uplink, "sign without rotation with --algorithm fedbat")
+    for name, value, is_allowed, allowed in (
+        ("feedback", exchange.feedback, exchange.feedback != "on", "auto or off"),
+        ("side_by_side", config.local.side_by_side, config.local.side_by_side == 1, "1"),
+    ):
+        if not is_allowed:
+            raise FieldError(name, value, f"{allowed} with --algorithm fedbat")
 
 
 def _check_codec(name: str, spec: str, parse: Callable[[str], object]) -> None:

@@ -72,7 +72,7 @@ class ErrorFeedback:
         payloads = []
         for i, span in enumerate(layout.spans):
             x, span_seed = flat[span.slice].view(span.shape), kernels.span_seed(seed, i)
-            if span.role == "stats":
+            if span.role == "stats" or span.sent == "values":
                 payloads.append(span.codec.encode(x, seed=span_seed))
                 continue
             old = residual[span.slice].view(span.shape)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -23,6 +24,7 @@ from fedq.codecs.dense import Cast
 from fedq.errors import FieldError
 
 Role = Literal["coded", "exempt", "stats"]
+_MARKS = {"change": "", "values": " values"}
 
 
 def exempt_codec(chosen: Codec) -> Codec:
@@ -30,17 +32,31 @@ def exempt_codec(chosen: Codec) -> Codec:
     return chosen if isinstance(chosen, Cast) else Cast("bf16")
 
 
+def plain_name(name: str) -> str:
+    """Return a tensor's name without torch's parametrizations: ``conv1.weight``, and ``conv1.weight_scale``.
+
+    The float values behind a parametrized weight have the weight's own name, so that residuals, ledger rows and files
+    are called alike whether or not a model is trained with few bits.
+
+    Args:
+        name: As in ``named_parameters``, for example ``conv1.parametrizations.weight.original``.
+    """
+    name = re.sub(r"\bparametrizations\.(\w+)\.original$", r"\1", name)
+    return re.sub(r"\bparametrizations\.(\w+)\.0\.(\w+)$", r"\1_\2", name)
+
+
 @dataclass(frozen=True)
 class Span:
     """One tensor's place in the flat buffer.
 
     Args:
-        name: The tensor's name in the module.
+        name: The tensor's name in the module, see `plain_name`.
         shape: Its shape.
         offset: Its first element in the flat buffer.
         codec: What encodes it.
         role: ``coded`` (the chosen codec), ``exempt`` (1-D parameters, a cast) or ``stats`` (float buffers, such as
             BatchNorm's running statistics, a cast; never through a server optimizer).
+        sent: What clients send of it: its ``change``, or its ``values`` as they are, which leave no residual.
     """
 
     name: str
@@ -48,6 +64,7 @@ class Span:
     offset: int
     codec: Codec
     role: Role
+    sent: Literal["change", "values"] = "change"
 
     @cached_property
     def numel(self) -> int:
@@ -83,11 +100,12 @@ class Layout:
         """Lay out a module's float parameters and float buffers for a codec.
 
         Parameters with at most one dimension are exempt from lossy codecs and travel as bfloat16, as statistics do;
-        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Integer buffers never travel.
+        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Integer buffers never travel, nor
+        do parameters with a true attribute ``stays_here``.
         """
         chosen = codec(spec)
         plain = exempt_codec(chosen)
-        params = list(module.named_parameters())
+        params = [(plain_name(n), p) for n, p in module.named_parameters() if not getattr(p, "stays_here", False)]
         groups: list[tuple[list[tuple[str, Tensor]], Codec, Role]] = [
             ([(n, p) for n, p in params if p.dim() > 1], chosen, "coded"),
             ([(n, p) for n, p in params if p.dim() <= 1], plain, "exempt"),
@@ -137,7 +155,7 @@ class Layout:
         """64 bits that agree only if names, shapes, order and codecs agree; of a part, those of the whole."""
         if self.whole is not None:
             return self.whole.hash
-        text = "\n".join(f"{s.name} {list(s.shape)} {s.codec.spec} {s.role}" for s in self.spans)
+        text = "\n".join(f"{s.name} {list(s.shape)} {s.codec.spec} {s.role}{_MARKS[s.sent]}" for s in self.spans)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     @cached_property
@@ -162,7 +180,8 @@ class Layout:
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """Return the module's own tensors, detached, in span order."""
-        named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+        named: dict[str, Tensor] = {plain_name(n): p for n, p in module.named_parameters()}
+        named |= dict(module.named_buffers())
         return [named[span.name].detach() for span in self.spans]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -175,6 +194,33 @@ class Layout:
             return flat
         spans = [self.whole[span.name] for span in self.spans]
         return torch.cat([flat[span.slice] for span in spans]) if spans else flat[:0]
+
+    def with_values(self, codecs: Mapping[str, Codec]) -> Layout:
+        """Return the layout in which the values of the tensors named travel, each in the codec given."""
+        spans = [replace(s, codec=codecs[s.name], sent="values") if s.name in codecs else s for s in self.spans]
+        return replace(self, spans=tuple(spans))
+
+    def to_sent_(self, flat: Tensor, replica: Tensor) -> Tensor:
+        """Turn a trained model into what is sent of it, changes or values, in place."""
+        return flat.sub_(self._only("change", replica))
+
+    def to_change_(self, mean: Tensor, replica: Tensor) -> Tensor:
+        """Turn a mean of what was sent into the model's change, in place; the replica is that of the whole model."""
+        return mean.sub_(self._only("values", self.take(replica))) if self._sends_values else mean
+
+    def _only(self, sent: str, replica: Tensor) -> Tensor:
+        """Return the replica with zeros where something else is sent."""
+        if not self._sends_values:
+            return replica
+        masked = replica.clone()
+        for span in self.spans:
+            if span.sent != sent:
+                masked[span.slice].zero_()
+        return masked
+
+    @cached_property
+    def _sends_values(self) -> bool:
+        return any(span.sent == "values" for span in self.spans)
 
     # ---- flat buffer <-> payloads --------------------------------------------------------------------------------
 
@@ -225,6 +271,10 @@ class LayoutSchedule:
         """Lay out a module for a codec schedule such as ``"int4 sign@7"``; see `fedq.codecs.codec_schedule`."""
         entries = codec_schedule(spec)
         return cls(tuple((first, Layout.of(module, c.resolved(feedback=feedback))) for first, c in entries))
+
+    def with_values(self, codecs: Mapping[str, Codec]) -> LayoutSchedule:
+        """Return the schedule in which the values of the tensors named travel, each in the codec given."""
+        return LayoutSchedule(tuple((first, layout.with_values(codecs)) for first, layout in self.layouts))
 
     @classmethod
     def always(cls, layout: Layout) -> LayoutSchedule:

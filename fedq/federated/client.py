@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -58,6 +58,9 @@ class Passed:
     num_correct: float
     num_seen: int
     num_steps: int
+
+    def __add__(self, other: Passed) -> Passed:
+        return Passed(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def loss(self) -> float:
@@ -120,9 +123,12 @@ class LocalTraining:
         generator = seeded(seed)
         self.steps_by.start(lr)
         with _restored(counters):
-            passed = self.train(indices, self.index_batches(len(indices), generator), generator)
+            passed = self._train_round(indices, generator)
         self.steps_by.finish()
         return Trained(self.layout.flatten(self.model), passed.loss, passed.accuracy, passed.num_steps)
+
+    def _train_round(self, indices: Tensor, generator: torch.Generator) -> Passed:
+        return self.train(indices, self.index_batches(len(indices), generator), generator)
 
     def train(self, indices: Tensor, index_batches: Sequence[Tensor], generator: torch.Generator) -> Passed:
         """Take a step for each batch, with an engine that was started.

@@ -11,6 +11,7 @@ from torch.nn import functional
 from fedq.collectives import Moved, Transport
 from fedq.data import Split, batches, normalize
 from fedq.engines.precision import Precision
+from fedq.lowbit import deployed
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Evaluator:
         index_batches = list(batches(len(split), self.batch_size))
         rank, world_size = (self.transport.rank, self.transport.world_size) if self.transport else (0, 1)
         sums = torch.zeros(len(index_batches), 2, dtype=torch.float64, device=next(model.parameters()).device)
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), deployed(model):
             for i in range(rank, len(index_batches), world_size):
                 sums[i] = self._batch(model, split, index_batches[i].to(split.images.device), sums.device)
         moved = Moved()

@@ -215,7 +215,7 @@ class FederatedRounds:
         except Exception as error:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
             return client.failure(error, context)
-        update = trained.flat.sub_(self.replica)
+        update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica)
         self.chaos.spoil(update, context.round, client.number)
         frame = client.message(update, trained, context, memory=self._memory(client.number, context))
         if self.observe and self._is_root:
@@ -225,8 +225,9 @@ class FederatedRounds:
     def _serve(self, ranked: Ranked, context: RoundContext) -> tuple[RoundResult, Frame | None]:
         """Aggregate and step, where a server is; the change is None if no client remained."""
         assert self.server is not None
+        layout = self.exchange.part(self.uplink.at(context.round))
         outcome = aggregate(
-            self.exchange.part(self.uplink.at(context.round)),
+            layout,
             [frame for _, frame in ranked],
             self.replica.device,
             min_cohort=self.min_cohort,
@@ -235,7 +236,7 @@ class FederatedRounds:
         )
         change = None
         if outcome.mean is not None:
-            self.server.step(outcome.mean)
+            self.server.step(layout.to_change_(outcome.mean, self.replica))
             change = self.server.change(self.replica, context)
         return RoundResult(ranked, outcome.left_out, outcome.clipped), change
 

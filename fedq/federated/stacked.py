@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fedq.data import crop_and_flip, draw_crops, normalize
 from fedq.federated.client import LocalTraining, Trained
+from fedq.layout import plain_name
 
 Named = dict[str, Tensor]
 
@@ -72,7 +73,8 @@ class _Stack:
         values = layout.views(start)
 
         def stacked(name: str, like: Tensor) -> Tensor:
-            return values.get(name, like).detach().to(like.dtype).expand(num_clients, *like.shape).contiguous()
+            value = values.get(plain_name(name), like).detach().to(like.dtype)
+            return value.expand(num_clients, *like.shape).contiguous()
 
         self.params: Named = {n: nn.Parameter(stacked(n, p)) for n, p in module.named_parameters() if p.requires_grad}
         self.fixed: Named = {n: stacked(n, p) for n, p in module.named_parameters() if not p.requires_grad}
@@ -147,7 +149,7 @@ class _Stack:
 
     def _flat(self, rows: list[int]) -> Tensor:
         """Return the models of these clients, (clients, numel), in the layout's order."""
-        values = self.params | self.fixed | self.buffers
+        values = {plain_name(name): value for name, value in (self.params | self.fixed | self.buffers).items()}
         spans = self.training.layout.spans
         parts = [values[span.name].detach()[rows].reshape(len(rows), span.numel).float() for span in spans]
         return torch.cat(parts, dim=1)

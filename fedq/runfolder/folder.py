@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedq.ledger import Ledger
 
 FLUSH_EVERY_ROUNDS = 10
-STAGES = ("weight", "update", "decoded", "codes")
+STAGES = ("weight", "deployed", "update", "decoded", "codes")
 SUMMARY_KEYS = (
     "dataset",
     "model",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedq.codecs import codec, codec_schedule
+from fedq.codecs import Codec, codec, codec_schedule
 from fedq.federated.chaos import chaos
 from fedq.federated.client import Client
 from fedq.federated.downlink import DownlinkCost
@@ -13,6 +13,7 @@ from fedq.federated.server import NormLimit, Server
 from fedq.federated.two_phase import TwoPhase
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
+from fedq.lowbit import few_bit_layers
 from fedq.report import print_header
 from fedq.trainers.histograms import HistogramLog
 from fedq.trainers.job import GIB, Job
@@ -21,6 +22,8 @@ from fedq.trainers.job import GIB, Job
 def residual_store(job: Job) -> ResidualStore | None:
     """Return this rank's residuals, in the run's folder, which all ranks share; None without error feedback."""
     exchange = job.config.exchange
+    if job.config.personal.algorithm == "fedbat":  # what it sends is what it has learned: nothing is left
+        return None
     if not wants_feedback(exchange.feedback, exchange.uplink):
         return None
     return ResidualStore(int(job.config.run.memory_limit_gib * GIB), job.path / "residuals")
@@ -32,6 +35,8 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
     norm_limit = None if members.max_update_norm is None else NormLimit(members.max_update_norm, members.norm_rule)
     uplink = LayoutSchedule.of(job.model, exchange.uplink, feedback=store is not None)
     # The replica is the downlink's memory, so its codec always works with feedback.
+    if job.config.lowbit.sends == "weights":
+        uplink = uplink.with_values(value_codecs(job))
     downlink = Layout.of(job.model, codec(exchange.downlink).resolved(feedback=True))
     feedback = NoFeedback() if store is None else ErrorFeedback(store)
     replica = downlink.flatten(job.model)
@@ -64,6 +69,14 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         beat=job.watch.beat,
         exchange=way,
     )
+
+
+def value_codecs(job: Job) -> dict[str, Codec]:
+    """Return the codec that carries each few-bit weight as it is: its signs, and a scale for each group of it."""
+    return {
+        f"{name}.weight": codec(f"sign:magnitude=mean,scale={chosen.per},rotate=false")
+        for name, chosen in few_bit_layers(job.model).items()
+    }
 
 
 def wants_feedback(setting: str, uplink: str) -> bool:

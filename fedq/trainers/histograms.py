@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fedq.federated.client import RoundContext
 from fedq.layout import LayoutSchedule
+from fedq.lowbit import few_bit_layers
 from fedq.trainers.job import Job
 from fedq.wire import Frame, Kind, split_body
 
@@ -30,11 +31,14 @@ class HistogramLog:
         self._last_round = context.round
         weights = self._job.training.layout.tensors(self._job.model)
         layout = self._uplink.at(context.round)
+        few_bit = {f"{name}.weight": chosen for name, chosen in few_bit_layers(self._job.model).items()}
         datas = split_body(layout, frame.body)
         for (span, payload), weight in zip(layout.payloads(datas, seed=frame.seed), weights, strict=True):
             if span.role != "coded":
                 continue
             stages = {"weight": weight, "update": update[span.slice], "decoded": payload.decode()}
+            if span.name in few_bit:
+                stages["deployed"] = few_bit[span.name].quantize(weight.contiguous())
             codes = span.codec.codes(payload)
             if codes is not None:
                 stages["codes"] = codes

@@ -27,13 +27,16 @@ from fedq.engines.accelerate_engine import AccelerateEngine, Trackers
 from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
+from fedq.federated.fedbat import FedBatTraining
 from fedq.federated.lean_optim import lean
 from fedq.federated.partition import label_counts, partition
 from fedq.files import replace_file
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.ledger import Ledger
-from fedq.models import build_model, num_parameters
+from fedq.lowbit import use_few_bits
+from fedq.lowbit.update import use_binary_updates
+from fedq.models import build_model
 from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
 from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
@@ -87,7 +90,7 @@ class Job:
         return {
             "dataset": self.dataset.description,
             "model": config.local.model,
-            "num_params": num_parameters(self.model),
+            "num_params": self.training.layout.num_params,
             "world_size": runtime.world_size,
             "launcher": runtime.launcher,
             "engine": self.training.steps_by.name,
@@ -98,6 +101,9 @@ class Job:
             "num_clients": config.clients.num_clients,
             "cohort": config.cohort_size,
             "partition": config.clients.partition,
+            "weights": config.lowbit.weights,
+            "activations": config.lowbit.activations,
+            "algorithm": config.personal.algorithm,
             "exchange": config.exchange.exchange,
             "uplink": config.exchange.uplink,
             "downlink": config.exchange.downlink,
@@ -268,14 +274,20 @@ def _model(config: Config, data: Dataset, device: torch.device, precision: Preci
         norm=config.local.norm,
     )
     memory_format = torch.channels_last if precision.channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+    model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    if config.lowbit.weights != "float":
+        use_few_bits(model, config.lowbit.weights, activations=config.lowbit.activations)
+    if config.personal.algorithm == "fedbat":
+        use_binary_updates(model)
+    return model
 
 
 def _training(
     config: Config, data: Dataset, model: nn.Module, precision: Precision, beat: Callable[[], None], engine: Engine
 ) -> LocalTraining:
     local = config.local
-    return LocalTraining(
+    kind = FedBatTraining if config.personal.algorithm == "fedbat" else LocalTraining
+    return kind(
         model=model,
         layout=Layout.of(model, "fp32"),
         split=data.train,

@@ -10,6 +10,7 @@ from fedq.data import Split
 from fedq.federated.accounting import framing
 from fedq.federated.rounds import RoundResult
 from fedq.ledger import NO_CLIENT, MessageParts
+from fedq.lowbit import deployed_state_dict
 from fedq.report import human_bytes
 from fedq.trainers.job import Job
 
@@ -49,7 +50,7 @@ def finish(job: Job, **results: Any) -> dict[str, Any]:
     """Write the job's model as it is, ledger and summary on rank 0; return the summary there."""
     if not job.is_root:
         return {}
-    job.folder.save_model(job.model.state_dict())
+    job.folder.save_model(deployed_state_dict(job.model))
     job.folder.write_ledger(job.ledger)
     up, down = job.ledger.totals("uplink"), job.ledger.totals("downlink")
     summary = job.summary(
