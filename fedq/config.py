@@ -138,7 +138,9 @@ class LowBitConfig:
     activations: Literal["float", "binary"] = "float"
     """Inputs of the few-bit layers; binary: signs around a learned threshold."""
     sends: Literal["update", "weights"] = "update"
-    """What clients send of few-bit layers: the change of their float weights, or the few-bit weights themselves."""
+    """What clients send of binary layers: the change of their float weights, or the binary weights themselves."""
+    server_sends: Literal["change", "weights"] = "change"
+    """What the server sends: the change of the float model, or the model as deployed, which is all a newcomer needs."""
 
 
 @dataclass(frozen=True)
@@ -351,12 +353,12 @@ def _check_lowbit(config: Config) -> None:
     Raises:
         FieldError: A spec that fits no layer, or settings that contradict each other.
     """
-    lowbit, exchange = config.lowbit, config.exchange
+    lowbit = config.lowbit
     is_fedbat = config.personal.algorithm == "fedbat"
     if is_fedbat:
         _check_fedbat(config)
     if lowbit.weights == "float":
-        for name in ("activations", "sends"):
+        for name in ("activations", "sends", "server_sends"):
             value, default = getattr(lowbit, name), getattr(LowBitConfig(), name)
             if value != default:
                 raise FieldError(name, value, f"{default}, unless --weights are few-bit")
@@ -365,11 +367,24 @@ def _check_lowbit(config: Config) -> None:
         raise FieldError("weights", lowbit.weights, "float with --algorithm fedbat, whose updates are binary instead")
     with torch.device("meta"):
         chosen = choose_quantizers(build_model(config.local.model), lowbit.weights)
-    if lowbit.sends == "weights":
-        if any(not isinstance(one, Binary) for one in chosen.values()):
-            raise FieldError("sends", lowbit.sends, "update, unless all few-bit layers are binary")
-        if exchange.exchange != "round" or config.clients.max_update_norm is not None:
-            raise FieldError("sends", lowbit.sends, "update, unless with --exchange round and no --max-update-norm")
+    _check_sent_weights(config, all(isinstance(one, Binary) for one in chosen.values()))
+
+
+def _check_sent_weights(config: Config, are_binary: bool) -> None:
+    """Refuse what does not go with messages of weights instead of changes."""
+    lowbit, exchange = config.lowbit, config.exchange
+    for name, default in (("sends", "update"), ("server_sends", "change")):
+        value = getattr(lowbit, name)
+        if value == default:
+            continue
+        if not are_binary:
+            raise FieldError(name, value, f"{default}, unless all few-bit layers are binary")
+        if exchange.exchange != "round" or exchange.aggregate != "rooted":
+            raise FieldError(name, value, f"{default}, unless with --exchange round and --aggregate rooted")
+    if lowbit.sends == "weights" and config.clients.max_update_norm is not None:
+        raise FieldError("max_update_norm", config.clients.max_update_norm, "left out with --sends weights")
+    if lowbit.server_sends == "weights" and exchange.downlink != ExchangeConfig().downlink:
+        raise FieldError("downlink", exchange.downlink, "left out with --server-sends weights")
 
 
 def _check_fedbat(config: Config) -> None:

@@ -206,11 +206,11 @@ class Layout:
 
     def to_change_(self, mean: Tensor, replica: Tensor) -> Tensor:
         """Turn a mean of what was sent into the model's change, in place; the replica is that of the whole model."""
-        return mean.sub_(self._only("values", self.take(replica))) if self._sends_values else mean
+        return mean.sub_(self._only("values", self.take(replica))) if self.sends_values else mean
 
     def _only(self, sent: str, replica: Tensor) -> Tensor:
         """Return the replica with zeros where something else is sent."""
-        if not self._sends_values:
+        if not self.sends_values:
             return replica
         masked = replica.clone()
         for span in self.spans:
@@ -219,7 +219,8 @@ class Layout:
         return masked
 
     @cached_property
-    def _sends_values(self) -> bool:
+    def sends_values(self) -> bool:
+        """Whether values of some tensors travel, and not their change."""
         return any(span.sent == "values" for span in self.spans)
 
     # ---- flat buffer <-> payloads --------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class DownlinkCost:
     ``cohort``: a sampled client fetches every change since its last round, or the whole model in float32 where that
     is smaller; the first time, the whole model. ``all``: every client gets the whole model at the start and every
     change when it is made. In float32 either rule would send the whole model each time, and that is the raw cost.
+    Where the server sends values instead of changes, every message is a whole model, and the newest is all one needs.
 
     Args:
         ledger: Where to book.
@@ -38,11 +39,16 @@ class DownlinkCost:
             raise FieldError("downlink_to", rule, "cohort, all")
         self._ledger = ledger
         self._full = plain_model(layout)
+        self._is_full = layout.sends_values
         self._rule = rule
         self._num_clients = num_clients
         self._changes: list[MessageParts] = []
         self._num_dropped = 0
         self._next_change: dict[int, int] = {}
+
+    def start(self, message: MessageParts) -> None:
+        """Note the message that everyone starts from, where the server sends values."""
+        self._full = message
 
     def start_round(self, round: int, cohort: Sequence[int]) -> None:
         """Book what this round's clients download before they train."""
@@ -54,20 +60,29 @@ class DownlinkCost:
 
     def end_round(self, round: int, change: MessageParts) -> None:
         """Note a change that the server made, and book it at once if all clients get it."""
-        if self._rule == "cohort":
+        if self._is_full:
+            self._full = change
+            self._num_dropped += 1
+        elif self._rule == "cohort":
             self._changes.append(change)
             self._drop_what_nobody_fetches()
+        if self._rule == "cohort":
             return
         for client in range(self._num_clients):
             self._ledger.record(round=round, client=client, direction="downlink", parts=change)
 
     def state_dict(self) -> dict[str, Any]:
         """Return who has seen which change, and the changes that may still be fetched."""
-        changes = [{"tensors": c.tensors, "parts": c.parts, "raw": c.raw, "payload": c.payload} for c in self._changes]
-        return {"changes": changes, "num_dropped": self._num_dropped, "next_change": dict(self._next_change)}
+        return {
+            "full": vars(self._full),
+            "changes": [vars(change) for change in self._changes],
+            "num_dropped": self._num_dropped,
+            "next_change": dict(self._next_change),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
+        self._full = MessageParts(**state["full"]) if "full" in state else self._full
         self._changes = [MessageParts(**change) for change in state["changes"]]
         self._num_dropped = state["num_dropped"]
         self._next_change = dict(state["next_change"])

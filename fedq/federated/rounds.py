@@ -25,7 +25,7 @@ from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
-from fedq.ledger import Ledger
+from fedq.ledger import Ledger, MessageParts
 from fedq.wire import Frame
 
 _log = logging.getLogger(__name__)
@@ -146,7 +146,15 @@ class FederatedRounds:
         self.exchange = exchange or Rooted(transport, ledger)
 
     def share_start(self) -> None:
-        """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
+        """Send rank 0's initial model to all, so that no rank relies on having drawn the same one.
+
+        It goes in float32, or as every later one where the server sends values.
+        """
+        if self.downlink.sends_values:
+            context = RoundContext(0, 0.0, 0)
+            change = self.server.change(self.replica, context) if self.server else None
+            self.downlink_cost.start(self._take(self.exchange.spread(change, self.downlink, context)))
+            return
         self.exchange.share_model(self.replica, self.downlink)
         if self.server:
             self.server.start(self.replica)
@@ -242,8 +250,13 @@ class FederatedRounds:
 
     def _apply(self, change: Frame | None, context: RoundContext) -> None:
         """Apply the change to the replica, and note it for those who will download it."""
-        if change is None:
-            return
+        if change is not None:
+            parts = self._take(change)
+            if self._is_root:
+                self.downlink_cost.end_round(context.round, parts)
+
+    def _take(self, change: Frame | None) -> MessageParts:
+        """Apply a change to the replica and return its bytes."""
+        assert change is not None
         apply_change(self.downlink, change, self.replica)
-        if self._is_root:
-            self.downlink_cost.end_round(context.round, message_parts(self.downlink, change))
+        return message_parts(self.downlink, change)

@@ -241,9 +241,11 @@ class Server:
         return optimizer | {"state": {n: state for n, state in optimizer["state"].items() if n in self._numbers}}
 
     def change(self, replica: Tensor, context: RoundContext) -> Frame:
-        """Return the coded difference between master and replica; of a part, its share of the body."""
+        """Return what brings the replica to the master, coded: their difference, or the master's values where those
+        are sent. Of a part of the model, its share of the body."""
         seed = context.downlink_seed()
-        body = join_payloads(self.layout, self.layout.encode(self.master - self.layout.take(replica), seed=seed))
+        sent = self.layout.to_sent_(self.master.clone(), self.layout.take(replica))
+        body = join_payloads(self.layout, self.layout.encode(sent, seed=seed))
         return Frame(
             kind=Kind.CHANGE,
             round=context.round,
@@ -275,9 +277,14 @@ def join_states(layout: Layout, states: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 def apply_change(layout: Layout, frame: Frame, replica: Tensor) -> None:
-    """Add a received change to the replica in place: every participant does this with the same bytes.
+    """Add a received change to the replica in place, or put received values there.
+
+    Every participant does this with the same bytes.
 
     Raises:
         FieldError: The frame belongs to another model or codec.
     """
+    for span in layout.spans:
+        if span.sent == "values":
+            replica[span.slice].zero_()
     _decode_add(layout, frame, replica, 1.0)

@@ -35,9 +35,12 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
     norm_limit = None if members.max_update_norm is None else NormLimit(members.max_update_norm, members.norm_rule)
     uplink = LayoutSchedule.of(job.model, exchange.uplink, feedback=store is not None)
     # The replica is the downlink's memory, so its codec always works with feedback.
-    if job.config.lowbit.sends == "weights":
-        uplink = uplink.with_values(value_codecs(job))
     downlink = Layout.of(job.model, codec(exchange.downlink).resolved(feedback=True))
+    if job.config.lowbit.sends == "weights":
+        uplink = uplink.with_values(binary_codecs(job))
+    if job.config.lowbit.server_sends == "weights":
+        plain = dict.fromkeys((span.name for span in downlink.spans), codec("bf16"))
+        downlink = downlink.with_values(plain | binary_codecs(job))
     feedback = NoFeedback() if store is None else ErrorFeedback(store)
     replica = downlink.flatten(job.model)
     clients = {i: Client(i, part, job.training, uplink, feedback) for i, part in enumerate(job.parts)}
@@ -71,7 +74,7 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
     )
 
 
-def value_codecs(job: Job) -> dict[str, Codec]:
+def binary_codecs(job: Job) -> dict[str, Codec]:
     """Return the codec that carries each few-bit weight as it is: its signs, and a scale for each group of it."""
     return {
         f"{name}.weight": codec(f"sign:magnitude=mean,scale={chosen.per},rotate=false")

@@ -106,7 +106,7 @@ class Job:
             "algorithm": config.personal.algorithm,
             "exchange": config.exchange.exchange,
             "uplink": config.exchange.uplink,
-            "downlink": config.exchange.downlink,
+            "downlink": "weights" if config.lowbit.server_sends == "weights" else config.exchange.downlink,
             "downlink_to": config.exchange.downlink_to,
             "aggregate": config.exchange.aggregate,
             "server": config.exchange.server,
