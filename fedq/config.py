@@ -27,7 +27,7 @@ from fedq.models import MODELS, build_model
 _OF_ROUNDS = {
     "clients": ("cohort", "min_cohort", "max_update_norm"),
     "local": ("local_epochs", "prox_mu", "side_by_side"),
-    "exchange": ("aggregate", "server", "residual_memory", "downlink_to"),
+    "exchange": ("start", "aggregate", "server", "residual_memory", "downlink_to"),
     "run": ("chaos", "histogram_every"),
 }
 """Settings, by section, that --exchange step cannot have."""
@@ -115,6 +115,8 @@ class ExchangeConfig:
     """Codec of the clients' updates: int4:block=256, sign, blocktopk:k=1,block=64; 'int4 sign@7': sign from round 7."""
     downlink: str = "int8"
     """Codec of the server's change to the model; with --exchange step of the second leg, from owners to all."""
+    start: Literal["sent", "seed"] = "sent"
+    """The first model: sent in float32 to all who join, or drawn by everyone from the seed, and not sent."""
     aggregate: Literal["rooted", "two_phase"] = "rooted"
     """Who averages the updates: rank 0, or every rank the tensors that it owns, with the same result."""
     schedule: Literal["auto", "reduce", "one_phase", "two_phase", "hierarchical"] = "auto"
@@ -383,8 +385,10 @@ def _check_sent_weights(config: Config, are_binary: bool) -> None:
             raise FieldError(name, value, f"{default}, unless with --exchange round and --aggregate rooted")
     if lowbit.sends == "weights" and config.clients.max_update_norm is not None:
         raise FieldError("max_update_norm", config.clients.max_update_norm, "left out with --sends weights")
-    if lowbit.server_sends == "weights" and exchange.downlink != ExchangeConfig().downlink:
-        raise FieldError("downlink", exchange.downlink, "left out with --server-sends weights")
+    for name in ("downlink", "start"):
+        value = getattr(exchange, name)
+        if lowbit.server_sends == "weights" and value != getattr(ExchangeConfig(), name):
+            raise FieldError(name, value, "left out with --server-sends weights")
 
 
 def _check_fedbat(config: Config) -> None:

@@ -328,6 +328,22 @@ def test_a_resumed_few_bit_job_equals_one_that_never_stopped(case: str, tmp_path
     assert totals[0] == totals[1]
 
 
+def test_a_first_model_drawn_from_the_seed_is_not_sent(tmp_path: Path) -> None:
+    flags = {"weights": "binary", "uplink": "sign", "downlink": "sign", "downlink_to": "all"}
+    sent = job_config(tmp_path / "sent", **flags)
+    drawn = [job_config(tmp_path / f"drawn{n}", start="seed", **flags) for n in (1, 2)]
+    run_group(1, run_jobs, [(sent, None), (drawn[0], None)])
+    run_group(2, run_jobs, [(drawn[1], None)])
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("sent", "drawn1", "drawn2")]
+    assert len({file_hash(tmp_path / name / "model.safetensors") for name in ("sent", "drawn1", "drawn2")}) == 1
+    assert summaries[0]["downlink_bytes"] - summaries[1]["downlink_bytes"] == 3 * 4 * 62006
+    assert summaries[1]["downlink_bytes"] == summaries[2]["downlink_bytes"]
+    assert summaries[1]["downlink_bytes_fp32"] == 3 * 3 * 4 * 62006
+    # This helper lets rank 1 draw another model.
+    with pytest.raises(Exception, match="start='seed' is not allowed; allowed: sent: the ranks drew different models"):
+        run_group(2, run_watched, [(job_config(tmp_path / "other", start="seed", **flags), None)])
+
+
 # ---- FedBAT --------------------------------------------------------------------------------------------------------
 
 

@@ -32,9 +32,12 @@ class DownlinkCost:
         layout: The downlink's layout.
         rule: ``cohort`` or ``all``.
         num_clients: Clients of the federation.
+        has_start: Whether every client has the first model without a download, because it draws it from a seed.
     """
 
-    def __init__(self, ledger: Ledger, layout: Layout, rule: Rule, num_clients: int) -> None:
+    def __init__(
+        self, ledger: Ledger, layout: Layout, rule: Rule, num_clients: int, *, has_start: bool = False
+    ) -> None:
         if rule not in ("cohort", "all"):
             raise FieldError("downlink_to", rule, "cohort, all")
         self._ledger = ledger
@@ -44,7 +47,7 @@ class DownlinkCost:
         self._num_clients = num_clients
         self._changes: list[MessageParts] = []
         self._num_dropped = 0
-        self._next_change: dict[int, int] = {}
+        self._next_change = dict.fromkeys(range(num_clients), 0) if has_start else {}
 
     def start(self, message: MessageParts) -> None:
         """Note the message that everyone starts from, where the server sends values."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedq.collectives import Transport
-from fedq.federated.accounting import message_parts
+from fedq.errors import FieldError
+from fedq.federated.accounting import framing, message_parts
 from fedq.federated.chaos import Chaos
 from fedq.federated.client import Client, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
@@ -25,7 +28,7 @@ from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
-from fedq.ledger import Ledger, MessageParts
+from fedq.ledger import NO_CLIENT, Ledger, MessageParts
 from fedq.wire import Frame
 
 _log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class FederatedRounds:
         side_by_side: Clients that a rank trains at a time, as one stacked model.
         beat: Called with words for what comes next, as a sign of life.
         exchange: How messages reach the server and its change everybody; default: by way of rank 0.
+        has_start: Whether the replica is everybody's first model already, drawn from a seed.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class FederatedRounds:
         side_by_side: int = 1,
         beat: Callable[[str], None] = lambda doing: None,
         exchange: Exchange | None = None,
+        has_start: bool = False,
     ) -> None:
         self.transport = transport
         self.clients = clients
@@ -144,18 +149,26 @@ class FederatedRounds:
         self.side_by_side = side_by_side
         self.beat = beat
         self.exchange = exchange or Rooted(transport, ledger)
+        self.has_start = has_start
 
     def share_start(self) -> None:
         """Send rank 0's initial model to all, so that no rank relies on having drawn the same one.
 
-        It goes in float32, or as every later one where the server sends values.
+        It goes in float32, or as every later one where the server sends values. Where everyone has drawn it from a
+        seed nothing is sent but a checksum.
+
+        Raises:
+            FieldError: The checksums differ.
         """
         if self.downlink.sends_values:
             context = RoundContext(0, 0.0, 0)
             change = self.server.change(self.replica, context) if self.server else None
             self.downlink_cost.start(self._take(self.exchange.spread(change, self.downlink, context)))
             return
-        self.exchange.share_model(self.replica, self.downlink)
+        if self.has_start:
+            self._check_start()
+        else:
+            self.exchange.share_model(self.replica, self.downlink)
         if self.server:
             self.server.start(self.replica)
 
@@ -173,6 +186,16 @@ class FederatedRounds:
         result, change = self._serve(ranked, context) if self.server else (RoundResult(), None)
         self._apply(self.exchange.spread(change, self.downlink, context), context)
         return result if self._is_root else RoundResult()
+
+    def _check_start(self) -> None:
+        mine = zlib.crc32(self.replica.cpu().numpy().data)
+        gathered, moved = self.transport.all_gather(torch.tensor([float(mine)], dtype=torch.float64))
+        if self._is_root and moved.payload:
+            parts = framing("metrics", moved.payload)
+            self.ledger.record(round=0, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
+        if (gathered != mine).any():
+            allowed = "sent: the ranks drew different models from one seed (other versions of torch?)"
+            raise FieldError("start", "seed", allowed)
 
     @property
     def _is_root(self) -> bool:

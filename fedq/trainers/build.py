@@ -60,7 +60,9 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         downlink=downlink,
         replica=replica,
         ledger=job.ledger,
-        downlink_cost=DownlinkCost(job.ledger, downlink, exchange.downlink_to, members.num_clients),
+        downlink_cost=DownlinkCost(
+            job.ledger, downlink, exchange.downlink_to, members.num_clients, has_start=exchange.start == "seed"
+        ),
         cohort_size=job.config.cohort_size,
         sticky=store is not None,
         observe=HistogramLog(job, uplink),
@@ -71,6 +73,7 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         side_by_side=job.config.local.side_by_side,
         beat=job.watch.beat,
         exchange=way,
+        has_start=exchange.start == "seed",
     )
 
 

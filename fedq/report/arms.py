@@ -1,0 +1,139 @@
+"""Runs grouped into arms: those that differ in nothing but the seed. What figures compare."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedq.errors import FieldError
+
+FLOAT_BITS = 32.0
+_WORDS = {"float": FLOAT_BITS, "binary": 1.0, "ternary": 1.6}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run's numbers.
+
+    Args:
+        path: Its folder.
+        summary: Of `summary.json`.
+        config: Of `config.yaml`.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def spec(self) -> str:
+        """What the models' weights are: ``binary``, ``int4``; of personal models their clients' bits, as ``int2``."""
+        bits = str(self.config.get("personal", {}).get("client_bits", "32"))
+        if self.algorithm in ("quped", "qupel") and bits != "32":
+            return {"1": "binary"}.get(bits, f"int{bits}" if bits.isdigit() else bits)
+        return str(self.summary.get("weights", "float"))
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the algorithm."""
+        return str(self.summary.get("algorithm", "fedavg"))
+
+    @property
+    def bits(self) -> float | None:
+        """Bits of a weight; None where layers or clients differ."""
+        name = self.spec.partition(":")[0].lower()
+        if name in _WORDS:
+            return _WORDS[name]
+        match = re.fullmatch(r"(?:int)?(\d+)", name)
+        return float(match[1]) if match else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`, by round."""
+        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a Parquet table, none if the run has no such file."""
+        import pyarrow.parquet as pq
+
+        file = self.path / f"{name}.parquet"
+        return pq.read_table(file).to_pylist() if file.exists() else []
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs with the same settings and different seeds.
+
+    Args:
+        name: What sets the arm apart from the others, in words.
+        runs: Its runs, by seed.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Run:
+        """The run of the first seed."""
+        return self.runs[0]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read finished runs.
+
+    Raises:
+        FieldError: None of them is finished, or a file cannot be read.
+    """
+    runs = []
+    for path in paths:
+        if not (path / "summary.json").exists():
+            continue
+        try:
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise FieldError("runs", str(path), f"a folder with summary.json and config.yaml ({error})") from None
+        runs.append(Run(path, summary, config))
+    if not runs:
+        raise FieldError("runs", ", ".join(map(str, paths)), "at least one finished run")
+    return runs
+
+
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Return the arms, from few bits to many, then by name; each is named by the settings in which arms differ."""
+    settings = [_settings(run) for run in runs]
+    differing = [key for key in settings[0] if len({repr(s.get(key)) for s in settings}) > 1]
+    arms: dict[str, list[Run]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        arms.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
+    found = [
+        Arm(name or run[0].spec, tuple(sorted(run, key=lambda r: r.summary["seed"]))) for name, run in arms.items()
+    ]
+    return sorted(found, key=lambda arm: (arm.first.bits or 0.0, arm.name))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return what makes an arm: every setting but those of where and how it ran."""
+    flat = {
+        k: v
+        for name in ("data", "clients", "local", "exchange", "lowbit", "personal")
+        for k, v in run.config.get(name, {}).items()
+    }
+    flat |= {key: run.config["run"].get(key) for key in ("rounds",)}
+    for key in ("data_dir", "download", "aggregate", "schedule"):
+        flat.pop(key, None)
+    return flat
+
+
+_PLAIN = ("weights", "uplink", "algorithm", "model", "partition")
+"""Settings whose value needs no name beside it."""
+
+
+def _words(key: str, value: Any) -> str:
+    return str(value) if key in _PLAIN else f"{key.replace('_', ' ')} {value}"

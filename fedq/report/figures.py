@@ -1,0 +1,354 @@
+"""Figures of few-bit models from runs' folders: PNG, SVG, and the numbers as CSV.
+
+Each figure is a function from arms to rows (what the CSV holds) and one that draws them. Nothing is computed that the
+runs' files do not say.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedq.errors import FieldError
+from fedq.report.arms import FLOAT_BITS, Arm, Run, group, read_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A figure: its file's name, its rows, how they are drawn, and what runs need to have for it."""
+
+    name: str
+    rows: Callable[[Sequence[Arm]], Rows]
+    draw: Callable[[Rows], Figure]
+    needs: str
+
+
+def write_figures(paths: Sequence[Path], out: Path) -> list[str]:
+    """Write every figure that the runs have data for.
+
+    Args:
+        paths: Folders of runs.
+        out: Where ``<figure>.png``, ``.svg`` and ``.csv`` go; made if it does not exist.
+
+    Returns:
+        A line for each figure: written, or why not.
+
+    Raises:
+        FieldError: No run is finished, matplotlib is missing, or the folder cannot be written.
+    """
+    arms = group(read_runs(paths))
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ImportError:
+        raise FieldError("figures", "matplotlib", "installed: pip install matplotlib") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FieldError("out", str(out), f"a folder that can be written ({error.strerror})") from None
+    lines = []
+    for kind in KINDS:
+        rows = kind.rows(arms)
+        if not rows:
+            lines.append(f"{kind.name}: left out, needs {kind.needs}")
+            continue
+        _write_csv(out / f"{kind.name}.csv", rows)
+        with _style():
+            figure = kind.draw(rows)
+            for suffix in ("png", "svg"):
+                figure.savefig(out / f"{kind.name}.{suffix}", metadata={"Date": None} if suffix == "svg" else None)
+        lines.append(f"{kind.name}: {out / kind.name}.png, .svg, .csv")
+    return lines
+
+
+def _write_csv(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    from matplotlib import pyplot, rc_context
+    from matplotlib.cycler import cycler  # type: ignore[attr-defined]
+
+    own: dict[Any, Any] = {
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.constrained_layout.use": True,
+        "figure.figsize": (6.4, 4.0),
+        "font.size": 10,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+        "savefig.dpi": 160,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fedq",
+    }
+    with rc_context(own):
+        try:
+            yield
+        finally:
+            pyplot.close("all")
+
+
+def _axes() -> tuple[Figure, Axes]:
+    from matplotlib import pyplot
+
+    return pyplot.subplots()
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+# ---- accuracy against bits -----------------------------------------------------------------------------------------
+
+
+def _bits_rows(arms: Sequence[Arm]) -> Rows:
+    """Return one row an arm of one bit width; arms of a series differ in their bits alone."""
+    rows = []
+    for arm in arms:
+        if arm.first.bits is None:
+            continue
+        mean, sd = _mean_sd([100 * run.summary["test_accuracy"] for run in arm.runs])
+        ways = [sum(run.summary[f"{way}_bytes"] for way in ("uplink", "downlink")) / 1e6 for run in arm.runs]
+        rows.append(
+            {
+                "series": arm.first.algorithm,
+                "arm": arm.name,
+                "bits": arm.first.bits,
+                "weights": arm.first.spec,
+                "test_accuracy_mean": mean,
+                "test_accuracy_sd": sd,
+                "num_seeds": len(arm.runs),
+                "megabytes_mean": statistics.fmean(ways),
+            }
+        )
+    return rows if len({row["bits"] for row in rows}) > 1 else []
+
+
+def _draw_bits(rows: Rows) -> Figure:
+    figure, axes = _axes()
+    for number, series in enumerate(sorted({row["series"] for row in rows})):
+        own = [row for row in rows if row["series"] == series]
+        colour = COLOURS[number % len(COLOURS)]
+        few = [row for row in own if row["bits"] != FLOAT_BITS]
+        axes.errorbar(
+            [row["bits"] for row in few],
+            [row["test_accuracy_mean"] for row in few],
+            yerr=[row["test_accuracy_sd"] for row in few],
+            fmt="o",
+            capsize=3,
+            color=colour,
+            label=f"{series}: mean and sd of {max(row['num_seeds'] for row in own)} seeds",
+        )
+        for row in (row for row in own if row["bits"] == FLOAT_BITS):
+            mean, sd = row["test_accuracy_mean"], row["test_accuracy_sd"]
+            axes.axhline(mean, color=colour, linestyle="--", label=f"{series}, float32: {mean:.1f}")
+            axes.axhspan(mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+    bits = sorted({row["bits"] for row in rows if row["bits"] != FLOAT_BITS})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(bits, [f"{b:g}" for b in bits])
+    axes.minorticks_off()
+    axes.set(xlabel="bits of a weight", ylabel="test accuracy, %")
+    axes.legend()
+    return figure
+
+
+# ---- accuracy against megabytes ------------------------------------------------------------------------------------
+
+
+def _bytes_rows(arms: Sequence[Arm]) -> Rows:
+    """Return one row an arm and evaluated round: means over seeds of validation accuracy and of bytes both ways."""
+    rows = []
+    for arm in arms:
+        by_round: dict[int, list[tuple[float, float]]] = {}
+        for run in arm.runs:
+            for row in run.metrics():
+                if row.get("val_accuracy") is not None and row.get("uplink_bytes") is not None:
+                    megabytes = (row["uplink_bytes"] + row["downlink_bytes"]) / 1e6
+                    by_round.setdefault(row["round"], []).append((megabytes, 100 * row["val_accuracy"]))
+        for round, points in sorted(by_round.items()):
+            if len(points) < len(arm.runs):  # a seed that stopped earlier: no mean of all
+                continue
+            mean, sd = _mean_sd([accuracy for _, accuracy in points])
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "round": round + 1,
+                    "megabytes": statistics.fmean(megabytes for megabytes, _ in points),
+                    "val_accuracy_mean": mean,
+                    "val_accuracy_sd": sd,
+                    "num_seeds": len(points),
+                }
+            )
+    return rows if any(row["megabytes"] for row in rows) else []
+
+
+def _draw_bytes(rows: Rows) -> Figure:
+    figure, axes = _axes()
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        own = [row for row in rows if row["arm"] == arm and row["megabytes"] > 0]
+        x, mean, sd = ([row[key] for row in own] for key in ("megabytes", "val_accuracy_mean", "val_accuracy_sd"))
+        colour = COLOURS[number % len(COLOURS)]
+        line = "-" if number < len(COLOURS) else "--"
+        axes.plot(x, mean, color=colour, linestyle=line, marker=".", label=arm)
+        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set(xlabel="megabytes up and down, all clients", ylabel="validation accuracy, %")
+    axes.legend(fontsize=8)
+    return figure
+
+
+# ---- histograms of weights -----------------------------------------------------------------------------------------
+
+
+def _histogram_rows(arms: Sequence[Arm]) -> Rows:
+    """Return the bins of one convolution's weights as they are deployed, after the last round logged, an arm each."""
+    tensor = _one_tensor(arms)
+    rows = []
+    for arm in arms:
+        logged = [row for row in arm.first.table("histograms") if row["tensor"] == tensor]
+        stages = {row["stage"]: row for row in sorted(logged, key=lambda row: row["round"])}
+        chosen = stages.get("deployed") or stages.get("weight")
+        if chosen is None:
+            continue
+        for low, high, count in zip(chosen["edges"], chosen["edges"][1:], chosen["counts"], strict=False):
+            share = count / chosen["num"]
+            bits = arm.first.bits
+            rows.append(
+                {"arm": arm.name, "bits": bits, "tensor": tensor, "round": chosen["round"] + 1}
+                | {"from": low, "to": high, "share": share}
+            )
+    return rows
+
+
+def _one_tensor(arms: Sequence[Arm]) -> str:
+    """Return the first tensor that has few bits in some run, or else the second that was logged."""
+    names: list[str] = []
+    for arm in arms:
+        rows = arm.first.table("histograms")
+        deployed = [row["tensor"] for row in rows if row["stage"] == "deployed"]
+        if deployed:
+            return str(deployed[0])
+        names = names or list(dict.fromkeys(row["tensor"] for row in rows))
+    return names[min(1, len(names) - 1)] if names else ""
+
+
+def _draw_histograms(rows: Rows) -> Figure:
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    width = min(4, len(names))
+    height = -(-len(names) // width)
+    figure, grid = pyplot.subplots(height, width, figsize=(3 * width, 2.4 * height), sharex=True, squeeze=False)
+    for axes, name in zip(grid.flat, names, strict=False):
+        own = [row for row in rows if row["arm"] == name]
+        edges = [row["from"] for row in own]
+        axes.bar(edges, [row["share"] for row in own], width=[row["to"] - row["from"] for row in own], align="edge")
+        axes.set_title(name, fontsize=9)
+    for axes in list(grid.flat)[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel(f"weights of {rows[0]['tensor']}, as deployed")
+    figure.supylabel("share")
+    return figure
+
+
+# ---- centres -------------------------------------------------------------------------------------------------------
+
+
+def _centre_rows(arms: Sequence[Arm]) -> Rows:
+    """Return learned centres by round, of the first client that has some, of each arm's first seed."""
+    rows = []
+    for arm in arms:
+        logged = arm.first.table("centres")
+        clients = {row["client"] for row in logged}
+        for row in logged:
+            if row["client"] == min(clients):
+                rows.append({"arm": arm.name, **row, "round": row["round"] + 1})
+    return rows
+
+
+def _draw_centres(rows: Rows) -> Figure:
+    from matplotlib import pyplot
+
+    pairs = list(dict.fromkeys((row["arm"], row["layer"]) for row in rows))
+    arms = list(dict.fromkeys(arm for arm, _ in pairs))
+    layers = list(dict.fromkeys(layer for _, layer in pairs))
+    shown = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
+    figure, grid = pyplot.subplots(
+        len(arms), len(shown), figsize=(3 * len(shown), 2.2 * len(arms)), sharex=True, squeeze=False
+    )
+    for line, arm in zip(grid, arms, strict=True):
+        for axes, layer in zip(line, shown, strict=True):
+            own = [row for row in rows if (row["arm"], row["layer"]) == (arm, layer)]
+            for index in sorted({row["index"] for row in own}):
+                points = sorted((row["round"], row["value"]) for row in own if row["index"] == index)
+                axes.plot(*zip(*points, strict=True), color=COLOURS[index % len(COLOURS)], linewidth=1.2)
+            axes.set_title(f"{arm}: {layer}", fontsize=8)
+    figure.supxlabel("epoch")
+    figure.supylabel("centres")
+    return figure
+
+
+# ---- clients -------------------------------------------------------------------------------------------------------
+
+
+def _client_rows(arms: Sequence[Arm]) -> Rows:
+    """Return every client's test accuracy with its own model, an arm and seed each."""
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            for client, accuracy in _client_accuracies(run):
+                rows.append(
+                    {"arm": arm.name, "seed": run.summary["seed"], "client": client, "test_accuracy": 100 * accuracy}
+                )
+    return rows
+
+
+def _client_accuracies(run: Run) -> list[tuple[int, float]]:
+    if rows := run.table("personal"):
+        return [(row["client"], row["test_accuracy"]) for row in rows]
+    return list(enumerate(run.summary.get("client_test_accuracy", [])))
+
+
+def _draw_clients(rows: Rows) -> Figure:
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(6.4, 1.2 + 0.35 * len(names)))
+    for place, name in enumerate(names):
+        own = [row["test_accuracy"] for row in rows if row["arm"] == name]
+        axes.plot(own, [place] * len(own), "o", color=COLOURS[0], alpha=0.35, markersize=5)
+        axes.plot([statistics.fmean(own)], [place], "|", color=COLOURS[1], markersize=16, markeredgewidth=2.5)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy of each client, % (bar: mean)")
+    return figure
+
+
+KINDS = (
+    _Kind("accuracy_by_bits", _bits_rows, _draw_bits, "runs of at least two bit widths"),
+    _Kind("accuracy_by_megabytes", _bytes_rows, _draw_bytes, "runs that exchange something"),
+    _Kind("weight_histograms", _histogram_rows, _draw_histograms, "runs with histograms of weights"),
+    _Kind("centres", _centre_rows, _draw_centres, "runs with learned centres (--algorithm quped)"),
+    _Kind("client_accuracy", _client_rows, _draw_clients, "runs in which clients are tested one by one"),
+)
+"""All figures."""
