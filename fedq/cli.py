@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         return _list_runs(argv[1:])
     if argv and argv[0] == "doctor":
         return _examine(argv[1:])
+    if argv and argv[0] == "figures":
+        return _draw_figures(argv[1:])
     try:
         ranks = detect(os.environ)
         check_lone_process(ranks, os.environ)
@@ -155,6 +157,23 @@ def _list_runs(argv: Sequence[str]) -> int:
         print(comparison(runs))
     else:
         print_runs(runs)
+    return 0
+
+
+def _draw_figures(argv: Sequence[str]) -> int:
+    """Draw what finished runs show of few-bit models, as PNG, SVG and CSV: `fedq figures RUN [RUN ...] --out DIR`."""
+    from fedq.report.figures import write_figures
+    from fedq.report.runs import find_runs
+
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} figures", description=_draw_figures.__doc__)
+    parser.add_argument("folder", type=Path, nargs="+", help="a run, or a folder of runs")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="where the files go")
+    given = parser.parse_args(argv)
+    try:
+        lines = write_figures([run.path for run in find_runs(given.folder)], given.out)
+    except FieldError as error:
+        return _refuse(error, "error")
+    print("\n".join(lines))
     return 0
 
 

@@ -108,14 +108,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def group(runs: Sequence[Run]) -> list[Arm]:
     """Return the arms, from few bits to many, then by name; each is named by the settings in which arms differ."""
     settings = [_settings(run) for run in runs]
-    differing = [key for key in settings[0] if len({repr(s.get(key)) for s in settings}) > 1]
+    keys = dict.fromkeys([*_PLAIN, *settings[0]])
+    differing = [key for key in keys if len({repr(s.get(key)) for s in settings}) > 1]
     arms: dict[str, list[Run]] = {}
     for run, own in zip(runs, settings, strict=True):
         arms.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
     found = [
         Arm(name or run[0].spec, tuple(sorted(run, key=lambda r: r.summary["seed"]))) for name, run in arms.items()
     ]
-    return sorted(found, key=lambda arm: (arm.first.bits or 0.0, arm.name))
+    return sorted(found, key=lambda arm: (arm.first.bits or 2 * FLOAT_BITS, arm.name))
 
 
 def _settings(run: Run) -> dict[str, Any]:

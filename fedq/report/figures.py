@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ def _write_csv(path: Path, rows: Rows) -> None:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    from matplotlib import pyplot, rc_context
-    from matplotlib.cycler import cycler  # type: ignore[attr-defined]
+    from cycler import cycler
+    from matplotlib import rc_context
 
     own: dict[Any, Any] = {
         "axes.prop_cycle": cycler(color=COLOURS),
@@ -92,7 +93,6 @@ def _style() -> Iterator[None]:
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,
-        "figure.figsize": (6.4, 4.0),
         "font.size": 10,
         "grid.alpha": 0.3,
         "legend.frameon": False,
@@ -101,16 +101,20 @@ def _style() -> Iterator[None]:
         "svg.hashsalt": "fedq",
     }
     with rc_context(own):
-        try:
-            yield
-        finally:
-            pyplot.close("all")
+        yield
 
 
-def _axes() -> tuple[Figure, Axes]:
-    from matplotlib import pyplot
+def _grid(height: int, width: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure and its axes, [height, width]; without pyplot, which would look for a screen."""
+    from matplotlib.figure import Figure
 
-    return pyplot.subplots()
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(height, width, sharex=True, squeeze=False)
+
+
+def _axes(size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
+    figure, grid = _grid(1, 1, size)
+    return figure, grid[0, 0]
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -241,24 +245,23 @@ def _histogram_rows(arms: Sequence[Arm]) -> Rows:
 
 
 def _one_tensor(arms: Sequence[Arm]) -> str:
-    """Return the first tensor that has few bits in some run, or else the second that was logged."""
+    """Return the first tensor that has few bits in as many arms as possible, or else the second that was logged."""
+    counts: Counter[str] = Counter()
     names: list[str] = []
     for arm in arms:
         rows = arm.first.table("histograms")
-        deployed = [row["tensor"] for row in rows if row["stage"] == "deployed"]
-        if deployed:
-            return str(deployed[0])
+        counts.update(dict.fromkeys((row["tensor"] for row in rows if row["stage"] == "deployed"), 1))
         names = names or list(dict.fromkeys(row["tensor"] for row in rows))
+    if counts:
+        return counts.most_common(1)[0][0]
     return names[min(1, len(names) - 1)] if names else ""
 
 
 def _draw_histograms(rows: Rows) -> Figure:
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(row["arm"] for row in rows))
     width = min(4, len(names))
     height = -(-len(names) // width)
-    figure, grid = pyplot.subplots(height, width, figsize=(3 * width, 2.4 * height), sharex=True, squeeze=False)
+    figure, grid = _grid(height, width, (3 * width, 2.4 * height))
     for axes, name in zip(grid.flat, names, strict=False):
         own = [row for row in rows if row["arm"] == name]
         edges = [row["from"] for row in own]
@@ -287,15 +290,11 @@ def _centre_rows(arms: Sequence[Arm]) -> Rows:
 
 
 def _draw_centres(rows: Rows) -> Figure:
-    from matplotlib import pyplot
-
     pairs = list(dict.fromkeys((row["arm"], row["layer"]) for row in rows))
     arms = list(dict.fromkeys(arm for arm, _ in pairs))
     layers = list(dict.fromkeys(layer for _, layer in pairs))
     shown = [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
-    figure, grid = pyplot.subplots(
-        len(arms), len(shown), figsize=(3 * len(shown), 2.2 * len(arms)), sharex=True, squeeze=False
-    )
+    figure, grid = _grid(len(arms), len(shown), (3 * len(shown), 2.2 * len(arms)))
     for line, arm in zip(grid, arms, strict=True):
         for axes, layer in zip(line, shown, strict=True):
             own = [row for row in rows if (row["arm"], row["layer"]) == (arm, layer)]
@@ -330,10 +329,8 @@ def _client_accuracies(run: Run) -> list[tuple[int, float]]:
 
 
 def _draw_clients(rows: Rows) -> Figure:
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(row["arm"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(6.4, 1.2 + 0.35 * len(names)))
+    figure, axes = _axes((6.4, 1.2 + 0.35 * len(names)))
     for place, name in enumerate(names):
         own = [row["test_accuracy"] for row in rows if row["arm"] == name]
         axes.plot(own, [place] * len(own), "o", color=COLOURS[0], alpha=0.35, markersize=5)
