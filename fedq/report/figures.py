@@ -216,6 +216,9 @@ def _draw_bytes(rows: Rows) -> Figure:
         low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set(xlabel="megabytes up and down, all clients", ylabel="validation accuracy, %")
     axes.legend(fontsize=8)
     return figure
