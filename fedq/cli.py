@@ -116,12 +116,8 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         The exit code: 0, or 2 for settings that cannot be used.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] == "runs":
-        return _list_runs(argv[1:])
-    if argv and argv[0] == "doctor":
-        return _examine(argv[1:])
-    if argv and argv[0] == "figures":
-        return _draw_figures(argv[1:])
+    if argv and argv[0] in _COMMANDS:
+        return _command(argv[0], argv[1:])
     try:
         ranks = detect(os.environ)
         check_lone_process(ranks, os.environ)
@@ -141,18 +137,23 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
     return _run(config, ranks)
 
 
-def _list_runs(argv: Sequence[str]) -> int:
+def _command(name: str, argv: Sequence[str]) -> int:
+    """Do what is no training: `fedq runs`, `doctor`, `figures`, `convert` or `inspect`."""
+    try:
+        return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
+    except FieldError as error:
+        return _refuse(error, "error")
+
+
+def _list_runs(argv: Sequence[str], program: str) -> int:
     """List runs and how far they are: `fedq runs [FOLDER ...]`; with --compare, accuracy, bytes and time of each."""
     from fedq.report import comparison, find_runs, print_runs
 
-    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} runs", description=_list_runs.__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=_list_runs.__doc__)
     parser.add_argument("folder", type=Path, nargs="*", default=[Path("runs")], help="a run, or a folder of runs")
     parser.add_argument("--compare", action="store_true", help="print one Markdown table of results instead")
     given = parser.parse_args(argv)
-    try:
-        runs = find_runs(given.folder)
-    except FieldError as error:
-        return _refuse(error, "error")
+    runs = find_runs(given.folder)
     if given.compare:
         print(comparison(runs))
     else:
@@ -160,29 +161,42 @@ def _list_runs(argv: Sequence[str]) -> int:
     return 0
 
 
-def _draw_figures(argv: Sequence[str]) -> int:
+def _draw_figures(argv: Sequence[str], program: str) -> int:
     """Draw what finished runs show of few-bit models, as PNG, SVG and CSV: `fedq figures RUN [RUN ...] --out DIR`."""
     from fedq.report.figures import write_figures
     from fedq.report.runs import find_runs
 
-    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} figures", description=_draw_figures.__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=_draw_figures.__doc__)
     parser.add_argument("folder", type=Path, nargs="+", help="a run, or a folder of runs")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="where the files go")
     given = parser.parse_args(argv)
-    try:
-        lines = write_figures([run.path for run in find_runs(given.folder)], given.out)
-    except FieldError as error:
-        return _refuse(error, "error")
-    print("\n".join(lines))
+    print("\n".join(write_figures([run.path for run in find_runs(given.folder)], given.out)))
     return 0
 
 
-def _examine(argv: Sequence[str]) -> int:
+def _examine(argv: Sequence[str], program: str) -> int:
     """Say what this machine offers, what serves, and what is missing: `fedq doctor`."""
     from fedq.doctor import main as examine
 
-    argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} doctor", description=_examine.__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog=program, description=_examine.__doc__).parse_args(argv)
     return examine()
+
+
+def _convert(argv: Sequence[str], program: str) -> int:
+    from fedq.convert import main as convert
+
+    convert(argv, program)
+    return 0
+
+
+def _inspect(argv: Sequence[str], program: str) -> int:
+    from fedq.inspection import main as inspect
+
+    inspect(argv, program)
+    return 0
+
+
+_COMMANDS = {"runs": _list_runs, "doctor": _examine, "figures": _draw_figures, "convert": _convert, "inspect": _inspect}
 
 
 def _run(config: Config, ranks: Ranks) -> int:

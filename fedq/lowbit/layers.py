@@ -35,16 +35,40 @@ class FewBitWeight(nn.Module):
     def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
         super().__init__()
         self.quantizer = quantizer
+        self._loaded_scales: Tensor | None = None  # no buffer: buffers travel
         if quantizer.learns_scale:
             self.scale = nn.Parameter(quantizer.scales(quantizer.rows(weight.detach())).flatten())
+
+    def scales(self, weight: Tensor) -> Tensor:
+        """Return the scales in use, [groups, num_scales]: learned, loaded, or those that follow from the weight."""
+        if self.quantizer.learns_scale:
+            return self.scale.detach().view(-1, 1)
+        if self._loaded_scales is not None:
+            return self._loaded_scales.to(weight.device)
+        return self.quantizer.scales(self.quantizer.rows(weight.detach()))
+
+    @torch.no_grad()
+    def load_scales(self, scales: Tensor) -> None:
+        """Take scales that need not follow from the weight, until the first forward pass in training mode.
+
+        A grid's own values do not give its scales back in general, so a model that was loaded as few-bit values needs
+        both to compute the same as before.
+        """
+        if self.quantizer.learns_scale:
+            self.scale.copy_(scales.flatten())
+        else:
+            self._loaded_scales = scales.clone()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the few-bit weight, of the shape of the float one."""
         if self.quantizer.learns_scale:
             signs: Tensor = _LearnedScale.apply(weight, self.scale)  # type: ignore[no-untyped-call]
             return signs
+        if self.training:
+            self._loaded_scales = None
         with torch.no_grad():
-            values = self.quantizer.quantize(weight.detach(), stochastic=self.training and self.quantizer.is_stochastic)
+            stochastic = self.training and self.quantizer.is_stochastic
+            values = self.quantizer.quantize(weight.detach(), stochastic=stochastic, scales=self.scales(weight))
         quantized: Tensor = _StraightThrough.apply(weight, values)  # type: ignore[no-untyped-call]
         return quantized
 
@@ -138,12 +162,13 @@ def few_bit_layers(model: nn.Module) -> dict[str, Quantizer]:
     """Return the quantizers of a model's few-bit layers, by layer name, in the model's order."""
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, FEW_BIT_LAYERS) and (weight := _few_bit_weight(layer)) is not None:
+        if isinstance(layer, FEW_BIT_LAYERS) and (weight := few_bit_weight(layer)) is not None:
             found[name] = weight.quantizer
     return found
 
 
-def _few_bit_weight(layer: nn.Module) -> FewBitWeight | None:
+def few_bit_weight(layer: nn.Module) -> FewBitWeight | None:
+    """Return the parametrization of a layer's weight, or None of a layer with a float weight."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     (parametrization,) = layer.parametrizations["weight"]  # type: ignore[index, union-attr]
@@ -152,7 +177,7 @@ def _few_bit_weight(layer: nn.Module) -> FewBitWeight | None:
 
 def learned_scales(model: nn.Module, name: str) -> Tensor | None:
     """Return the learned scales of a few-bit layer, [groups, 1], or None where they follow from the weights."""
-    weight = _few_bit_weight(model.get_submodule(name))
+    weight = few_bit_weight(model.get_submodule(name))
     return weight.scale.detach().view(-1, 1) if weight is not None and weight.quantizer.learns_scale else None
 
 
@@ -191,8 +216,11 @@ def deploy(model: nn.Module) -> nn.Module:
     state = deployed_state_dict(model)
     for name in few_bit_layers(model):
         layer = model.get_submodule(name)
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        assert isinstance(layer.weight, Tensor)
+        weight = layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
+        # Not remove_parametrizations, which takes the weight from the class that deep copies of the layer share.
+        del layer.parametrizations
+        layer.__class__ = type(layer).__bases__[0]
+        layer.register_parameter("weight", weight)
         with torch.no_grad():
-            layer.weight.copy_(state[f"{name}.weight"])
+            weight.copy_(state[f"{name}.weight"])
     return model

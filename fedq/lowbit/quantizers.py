@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedq.codecs.spec import split_spec
 from fedq.errors import FieldError, one_of
+from fedq.kernels.reference import safe_inverse
 from fedq.kernels.reference.blocks import GAUSSIAN_STEP, MEAN_TO_SIGMA
 
 MAX_BITS = 16
@@ -150,23 +151,20 @@ class Ternary(Quantizer):
 
     num_levels: ClassVar[int] = 3  # type: ignore[misc]
     name: ClassVar[str] = "ternary"  # type: ignore[misc]
-    num_scales: ClassVar[int] = 2
 
     def scales(self, rows: Tensor) -> Tensor:
-        """Return the mean magnitude of kept weights, and the threshold."""
-        threshold = 0.7 * _mean_magnitude(rows)
-        kept = rows.abs() > threshold
+        """Return the mean magnitude of kept weights."""
+        kept = _is_kept(rows)
         total = (rows.abs() * kept).sum(dim=1, keepdim=True, dtype=torch.float64)
-        mean = (total / kept.sum(dim=1, keepdim=True).clamp(min=1)).to(rows.dtype)
-        return torch.cat((mean + 0.0 * threshold, threshold), dim=1)  # a NaN shows in both
+        return (total / kept.sum(dim=1, keepdim=True).clamp(min=1)).to(rows.dtype)
 
     def codes(self, rows: Tensor, scales: Tensor, *, stochastic: bool) -> Tensor:
         """Return 0, 1 or 2 for a negative weight, a small one, a positive one."""
-        return 1.0 + rows.sign() * (rows.abs() > scales[:, 1:])
+        return 1.0 + rows.sign() * _is_kept(rows)
 
     def values(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Return the signs times the scale."""
-        return (codes - 1.0) * scales[:, :1]
+        return (codes - 1.0) * scales
 
 
 @dataclass(frozen=True)
@@ -243,13 +241,18 @@ class Uniform(Quantizer):
     def codes(self, rows: Tensor, scales: Tensor, *, stochastic: bool) -> Tensor:
         """Return the numbers of the levels."""
         step = scales[:, :1]
-        inverse = torch.where(step > 0, 1.0 / step, 0.0)  # all weights alike: code 0 or the middle one
+        inverse = safe_inverse(step)  # all weights alike: code 0 or the middle one
         if self.spacing == "minmax":
             places = (rows - scales[:, 1:]) * inverse
         else:
             places = rows * inverse + (self.num_levels - 1) / 2
-        places = (places + torch.rand_like(places)).floor_() if stochastic else places.round_()
-        return places.clamp_(0, self.num_levels - 1)
+        if stochastic:
+            # Not floor(place + noise): at 16 bits that sum has 8 bits after the point, and its rounding is a bias.
+            low = places.floor()
+            places = low + (torch.rand_like(places) < places - low)
+        else:
+            places = places.round_()
+        return places.clamp(0, self.num_levels - 1)  # not in place, for which vmap has no rule
 
     def values(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Return the levels."""
@@ -292,6 +295,11 @@ def _mean_magnitude(rows: Tensor) -> Tensor:
     # In float64, so that memory order and threads do not show in the result.
     total = torch.linalg.vector_norm(rows, 1, dim=1, keepdim=True, dtype=torch.float64)
     return (total / rows.shape[1]).to(rows.dtype)
+
+
+def _is_kept(rows: Tensor) -> Tensor:
+    """Return which weights do not become zero in a ternary layer."""
+    return rows.abs() > 0.7 * _mean_magnitude(rows)
 
 
 def _check(chosen: Quantizer, option: str, allowed: tuple[str, ...]) -> None:

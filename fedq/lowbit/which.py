@@ -26,10 +26,7 @@ def inner_layers(model: nn.Module) -> list[str]:
     Raises:
         FieldError: The model has none.
     """
-    inner = layer_names(model)[1:-1]
-    if not inner:
-        raise FieldError("weights", type(model).__name__, "a model with a layer between its first and its last one")
-    return inner
+    return _inner(layer_names(model), type(model).__name__)
 
 
 def choose_quantizers(model: nn.Module, spec: str) -> dict[str, Quantizer]:
@@ -46,25 +43,43 @@ def choose_quantizers(model: nn.Module, spec: str) -> dict[str, Quantizer]:
     Raises:
         FieldError: The spec cannot be read, fits no layer, or a model has no layer for it.
     """
-    if not _is_list(spec):
-        return dict.fromkeys(inner_layers(model), quantizer(spec))
-    names = layer_names(model)
+    return quantizers_by_name(layer_names(model), spec, type(model).__name__)
+
+
+def quantizers_by_name(names: list[str], spec: str, model: str) -> dict[str, Quantizer]:
+    """Do the work of `choose_quantizers` for layers that are known by name alone.
+
+    Args:
+        names: The layers, the first one first.
+        spec: See `choose_quantizers`.
+        model: What errors call the model.
+    """
+    if not is_list(spec):
+        chosen = quantizer(spec)
+        return dict.fromkeys(_inner(names, model), chosen)
     if not names:
-        raise FieldError("weights", type(model).__name__, "a model with convolutions or linear layers")
+        raise FieldError("weights", model, "a model with convolutions or linear layers")
     entries = _entries(spec)
     ends = {end: _count(entries, end) for end in ("head", "tail")}
     if ends["head"] + ends["tail"] > len(names):
         raise FieldError("weights", spec, f"head and tail of at most {len(names)} layers together, as the model has")
     found: dict[str, Quantizer | None] = {}
-    for where, chosen in entries.items():
+    for where, choice in entries.items():
         fits = _layers_at(where, names, ends)
         if not fits:
             raise FieldError("weights", spec, f"patterns of layer names; {where!r} fits none of {', '.join(names)}")
-        found |= dict.fromkeys(fits, chosen)
+        found |= dict.fromkeys(fits, choice)
     return {name: choice for name in names if (choice := found.get(name)) is not None}
 
 
-def _is_list(spec: str) -> bool:
+def _inner(names: list[str], model: str) -> list[str]:
+    if len(names) < 3:
+        raise FieldError("weights", model, "a model with a layer between its first and its last one")
+    return names[1:-1]
+
+
+def is_list(spec: str) -> bool:
+    """Return whether a spec says which layers have how many bits, rather than one quantizer for all."""
     return "=" in spec.partition(":")[0] or bool(re.match(r"(head|tail):\d+=", spec))
 
 

@@ -190,6 +190,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("test accuracy", _percent(summary.get("test_accuracy"))),
         ("best validation", _percent(summary.get("best_val_accuracy"))),
         *_exchange(summary, get("uplink"), get("downlink")),
+        *_packed(summary),
         ("between ranks", f"{_bytes(summary.get('wire_bytes'))} in all{_root_ingress(summary)}"),
         ("time", f"{_seconds(summary.get('seconds'))}, {_seconds(summary.get('seconds_per_round'))} {per}"),
         *_left_out(summary.get("left_out") or []),
@@ -207,6 +208,14 @@ def _exchange(summary: Mapping[str, Any], uplink: str, downlink: str) -> list[tu
     rule = summary.get("downlink_to")
     charged = f", {_DOWNLINK_RULES.get(rule, rule)}" if rule else ""
     return [("uplink", f"{uplink}: {up}"), ("downlink", f"{downlink}: {down}{charged}")]
+
+
+def _packed(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the size of the few-bit model's file, if there is one."""
+    if summary.get("packed_bytes") is None:
+        return []
+    cost = _cost(summary["packed_bytes"], summary.get("packed_bytes_fp32"))
+    return [("packed model", f"{summary.get('weights', '-')}: {cost}")]
 
 
 def _root_ingress(summary: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from fedq.ledger import Ledger
+    from fedq.lowbit import PackedModel
 
 FLUSH_EVERY_ROUNDS = 10
 STAGES = ("weight", "deployed", "update", "decoded", "codes")
@@ -195,6 +196,12 @@ class RunFolder:
         with replacing(self.path / "model.safetensors") as temporary:
             save_file(copies, temporary)
 
+    def save_packed(self, model: PackedModel) -> int:
+        """Write `model.fedq`; return its bytes."""
+        from fedq.lowbit import save_packed
+
+        return save_packed(model, self.path / "model.fedq")
+
     def write_ledger(self, ledger: Ledger) -> None:
         """Write `ledger.parquet`."""
         ledger.write(self.path / "ledger.parquet")
@@ -271,6 +278,10 @@ class NullRunFolder:
 
     def save_model(self, tensors: Mapping[str, Tensor]) -> None:
         """Do nothing."""
+
+    def save_packed(self, model: PackedModel) -> int:
+        """Do nothing."""
+        return 0
 
     def write_ledger(self, ledger: Ledger) -> None:
         """Do nothing."""

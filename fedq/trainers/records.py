@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 from fedq.data import Split
+from fedq.errors import FieldError
 from fedq.federated.accounting import framing
 from fedq.federated.rounds import RoundResult
 from fedq.ledger import NO_CLIENT, MessageParts
-from fedq.lowbit import deployed_state_dict
+from fedq.lowbit import deployed_state_dict, few_bit_layers, pack
 from fedq.report import human_bytes
 from fedq.trainers.job import Job
 
@@ -50,7 +51,10 @@ def finish(job: Job, **results: Any) -> dict[str, Any]:
     """Write the job's model as it is, ledger and summary on rank 0; return the summary there."""
     if not job.is_root:
         return {}
-    job.folder.save_model(deployed_state_dict(job.model))
+    tensors = deployed_state_dict(job.model)
+    job.folder.save_model(tensors)
+    if few_bit_layers(job.model):
+        results |= _save_packed(job, sum(tensor.nbytes for tensor in tensors.values()))
     job.folder.write_ledger(job.ledger)
     up, down = job.ledger.totals("uplink"), job.ledger.totals("downlink")
     summary = job.summary(
@@ -63,6 +67,16 @@ def finish(job: Job, **results: Any) -> dict[str, Any]:
     )
     job.folder.write_summary(summary)
     return summary
+
+
+def _save_packed(job: Job, float_nbytes: int) -> dict[str, Any]:
+    """Write the packed model; return its bytes and those of the float one, for the summary."""
+    try:
+        packed = pack(job.model)
+    except FieldError as error:  # a model that has diverged; its float tensors and its summary say so
+        _log.warning("there will be no model.fedq: %s", error)
+        return {}
+    return {"packed_bytes": job.folder.save_packed(packed), "packed_bytes_fp32": float_nbytes}
 
 
 def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ namespace {
 #include "cast.inl"
 #include "blocks.inl"
 #include "sparse.inl"
+#include "xnor.inl"
 }  // namespace
 const Kernels avx2_kernels = FEDQ_TABLE;
 }  // namespace fedq

@@ -7,12 +7,13 @@
 
 #include "blocks.h"
 #include "sparse.h"
+#include "xnor.h"
 
 // Raised with every change to a listed function or to a plan, so that a library of another version is never called;
 // `fedq/kernels/cpu/library.py` says the same number.
-#define FEDQ_ABI 1
+#define FEDQ_ABI 2
 
-#define FEDQ_KERNELS(X) FEDQ_BLOCK_KERNELS(X) FEDQ_SPARSE_KERNELS(X)
+#define FEDQ_KERNELS(X) FEDQ_BLOCK_KERNELS(X) FEDQ_SPARSE_KERNELS(X) FEDQ_XNOR_KERNELS(X)
 
 namespace fedq {
 
@@ -30,6 +31,10 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+
+// xnor_conv with VPOPCNTDQ, for which the rest of the table has no use.
+int64_t xnor_conv_vpopcnt(const XnorPlan* plan, const uint64_t* signs, const uint64_t* weights, const int32_t* sums,
+                          const float* scales, const float* bias, float* out, int64_t num_threads);
 #endif
 
 }  // namespace fedq

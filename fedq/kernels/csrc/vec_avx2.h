@@ -162,3 +162,34 @@ FEDQ_INLINE F butterfly(F v) {
   if constexpr (kStride == 8) return {_mm256_add_ps(v.lo, v.hi), _mm256_sub_ps(v.lo, v.hi)};
   else return {butterfly_half<kStride>(v.lo), butterfly_half<kStride>(v.hi)};
 }
+
+// Eight counts of bits, and eight words of 64 bits; see vec_avx512.h.
+struct Counts {
+  __m256i a, b;
+};
+constexpr int64_t kAtOnce = 4;
+
+FEDQ_INLINE Counts no_counts() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+FEDQ_INLINE Counts load_words(const uint64_t* p) {
+  const __m256i* at = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+}
+FEDQ_INLINE void store_counts(int32_t* p, Counts v) {
+  int64_t wide[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide), v.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide + 4), v.b);
+  for (int i = 0; i < 8; ++i) p[i] = static_cast<int32_t>(wide[i]);
+}
+FEDQ_INLINE __m256i count_bits(__m256i v) {
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble));
+  const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
+  return _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256());
+}
+FEDQ_INLINE Counts add_different(Counts total, Counts words, uint64_t x) {
+  const __m256i splat = _mm256_set1_epi64x(static_cast<int64_t>(x));
+  return {_mm256_add_epi64(total.a, count_bits(_mm256_xor_si256(words.a, splat))),
+          _mm256_add_epi64(total.b, count_bits(_mm256_xor_si256(words.b, splat)))};
+}

@@ -106,3 +106,26 @@ FEDQ_INLINE F butterfly(F v) {
   const F sign = _mm512_mask_blend_ps(upper, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
   return _mm512_fmadd_ps(v, sign, other);
 }
+
+// Eight counts of bits, and eight words of 64 bits, for the binary convolution.
+using Counts = __m512i;
+constexpr int64_t kAtOnce = 8;  // counts that fit into the registers
+
+FEDQ_INLINE Counts no_counts() { return _mm512_setzero_si512(); }
+FEDQ_INLINE Counts load_words(const uint64_t* p) { return _mm512_loadu_si512(p); }
+FEDQ_INLINE void store_counts(int32_t* p, Counts v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v));
+}
+// Adds the number of bits in which each word differs from x.
+FEDQ_INLINE Counts add_different(Counts total, Counts words, uint64_t x) {
+  const __m512i differ = _mm512_xor_si512(words, _mm512_set1_epi64(static_cast<int64_t>(x)));
+#if defined(FEDQ_VPOPCNT)
+  return _mm512_add_epi64(total, _mm512_popcnt_epi64(differ));
+#else
+  const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(differ, nibble));
+  const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(differ, 4), nibble));
+  return _mm512_add_epi64(total, _mm512_sad_epu8(_mm512_add_epi8(low, high), _mm512_setzero_si512()));
+#endif
+}

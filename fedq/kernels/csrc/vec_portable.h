@@ -231,3 +231,34 @@ FEDQ_INLINE F butterfly(F v) {
   if constexpr (kStride == 4) return {v.a + v.b, v.a - v.b, v.c + v.d, v.c - v.d};
   return each<F>(v, butterfly_inside<kStride>);
 }
+
+// Eight counts of bits, and eight words of 64 bits; see vec_avx512.h.
+using Wide = uint64_t __attribute__((vector_size(16)));
+struct Counts {
+  Wide lanes[4];
+};
+constexpr int64_t kAtOnce = 2;
+
+FEDQ_INLINE Counts no_counts() { return {}; }
+FEDQ_INLINE Counts load_words(const uint64_t* p) {
+  Counts v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FEDQ_INLINE void store_counts(int32_t* p, Counts v) {
+  for (int i = 0; i < 8; ++i) p[i] = static_cast<int32_t>(v.lanes[i / 2][i % 2]);
+}
+// Sums of neighbouring bits, pairs, nibbles and then bytes.
+FEDQ_INLINE Counts add_different(Counts total, Counts words, uint64_t x) {
+  for (int i = 0; i < 4; ++i) {
+    Wide v = words.lanes[i] ^ x;
+    v -= (v >> 1) & 0x5555555555555555u;
+    v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
+    v = (v + (v >> 4)) & 0x0F0F0F0F0F0F0F0Fu;
+    v += v >> 8;
+    v += v >> 16;
+    v += v >> 32;
+    total.lanes[i] += v & 0x7Fu;
+  }
+  return total;
+}
