@@ -99,14 +99,14 @@ def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], bu
     spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
     versus = "" if runs is baseline else interval(accuracy - reference)
     up, down = (np.mean([r[f"{d}_bytes"] for r in runs]) / 1e6 for d in ("uplink", "downlink"))
-    ratio = np.mean([r["uplink_bytes_fp32"] / r["uplink_bytes"] for r in runs])
+    ratios = [r["uplink_bytes_fp32"] / r["uplink_bytes"] for r in runs if r["uplink_bytes"]]
     seconds = np.mean([r["seconds"] for r in runs])
     cells = [
         arm,
         f"{accuracy.mean():.2f}{spread}",
         versus,
         f"{up:.1f}",
-        f"{ratio:.1f}x",
+        f"{np.mean(ratios):.1f}x" if ratios else "-",  # nothing is sent
         f"{down:.1f}",
         f"{seconds:.0f}",
         *(budget_cell(runs, megabytes) for megabytes in budgets_mb),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from fedq.federated.optim import server_optimizer
 from fedq.hooks import check_step_codec, check_step_spec, is_powersgd
 from fedq.lowbit import Binary, choose_quantizers
 from fedq.models import MODELS, build_model
+from fedq.personalize.settings import check_personal, check_quped
 
 _OF_ROUNDS = {
     "clients": ("cohort", "min_cohort", "max_update_norm"),
@@ -171,7 +172,7 @@ class PersonalConfig:
     """Share of the rounds after which weights are set to their centres and the rest is trained on."""
     warm_start: Path | None = None
     """A model.safetensors to start from."""
-    distill_weight: float = 0.5
+    distill_weight: float = 0.1
     """Weight of the distillation (quped, mutual) or of the pull to the global model (qupel)."""
     temperature: float = 1.0
     """Softmax temperature of the distillation."""
@@ -283,6 +284,7 @@ def validate(config: Config) -> None:
     _check_codec("downlink", config.exchange.downlink, check_step_codec if is_step else codec)
     _check_mode(config)
     _check_lowbit(config)
+    _check_personal(config)
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
 
 
@@ -405,6 +407,20 @@ def _check_fedbat(config: Config) -> None:
     ):
         if not is_allowed:
             raise FieldError(name, value, f"{allowed} with --algorithm fedbat")
+
+
+def _check_personal(config: Config) -> None:
+    """Check the settings of clients' own models.
+
+    Raises:
+        FieldError: One that cannot be used.
+    """
+    own, local, defaults = asdict(config.personal), asdict(config.local), asdict(PersonalConfig())
+    exchange, weights = config.exchange.exchange, config.lowbit.weights
+    if own["algorithm"] == "quped" and exchange == "none":
+        check_quped(own, local, defaults, weights=weights)
+    else:
+        check_personal(own, local, defaults, exchange=exchange, weights=weights)
 
 
 def _check_codec(name: str, spec: str, parse: Callable[[str], object]) -> None:

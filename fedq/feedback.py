@@ -126,6 +126,9 @@ class ResidualStore:
         self._files: dict[int, Path] = {}
         self._changed: set[int] = set()
 
+    def __contains__(self, owner: int) -> bool:
+        return owner in self._memory or owner in self._files
+
     def owners(self) -> Iterable[int]:
         """Return the owners that have a residual, in order."""
         return sorted(set(self._memory) | set(self._files))

@@ -75,6 +75,8 @@ def test_a_row_is_paired_with_the_first_arm(evidence: ModuleType) -> None:
     assert evidence.row("fp32", first, first, []).startswith("| fp32 | 55.00 ± 7.07 |  | 2.0 | 4.0x | 3.0 | 10 |")
     assert "| +1.00 ± 0.00 |" in evidence.row("int4", runs(0.51, 0.61), first, [])
     assert evidence.row("int4", first, first, [0.5, 1.0, 9.0]).endswith("| 10 | - | 10.0 | 20.0 |")
+    silent = [run | {"uplink_bytes": 0, "uplink_bytes_fp32": 0} for run in first]
+    assert "| 0.0 | - | 3.0 |" in evidence.row("local", silent, first, [])
 
 
 def _ddp_example(rank: int) -> int:

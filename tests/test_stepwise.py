@@ -176,7 +176,7 @@ def note_batches(rank: int, config: Config, world_size: int) -> dict[str, Any]:
                 generator, mine = seeded(derive_seed(0, "local", epoch, place)), padded[place::world_size]
                 steps = list(index_batches(len(mine), 16, generator=generator))[:4]
                 by_rank.append(
-                    [(training._inputs(images[mine[i]], generator).numpy(), labels[mine[i]].numpy()) for i in steps]
+                    [(training.inputs(images[mine[i]], generator).numpy(), labels[mine[i]].numpy()) for i in steps]
                 )
             noted["batches"].append(by_rank)
     return noted

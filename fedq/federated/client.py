@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,21 @@ class Passed:
         return self.num_correct / max(1, self.num_seen)
 
 
+class Training(Protocol):
+    """How a client trains: `LocalTraining`, or a method that gives clients models of their own as well."""
+
+    @property
+    def model(self) -> nn.Module:
+        """A module like the model that travels; after training it may hold what was trained."""
+
+    @property
+    def layout(self) -> Layout:
+        """Its layout."""
+
+    def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
+        """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
+
+
 @dataclass(frozen=True)
 class LocalTraining:
     """How a client trains: its own images, with optimizer state that is new each round.
@@ -119,10 +135,9 @@ class LocalTraining:
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
         self.layout.unflatten_(start, self.model)
-        counters = [buffer for buffer in self.model.buffers() if not buffer.is_floating_point()]
         generator = seeded(seed)
         self.steps_by.start(lr)
-        with _restored(counters):
+        with counters_restored(self.model):
             passed = self._train_round(indices, generator)
         self.steps_by.finish()
         return Trained(self.layout.flatten(self.model), passed.loss, passed.accuracy, passed.num_steps)
@@ -145,9 +160,7 @@ class LocalTraining:
         seen, totals = 0, torch.zeros(2, dtype=torch.float64, device=device)
         self.model.train()
         for batch in index_batches:
-            picked = indices[batch.to(where)]
-            x = self._inputs(self.split.images[picked].to(device), generator)
-            y = self.split.labels[picked].to(device)
+            x, y = self.examples(indices[batch.to(where)], generator)
             logits = engine.forward(x)
             loss = functional.cross_entropy(logits, y)
             engine.backward(loss)
@@ -178,7 +191,14 @@ class LocalTraining:
             result += batches(num, self.batch_size, generator=generator)
         return result[: self.steps]
 
-    def _inputs(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def examples(self, picked: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return images of the split, augmented and normalised, and their labels, on the model's device."""
+        device = next(self.model.parameters()).device
+        images, labels = self.split.images[picked], self.split.labels[picked]
+        return self.inputs(images.to(device), generator), labels.to(device)
+
+    def inputs(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return images as the model takes them, augmented."""
         if self.augment:
             images = augment(images, generator=generator, flip=self.flip)
         return normalize(images, self.mean, self.std, channels_last=self.precision.channels_last)
@@ -202,8 +222,9 @@ def is_finite(values: Tensor) -> bool:
 
 
 @contextmanager
-def _restored(counters: list[Tensor]) -> Iterator[None]:
-    """Put counters back at the end, also of a training that fails: never averaged, no client's may stay behind."""
+def counters_restored(model: nn.Module) -> Iterator[None]:
+    """Put integer buffers back at the end, also of a training that fails: never averaged, no client's may stay."""
+    counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
     before = [counter.clone() for counter in counters]
     try:
         yield
@@ -251,7 +272,7 @@ class Client:
 
     number: int
     indices: Tensor
-    training: LocalTraining
+    training: Training
     uplink: LayoutSchedule
     feedback: Feedback
 
@@ -274,6 +295,10 @@ class Client:
         seed, layout = context.uplink_seed(self.number), self.uplink.at(context.round)
         body = join_payloads(layout, self.feedback.encode(self.number, layout, update, seed=seed, memory=memory))
         return self._frame(Kind.UPDATE, context, trained.loss, trained.accuracy, body)
+
+    def report(self, trained: Trained, context: RoundContext) -> Frame:
+        """Return a frame without an update, where none is sent: how training went."""
+        return self._frame(Kind.UPDATE, context, trained.loss, trained.accuracy, torch.empty(0, dtype=torch.uint8))
 
     def failure(self, error: Exception, context: RoundContext) -> Frame:
         """Return the frame that says why there is no update."""

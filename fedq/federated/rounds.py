@@ -224,12 +224,13 @@ class FederatedRounds:
 
     def _train_together(self, group: Sequence[Client], context: RoundContext) -> list[Trained]:
         """Train a group as one stacked model; nothing comes back if it cannot be stacked, or fails."""
-        if len(group) < 2 or not can_stack(group[0].training):
+        training = group[0].training
+        if len(group) < 2 or not can_stack(training):
             return []
         self.beat(f"training clients {', '.join(str(client.number) for client in group)} in round {context.round}")
         try:
             parts, seeds = [client.indices for client in group], [client.local_seed(context) for client in group]
-            return train_stacked(group[0].training, self.replica, parts, lr=context.lr, seeds=seeds)
+            return train_stacked(training, self.replica, parts, lr=context.lr, seeds=seeds)
         except Exception:
             _log.exception("round %d: training side by side failed, now one by one", context.round)
             return []

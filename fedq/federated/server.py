@@ -103,7 +103,7 @@ def aggregate(
         FieldError: A frame of another model, or of a wrong size.
     """
     frames = sorted(frames, key=lambda frame: frame.client)
-    left_out = {f.client: _reason(f) for f in frames if f.kind != Kind.UPDATE}
+    left_out = {f.client: why_left_out(f) for f in frames if f.kind != Kind.UPDATE}
     kept = [f for f in frames if f.client not in left_out]
     norms = _norms(layout, kept, device, facts) if norm_limit else {}
     scales, too_large = _norm_scales(norms, norm_limit) if norm_limit else ({}, {})
@@ -140,7 +140,8 @@ def _datas(layout: Layout, frame: Frame) -> list[Tensor]:
     return split_body(layout, frame.body)
 
 
-def _reason(frame: Frame) -> str:
+def why_left_out(frame: Frame) -> str:
+    """Return why a frame carries no update."""
     if frame.kind == Kind.FAILED:
         return "training failed: " + frame.body.cpu().numpy().tobytes().decode(errors="replace")
     return "update is not finite"

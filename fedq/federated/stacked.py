@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 
 from fedq.data import crop_and_flip, draw_crops, normalize
-from fedq.federated.client import LocalTraining, Trained
+from fedq.federated.client import LocalTraining, Trained, Training
 from fedq.layout import plain_name
 
 Named = dict[str, Tensor]
@@ -30,9 +31,9 @@ class _Step:
     crops: Tensor | None
 
 
-def can_stack(training: LocalTraining) -> bool:
+def can_stack(training: Training) -> TypeGuard[LocalTraining]:
     """Return whether clients may share a step: float16's loss scale would be shared too, so not with float16."""
-    return training.precision.name != "fp16"
+    return isinstance(training, LocalTraining) and training.precision.name != "fp16"
 
 
 def train_stacked(

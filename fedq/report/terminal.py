@@ -187,7 +187,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", get("dataset")),
         ("model", f"{get('model')}, {_count(summary, 'num_params', 'parameter')}"),
         ("job", f"{_work(summary, get('server'))}, {ranks}"),
-        ("test accuracy", _percent(summary.get("test_accuracy"))),
+        ("test accuracy", f"{_percent(summary.get('test_accuracy'))}{_spread(summary)}"),
         ("best validation", _percent(summary.get("best_val_accuracy"))),
         *_exchange(summary, get("uplink"), get("downlink")),
         *_packed(summary),
@@ -198,7 +198,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _exchange(summary: Mapping[str, Any], uplink: str, downlink: str) -> list[tuple[str, str]]:
-    if summary.get("exchange") == "none":
+    if summary.get("exchange") == "none" or summary.get("algorithm") == "local":
         return [("exchange", "none: clients trained alone, nothing was sent")]
     up = _cost(summary.get("uplink_bytes"), summary.get("uplink_bytes_fp32"))
     down = _cost(summary.get("downlink_bytes"), summary.get("downlink_bytes_fp32"))
@@ -216,6 +216,15 @@ def _packed(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     cost = _cost(summary["packed_bytes"], summary.get("packed_bytes_fp32"))
     return [("packed model", f"{summary.get('weights', '-')}: {cost}")]
+
+
+def _spread(summary: Mapping[str, Any]) -> str:
+    """Return how clients' accuracies differ, where each is tested on its own classes."""
+    spread = summary.get("personal_test_accuracy")
+    if not spread or spread["mean"] is None:
+        return ""
+    low, high = (_percent(spread[key]) for key in ("min", "max"))
+    return f", mean of the clients on their own classes (sd {100 * spread['sd']:.2f}, {low} to {high})"
 
 
 def _root_ingress(summary: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A run's folder: the files that a job leaves behind, and what they say about where it ran."""
 
 from fedq.runfolder.environment import environment_info, git_commit
-from fedq.runfolder.folder import FLUSH_EVERY_ROUNDS, STAGES, SUMMARY_KEYS, NullRunFolder, RunFolder
+from fedq.runfolder.folder import FLUSH_EVERY_ROUNDS, STAGES, SUMMARY_KEYS, NullRunFolder, RunFolder, write_model
 from fedq.runfolder.tables import SCHEMA_VERSION
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "RunFolder",
     "environment_info",
     "git_commit",
+    "write_model",
 ]

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from fedq.errors import FieldError, one_of
 from fedq.files import replacing
-from fedq.runfolder.tables import SCHEMA_VERSION, ParquetRows, client_schema, histogram, histogram_schema
+from fedq.runfolder.tables import (
+    SCHEMA_VERSION,
+    ParquetRows,
+    centre_schema,
+    client_schema,
+    histogram,
+    histogram_schema,
+    personal_schema,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -83,6 +91,8 @@ class RunFolder:
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._clients = ParquetRows(path / "clients.parquet", client_schema())
         self._histograms = ParquetRows(path / "histograms.parquet", histogram_schema())
+        self._centres = ParquetRows(path / "centres.parquet", centre_schema(), is_optional=True)
+        self._tables = (self._clients, self._histograms, self._centres)
         self._tensorboard: SummaryWriter | None = None
         self._flushed_round = 0
         self._purge_step: int | None = None
@@ -141,8 +151,7 @@ class RunFolder:
             tracker.log(numbers, round)
         if round - self._flushed_round >= FLUSH_EVERY_ROUNDS:
             self._flushed_round = round
-            self._clients.flush()
-            self._histograms.flush()
+            self._flush()
 
     def log_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to `clients.parquet`, which is rewritten every `FLUSH_EVERY_ROUNDS` rounds and on `close`.
@@ -172,6 +181,30 @@ class RunFolder:
         row = {"round": round, "client": client, "tensor": tensor, "stage": stage}
         self._histograms.extend([row | histogram(values, codes=stage == "codes")])
 
+    def log_centres(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to `centres.parquet`, which is there only where centres are learned.
+
+        Args:
+            rows: One dict a centre: `round`, `client`, `layer`, `index` (from the lowest centre), `value` and `members`
+                (weights that it stands for).
+        """
+        self._centres.extend(rows)
+
+    def write_personal(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `personal.parquet`: how each client's own model did.
+
+        Args:
+            rows: One dict a client: `client`, `bits` (32: float), `model`, `num_examples`, `classes`, `best_round` (the
+                round whose model was best on validation data), and of it `val_accuracy` and `test_accuracy`;
+                `last_test_accuracy` is that of the last model. Accuracies are on the client's own classes, and may be
+                None.
+        """
+        path = self.path / "personal.parquet"
+        path.unlink(missing_ok=True)
+        table = ParquetRows(path, personal_schema())
+        table.extend(rows)
+        table.flush()
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`, `schema_version` first.
 
@@ -186,15 +219,7 @@ class RunFolder:
 
     def save_model(self, tensors: Mapping[str, Tensor]) -> None:
         """Write `model.safetensors`; the same tensors give the same bytes, whatever their order and device."""
-        from safetensors.torch import save_file
-
-        # A copy each: tensors that are views of one buffer, or tied, would be refused as shared memory.
-        copies = {
-            name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name in sorted(tensors)
-        }
-        with replacing(self.path / "model.safetensors") as temporary:
-            save_file(copies, temporary)
+        write_model(self.path / "model.safetensors", tensors)
 
     def save_packed(self, model: PackedModel) -> int:
         """Write `model.fedq`; return its bytes."""
@@ -208,8 +233,7 @@ class RunFolder:
 
     def position(self) -> dict[str, int]:
         """Write what is still in memory and return where the growing files end, for `rewind`."""
-        self._clients.flush()
-        self._histograms.flush()
+        self._flush()
         os.fsync(self._metrics.fileno())
         return {"metrics_bytes": self._metrics.tell()}
 
@@ -217,15 +241,14 @@ class RunFolder:
         """Forget what was written after `position`: rows of `round` and later ones."""
         self._metrics.truncate(position["metrics_bytes"])
         self._metrics.seek(0, os.SEEK_END)
-        self._clients.keep_before(round)
-        self._histograms.keep_before(round)
+        for table in self._tables:
+            table.keep_before(round)
         self._flushed_round = round
         self._purge_step = round
 
     def close(self) -> None:
         """Write what is still in memory; calling it twice is harmless."""
-        self._clients.flush()
-        self._histograms.flush()
+        self._flush()
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -241,6 +264,10 @@ class RunFolder:
     ) -> None:
         self.close()
 
+    def _flush(self) -> None:
+        for table in self._tables:
+            table.flush()
+
     def _events(self) -> SummaryWriter:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -251,6 +278,19 @@ class RunFolder:
     def _write_text(self, file: str, text: str) -> None:
         with replacing(self.path / file) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def write_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; the same tensors give the same bytes, whatever their order and device."""
+    from safetensors.torch import save_file
+
+    # A copy each: tensors that are views of one buffer, or tied, would be refused as shared memory.
+    copies = {
+        name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name in sorted(tensors)
+    }
+    with replacing(path) as temporary:
+        save_file(copies, temporary)
 
 
 class NullRunFolder:
@@ -271,6 +311,12 @@ class NullRunFolder:
         """Do nothing."""
 
     def log_histogram(self, round: int, client: int, tensor: str, stage: str, values: Tensor) -> None:
+        """Do nothing."""
+
+    def log_centres(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+    def write_personal(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Do nothing."""
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -26,13 +26,19 @@ _MAX_CODES = 1 << 16
 
 
 class ParquetRows:
-    """Rows of one Parquet file, kept as columns. A file that exists already is read and added to."""
+    """Rows of one Parquet file, kept as columns. A file that exists already is read and added to.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    Args:
+        path: The file.
+        schema: Its columns.
+        is_optional: Whether there is no file where there are no rows.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, *, is_optional: bool = False) -> None:
         self._path = path
         self._schema = schema
         self._tables: list[pa.Table] = []
-        self._stale = not path.exists()
+        self._stale = not path.exists() and not is_optional
         if path.exists():
             import pyarrow.parquet as pq
 
@@ -58,6 +64,8 @@ class ParquetRows:
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        if not self._tables and not self._stale:
+            return
         table = pa.concat_tables([self._schema.empty_table(), *self._tables])
         self._tables = [table.filter(pc.less(table["round"], round))]
         self._stale = True
@@ -86,6 +94,27 @@ def client_schema() -> pa.Schema:
     fields += [pa.field(name, kind) for name, kind in scores.items()]
     fields.append(pa.field("status", pa.string(), nullable=False))
     fields.append(pa.field("label_counts", pa.list_(pa.int64()), nullable=False))
+    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+def personal_schema() -> pa.Schema:
+    """Return the columns of `personal.parquet`: one row a client, written at the end."""
+    import pyarrow as pa
+
+    kinds = {"client": pa.int32(), "bits": pa.int32(), "model": pa.string(), "num_examples": pa.int64()}
+    kinds |= {"classes": pa.list_(pa.int32()), "best_round": pa.int32()}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
+    fields += [pa.field(name, pa.float64()) for name in ("val_accuracy", "test_accuracy", "last_test_accuracy")]
+    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+def centre_schema() -> pa.Schema:
+    """Return the columns of `centres.parquet`: one row a centre, client, layer and evaluated round."""
+    import pyarrow as pa
+
+    kinds = {"round": pa.int32(), "client": pa.int32(), "layer": pa.string(), "index": pa.int32()}
+    kinds |= {"value": pa.float64(), "members": pa.int64()}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
     return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
 
 

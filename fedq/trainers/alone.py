@@ -44,7 +44,7 @@ def run_alone(job: Job) -> dict[str, Any]:
             if run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
                 break
     seconds_per_round = (time.perf_counter() - begin) / num_rounds
-    test = _share(job, {c: [_accuracy(job, flat, job.dataset.test)] for c, flat in models.items()}, num_rounds - 1, 1)
+    test = share(job, {c: [_accuracy(job, flat, job.dataset.test)] for c, flat in models.items()}, num_rounds - 1, 1)
     if job.is_root:
         job.training.layout.unflatten_(models[0], job.model)
     return finish(
@@ -61,7 +61,7 @@ def run_alone(job: Job) -> dict[str, Any]:
 def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
     """Evaluate every client, write the round's rows, and return the mean validation accuracy."""
     mine = {c: [t.loss, t.accuracy, _accuracy(job, t.flat, job.dataset.val)] for c, t in trained.items()}
-    values = _share(job, mine, round, 3)
+    values = share(job, mine, round, 3)
     world_size = job.transport.world_size
     job.folder.log_clients(
         [
@@ -87,7 +87,7 @@ def _accuracy(job: Job, flat: Tensor, split: Split) -> float:
     return replace(job.evaluator, transport=None).run(job.model, split)[1]
 
 
-def _share(job: Job, mine: dict[int, list[float]], round: int, num_values: int) -> Tensor:
+def share(job: Job, mine: dict[int, list[float]], round: int, num_values: int) -> Tensor:
     """Return every client's values, (clients, values) float64, of which each rank knows its own clients'."""
     values = torch.zeros(len(job.parts), num_values, dtype=torch.float64)
     for client, row in mine.items():

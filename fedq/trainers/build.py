@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fedq.codecs import Codec, codec, codec_schedule
 from fedq.federated.chaos import chaos
-from fedq.federated.client import Client
+from fedq.federated.client import Client, Training
 from fedq.federated.downlink import DownlinkCost
 from fedq.federated.exchange import Exchange, Rooted
 from fedq.federated.optim import server_optimizer
@@ -29,8 +31,20 @@ def residual_store(job: Job) -> ResidualStore | None:
     return ResidualStore(int(job.config.run.memory_limit_gib * GIB), job.path / "residuals")
 
 
-def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
-    """Put clients, server, codecs and residuals together as the settings say."""
+def build_rounds(
+    job: Job,
+    store: ResidualStore | None,
+    training_of: Callable[[int], Training] | None = None,
+    rounds: type[FederatedRounds] = FederatedRounds,
+) -> FederatedRounds:
+    """Put clients, server, codecs and residuals together as the settings say.
+
+    Args:
+        job: The job.
+        store: Of residuals.
+        training_of: How each client trains, where clients have something of their own; they then keep to their ranks.
+        rounds: What runs them.
+    """
     exchange, members = job.config.exchange, job.config.clients
     norm_limit = None if members.max_update_norm is None else NormLimit(members.max_update_norm, members.norm_rule)
     uplink = LayoutSchedule.of(job.model, exchange.uplink, feedback=store is not None)
@@ -43,7 +57,10 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
         downlink = downlink.with_values(plain | binary_codecs(job))
     feedback = NoFeedback() if store is None else ErrorFeedback(store)
     replica = downlink.flatten(job.model)
-    clients = {i: Client(i, part, job.training, uplink, feedback) for i, part in enumerate(job.parts)}
+    clients = {
+        i: Client(i, part, training_of(i) if training_of else job.training, uplink, feedback)
+        for i, part in enumerate(job.parts)
+    }
     way: Exchange = Rooted(job.transport, job.ledger)
     if exchange.aggregate == "two_phase" and job.transport.world_size > 1:
         way = TwoPhase(job.transport, job.ledger, uplink.at(0))
@@ -52,7 +69,7 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
     server = None
     if way.serves:
         server = Server(replica, way.part(downlink), lambda params: server_optimizer(exchange.server, params))
-    return FederatedRounds(
+    return rounds(
         transport=job.transport,
         clients=clients,
         server=server,
@@ -64,7 +81,7 @@ def build_rounds(job: Job, store: ResidualStore | None) -> FederatedRounds:
             job.ledger, downlink, exchange.downlink_to, members.num_clients, has_start=exchange.start == "seed"
         ),
         cohort_size=job.config.cohort_size,
-        sticky=store is not None,
+        sticky=store is not None or training_of is not None,
         observe=HistogramLog(job, uplink),
         chaos=chaos(job.config.run.chaos, start=job.start),
         min_cohort=members.min_cohort,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from fedq.config import Config
 from fedq.federated.client import RoundContext
 from fedq.federated.rounds import FederatedRounds
+from fedq.personalize.settings import is_personal
 from fedq.report import print_summary
 from fedq.trainers.alone import run_alone
 from fedq.trainers.build import build_rounds, residual_store
 from fedq.trainers.job import Job, open_job
 from fedq.trainers.loop import Log, run_to_the_end
+from fedq.trainers.personal import run_personal
 from fedq.trainers.records import finish, log_round, report_left_out
 from fedq.trainers.state import Progress, RunState
 from fedq.trainers.stepwise import run_steps
@@ -27,10 +31,16 @@ def run_job(config: Config) -> dict[str, Any]:
         FieldError: A setting that cannot be used.
     """
     with open_job(config) as job:
-        summary = {"none": run_alone, "step": run_steps, "round": run_rounds}[config.exchange.exchange](job)
+        summary = _trainer(config)(job)
     if job.folder.path is not None:
         print_summary(job.folder.path)
     return summary
+
+
+def _trainer(config: Config) -> Callable[[Job], dict[str, Any]]:
+    if config.exchange.exchange == "round" and is_personal(asdict(config.personal)):
+        return run_personal
+    return {"none": run_alone, "step": run_steps, "round": run_rounds}[config.exchange.exchange]
 
 
 def run_rounds(job: Job) -> dict[str, Any]:

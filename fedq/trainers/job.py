@@ -229,7 +229,7 @@ def _job(
         _report_small_clients(parts, config.local.batch_size)
     on_device = data.to(runtime.device) if _fits(data, config) else data
     precision = choose_precision(config.local.precision, runtime.device)
-    model = _model(config, data, runtime.device, precision)
+    model = make_model(config, config.local.model, data, runtime.device, precision)
     transport = Transport(runtime.device)
     engine = make_engine(
         runtime.launcher,
@@ -262,12 +262,12 @@ def _job(
     )
 
 
-def _model(config: Config, data: Dataset, device: torch.device, precision: Precision) -> nn.Module:
-    """Build the model with weights that follow from the run's seed."""
+def make_model(config: Config, name: str, data: Dataset, device: torch.device, precision: Precision) -> nn.Module:
+    """Build a network with weights that follow from the run's seed."""
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     channels, size = data.image_shape[0], data.image_shape[1]
     model = build_model(
-        config.local.model,
+        name,
         num_classes=data.num_classes,
         in_channels=channels,
         image_size=size,

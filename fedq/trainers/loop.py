@@ -6,15 +6,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fedq.data import Split
 from fedq.report import round_progress
 from fedq.trainers.job import Job
 from fedq.trainers.records import evaluate, progress_text
 from fedq.trainers.state import JobState
 
 Log = Callable[[dict[str, Any]], None]
+Measure = Callable[[Job, Split, int], tuple[float, float]]
 
 
-def run_to_the_end(job: Job, state: JobState, run_one: Callable[[int], Log], *, noun: str = "round") -> dict[str, Any]:
+def run_to_the_end(
+    job: Job, state: JobState, run_one: Callable[[int], Log], *, noun: str = "round", measure: Measure = evaluate
+) -> dict[str, Any]:
     """Run rounds, evaluate where it is due, save a checkpoint after each, and test at the end.
 
     Args:
@@ -23,6 +27,7 @@ def run_to_the_end(job: Job, state: JobState, run_one: Callable[[int], Log], *, 
         run_one: Runs the round of a number, leaves what is to be evaluated in the job's model, and returns what
             writes the round's rows, given its metrics.
         noun: What a round is called.
+        measure: From the validation set, or at the end the test set, and the round to loss and accuracy.
 
     Returns:
         What the summary says of it.
@@ -31,7 +36,7 @@ def run_to_the_end(job: Job, state: JobState, run_one: Callable[[int], Log], *, 
     setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
     with round_progress(run.rounds, job.is_root, noun=noun) as progress:
         while not so_far.is_done(run):
-            _run_and_evaluate(job, state, run_one, noun)
+            _run_and_evaluate(job, state, run_one, noun, measure)
             so_far.seconds = seconds_before + time.perf_counter() - job.started
             if so_far.num_rounds % run.checkpoint_every == 0 or so_far.is_done(run):
                 job.watch.beat(f"saving {noun} {so_far.num_rounds}")
@@ -39,7 +44,7 @@ def run_to_the_end(job: Job, state: JobState, run_one: Callable[[int], Log], *, 
                     state.save()
             progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
     job.watch.beat("testing")
-    test_loss, test_accuracy = evaluate(job, job.dataset.test, so_far.num_rounds - 1)
+    test_loss, test_accuracy = measure(job, job.dataset.test, so_far.num_rounds - 1)
     return {
         "rounds": so_far.num_rounds,
         "test_accuracy": test_accuracy,
@@ -52,7 +57,7 @@ def run_to_the_end(job: Job, state: JobState, run_one: Callable[[int], Log], *, 
     }
 
 
-def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], noun: str) -> None:
+def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], noun: str, measure: Measure) -> None:
     run, so_far, begin = job.config.run, state.so_far, time.perf_counter()
     number = so_far.num_rounds
     log = run_one(number)
@@ -60,7 +65,7 @@ def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], 
     metrics: dict[str, Any] = {"lr": job.lr(number)}
     if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
         job.watch.beat(f"evaluating {noun} {number}")
-        metrics["val_loss"], metrics["val_accuracy"] = evaluate(job, job.dataset.val, number)
+        metrics["val_loss"], metrics["val_accuracy"] = measure(job, job.dataset.val, number)
         so_far.val_accuracy = metrics["val_accuracy"]
         so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
     seconds = time.perf_counter() - begin

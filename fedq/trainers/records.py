@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fedq.data import Split
@@ -16,6 +18,7 @@ from fedq.report import human_bytes
 from fedq.trainers.job import Job
 
 _log = logging.getLogger(__name__)
+_UNKNOWN: Mapping[int, float | None] = MappingProxyType({})
 
 
 def report_left_out(round: int, result: RoundResult) -> list[dict[str, Any]]:
@@ -79,8 +82,14 @@ def _save_packed(job: Job, float_nbytes: int) -> dict[str, Any]:
     return {"packed_bytes": job.folder.save_packed(packed), "packed_bytes_fp32": float_nbytes}
 
 
-def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]) -> None:
-    """Write the round's rows on rank 0."""
+def log_round(
+    job: Job,
+    round: int,
+    result: RoundResult,
+    metrics: dict[str, Any],
+    val_accuracies: Mapping[int, float | None] = _UNKNOWN,
+) -> None:
+    """Write the round's rows on rank 0; validation accuracies are those of clients' own models, where there are any."""
     if not job.is_root:
         return
     job.folder.log_clients(
@@ -92,6 +101,7 @@ def log_round(job: Job, round: int, result: RoundResult, metrics: dict[str, Any]
                 rank,
                 _known(frame.loss),
                 _known(frame.accuracy),
+                val_accuracy=val_accuracies.get(frame.client),
                 status=result.left_out.get(frame.client) or result.clipped.get(frame.client, "ok"),
             )
             for rank, frame in result.frames

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from fedq.checkpoint import KEPT, CheckpointError, Checkpoints, Loaded
+from fedq.checkpoint import CheckpointError, Checkpoints, Loaded
 from fedq.config import RunConfig
 from fedq.errors import FieldError
 from fedq.federated.rounds import FederatedRounds, RoundResult
-from fedq.feedback import ResidualStore, prune_residuals, read_residual
+from fedq.feedback import ResidualStore
 from fedq.report import print_header
 from fedq.trainers.job import Job
 from fedq.trainers.shards import ServerShards
+from fedq.trainers.versions import Versions
 from fedq.wire import Kind
 
 
@@ -130,7 +130,7 @@ class JobState(ABC):
 class RunState(JobState):
     """Saves and loads rounds: model, replica, server optimizer, residuals, sampler position, ledger, files.
 
-    Every rank saves its own clients' residuals, only those that changed, and its part of the server where that is
+    Every rank saves the files of its own clients, only those that changed, and its part of the server where that is
     spread over the ranks; rank 0 writes the rest. Every rank loads what it needs from the run's folder, so nothing
     travels.
 
@@ -144,15 +144,13 @@ class RunState(JobState):
     def __init__(self, job: Job, federation: FederatedRounds, so_far: Progress, store: ResidualStore | None) -> None:
         super().__init__(job, so_far)
         self.federation = federation
-        self.store = store
+        self.files = {"residuals": Versions(store)}
+        """What every rank has in files of its own, by its name in a checkpoint."""
         self.shards = ServerShards(job.path / "checkpoints" / "servers")
-        self._versions: dict[int, int] = {}
-        self._kept: deque[dict[int, int]] = deque(maxlen=KEPT)
-        self._updated: set[int] = set()
 
     def note(self, result: RoundResult) -> None:
         """Remember whose residuals a round changed."""
-        self._updated |= {frame.client for _, frame in result.frames if frame.kind == Kind.UPDATE}
+        self.files["residuals"].note(frame.client for _, frame in result.frames if frame.kind == Kind.UPDATE)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, on rank 0; residuals are named by owner and version, a spread server by its parts."""
@@ -167,7 +165,7 @@ class RunState(JobState):
             "downlink_cost": federation.downlink_cost.state_dict(),
             "ledger": job.ledger.state_dict(),
             "files": job.folder.position(),
-            "residuals": dict(self._versions),
+            **{name: dict(files.named) for name, files in self.files.items()},
             "layouts": [federation.uplink.hash, federation.downlink.hash],
             "where": self.where(),
         }
@@ -183,10 +181,8 @@ class RunState(JobState):
             raise FieldError("resume", state["layouts"], f"{hashes}: the same model and codecs as before")
         vars(self.so_far).update(state["progress"])
         self.federation.replica.copy_(state["replica"])
-        self._versions = dict(state["residuals"])
-        self._kept.append(dict(self._versions))
-        if self.store is not None:
-            self.store.attach(self._versions)
+        for name, files in self.files.items():
+            files.attach(state[name])
         if self.federation.server is not None:
             self.federation.server.load_state_dict(state["server"])
         if self.job.is_root:
@@ -198,28 +194,24 @@ class RunState(JobState):
     def save(self) -> None:
         """Write a checkpoint of the rounds so far; every rank calls it."""
         number = self.so_far.num_rounds
-        if self.store is not None:
-            self.store.save(number)
+        for files in self.files.values():
+            files.save(number)
         if self.federation.server is not None and self.federation.exchange.is_spread:
             self.shards.save(number, self.job.runtime.rank, self.job.runtime.world_size, self.federation.server)
         self.job.transport.barrier()  # all that a checkpoint names is on disk before it is written
         if not self.job.is_root:
             return
-        if self.store is not None:
-            self._versions |= dict.fromkeys(self._updated, number)
-        self._updated.clear()
+        for files in self.files.values():
+            files.advance(number)
         self.checkpoints.save(number, self.state_dict())
-        self._kept.append(dict(self._versions))
         self.shards.prune(self.checkpoints.numbers())
-        if self.store is not None and self.store.folder is not None:
-            keep = {self.store.path(*pair) for versions in self._kept for pair in versions.items()}
-            prune_residuals(self.store.folder, keep)
+        for files in self.files.values():
+            files.prune()
 
     def check(self, loaded: Loaded) -> None:
         """Read the residuals that the checkpoint names, and the parts of a spread server, which are put together."""
-        if self.store is not None:
-            for pair in loaded.state["residuals"].items():
-                read_residual(self.store.path(*pair))
+        for name, files in self.files.items():
+            files.check(loaded.state[name])
         if "parts" in (server := loaded.state["server"]):
             loaded.state["server"] = self.shards.load(loaded.number, server["parts"], self.federation.downlink)
 
