@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +62,10 @@ def run_job(plan: Plan, arm: str, seed: int, work: Path, data_dir: Path) -> dict
             launcher += f"-m torch.distributed.run --standalone --nproc-per-node {plan.ranks}".split()
         flags = [*shlex.split(plan.flags(arm, seed)), "--data-dir", str(data_dir), "--out", str(out)]
         if (out / "config.yaml").exists():  # begun before, and interrupted
-            flags = ["--resume", str(out)]
+            if "--exchange none" in plan.flags(arm, seed):  # has no checkpoints
+                shutil.rmtree(out)
+            else:
+                flags = ["--resume", str(out)]
         begin = time.time()
         subprocess.run([*launcher, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL)
         print(f"{arm}, seed {seed}: {time.time() - begin:.0f} s", flush=True)
@@ -98,25 +102,31 @@ def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], bu
     reference = 100 * np.array([r["test_accuracy"] for r in baseline])
     spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
     versus = "" if runs is baseline else interval(accuracy - reference)
-    up, down = (np.mean([r[f"{d}_bytes"] for r in runs]) / 1e6 for d in ("uplink", "downlink"))
-    ratios = [r["uplink_bytes_fp32"] / r["uplink_bytes"] for r in runs if r["uplink_bytes"]]
     seconds = np.mean([r["seconds"] for r in runs])
     cells = [
         arm,
         f"{accuracy.mean():.2f}{spread}",
         versus,
-        f"{up:.1f}",
-        f"{np.mean(ratios):.1f}x" if ratios else "-",  # nothing is sent
-        f"{down:.1f}",
+        *_bytes_cells(runs),
         f"{seconds:.0f}",
         *(budget_cell(runs, megabytes) for megabytes in budgets_mb),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
+def _bytes_cells(runs: list[dict[str, Any]]) -> list[str]:
+    if runs[0].get("exchange") == "none":
+        return []
+    up, down = (np.mean([r[f"{d}_bytes"] for r in runs]) / 1e6 for d in ("uplink", "downlink"))
+    ratios = [r["uplink_bytes_fp32"] / r["uplink_bytes"] for r in runs if r["uplink_bytes"]]
+    return [f"{up:.1f}", f"{np.mean(ratios):.1f}x" if ratios else "-", f"{down:.1f}"]  # "-": nothing is sent
+
+
 def _set_up(head: dict[str, Any]) -> str:
     if head["exchange"] == "step":
         return f"{head['rounds']} epochs, {head['precision']}"
+    if head["exchange"] == "none" and head["num_clients"] == 1:
+        return f"trained centrally, {head['rounds']} epochs, {head['precision']}"
     clients = f"{head['num_clients']} clients ({head['partition']}), {head['cohort']} a round"
     return f"{clients}, {head['rounds']} rounds, {head['precision']}, server {head['server']}"
 
@@ -133,9 +143,7 @@ def table(plan: Plan, results: dict[str, list[dict[str, Any]]], data_note: str, 
         "arm",
         "test accuracy, %",
         "difference to the first arm (95 %)",
-        "MB up",
-        "float32 / up",
-        "MB down",
+        *(["MB up", "float32 / up", "MB down"] if head["exchange"] != "none" else []),
         "s",
         *(f"val. % within {megabytes:g} MB up" for megabytes in plan.budgets_mb),
     ]

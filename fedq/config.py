@@ -88,7 +88,7 @@ class LocalConfig:
     """Optimizer steps each round, instead of --local-epochs."""
     batch_size: int = 16
     """Images a step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Local optimizer, with new state each round."""
     lr: float = 0.03
     """Local learning rate of the first round."""

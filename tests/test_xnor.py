@@ -105,6 +105,13 @@ def test_strided_images_are_read_as_they_are() -> None:
     assert torch.equal(conv(x.to(memory_format=torch.channels_last), torch.zeros(8)), expected)
 
 
+@pytest.mark.parametrize("x", [torch.zeros(1, 7, 4, 4), torch.zeros(1, 8, 4, 4).double(), torch.zeros(8, 4, 4)])
+def test_other_images_are_refused(x: torch.Tensor) -> None:
+    conv = BinaryConv.of(torch.randn(8, 8, 3, 3) >= 0, torch.ones(8))
+    with pytest.raises(FieldError, match=r"float32 \[N, 8, height, width\] on the CPU"):
+        conv(x, torch.zeros(8))
+
+
 @pytest.mark.parametrize(
     "spec", ["binary", "binary:per=channel", "binary:scale=learned", "binary:scale=learned,per=channel"]
 )

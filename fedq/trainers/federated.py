@@ -13,6 +13,7 @@ from fedq.personalize.settings import is_personal
 from fedq.report import print_summary
 from fedq.trainers.alone import run_alone
 from fedq.trainers.build import build_rounds, residual_store
+from fedq.trainers.centralized import run_centralized
 from fedq.trainers.job import Job, open_job
 from fedq.trainers.loop import Log, run_to_the_end
 from fedq.trainers.personal import run_personal
@@ -40,6 +41,8 @@ def run_job(config: Config) -> dict[str, Any]:
 def _trainer(config: Config) -> Callable[[Job], dict[str, Any]]:
     if config.exchange.exchange == "round" and is_personal(asdict(config.personal)):
         return run_personal
+    if config.exchange.exchange == "none" and config.personal.algorithm == "quped":
+        return run_centralized
     return {"none": run_alone, "step": run_steps, "round": run_rounds}[config.exchange.exchange]
 
 

@@ -321,7 +321,8 @@ def _fits(data: Dataset, config: Config) -> bool:
 def _local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Return a fresh fused optimizer."""
     local = config.local
-    if local.optimizer == "adamw":
-        return lean(torch.optim.AdamW)(params, lr=lr, weight_decay=local.weight_decay, fused=True)
+    if local.optimizer != "sgd":
+        adam = lean({"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer])
+        return adam(params, lr=lr, weight_decay=local.weight_decay, fused=True)
     sgd = lean(torch.optim.SGD)
     return sgd(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)

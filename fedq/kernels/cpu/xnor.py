@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedq.errors import FieldError
 from fedq.kernels.cpu.library import call, num_threads, pointer
 
 MAX_PLACES = 64
@@ -91,9 +92,15 @@ class BinaryConv:
 
         Returns:
             float32 [N, outputs, out height, out width].
+
+        Raises:
+            FieldError: Images of another type, device or number of channels, which the library would not notice.
         """
-        x = x.contiguous()
         outputs, channels, *kernel = self.shape
+        if x.dim() != 4 or x.shape[1] != channels or x.dtype != torch.float32 or x.device.type != "cpu":
+            allowed = f"float32 [N, {channels}, height, width] on the CPU"
+            raise FieldError("x", f"{x.dtype} {list(x.shape)} on {x.device.type}", allowed)
+        x = x.contiguous()
         num, _, *image = x.shape
         sizes = (num, channels, *image, len(self.scales), outputs, *kernel, *self.stride, *self.padding)
         plan = ctypes.byref(_Plan(*sizes))
