@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fedq.kernels.cpu.library import ABI
+
 ROOT = Path(__file__).parents[1]
 NOTICE = "fedq: the C++ kernels were not built"
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
@@ -156,4 +158,4 @@ def test_the_library_names_nothing_but_its_own_functions() -> None:
     assert {"fedq_abi", "fedq_isa", "fedq_select", "fedq_sparse_decode"} <= set(symbols)
     # Weak symbols of the standard library are allowed: the pool is compiled for any processor.
     assert not [name for name in symbols if not name.startswith(("fedq_", "_ZNS", "_ZNKS", "_ZS"))]
-    assert ctypes.CDLL(str(library)).fedq_abi() == 1
+    assert ctypes.CDLL(str(library)).fedq_abi() == ABI

@@ -22,7 +22,7 @@ ISAS = ("avx512", "avx2", "portable")
 REMEDY = "apt install g++, then in the checkout of fedq: pip install --no-deps -e ."
 """What gets the library where it is missing."""
 
-_ABI = 2
+ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -42,8 +42,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         abi = int(lib.fedq_abi())
     except (OSError, AttributeError) as error:
         return None, f"{file} does not load: {error}"
-    if abi != _ABI:
-        return None, f"{file} is of another version of fedq (interface {abi}, wanted {_ABI})"
+    if abi != ABI:
+        return None, f"{file} is of another version of fedq (interface {abi}, wanted {ABI})"
     lib.fedq_isa.restype = ctypes.c_char_p
     lib.fedq_select.argtypes = [ctypes.c_char_p]
     lib.fedq_select.restype = ctypes.c_int64
