@@ -18,7 +18,7 @@ from test_resume import run_jobs
 
 from fedq.cli import main
 from fedq.errors import FieldError
-from fedq.report.arms import group, read_runs
+from fedq.report.arms import Run, group, read_runs
 from fedq.report.figures import KINDS, write_figures
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -83,10 +83,10 @@ def test_accuracy_by_bits_is_mean_and_sd_over_seeds(runs: list[Path], drawn: tup
 
 def test_accuracy_by_megabytes_ends_where_the_runs_do(runs: list[Path], drawn: tuple[Path, list[str]]) -> None:
     last = {row["arm"]: row for row in rows(drawn, "accuracy_by_megabytes")}
-    assert set(last) == {"int4, int4", "float, fp32", "binary, sign", "head=8,body=1,tail=8, sign"}
+    assert set(last) == set(ARMS)
     spent = [s["uplink_bytes"] + s["downlink_bytes"] for s in summaries(runs, "one")]
-    assert float(last["binary, sign"]["megabytes"]) == pytest.approx(statistics.fmean(spent) / 1e6)
-    assert last["binary, sign"]["round"] == "2"
+    assert float(last["one"]["megabytes"]) == pytest.approx(statistics.fmean(spent) / 1e6)
+    assert last["one"]["round"] == "2"
 
 
 def test_histograms_are_those_of_deployed_weights(drawn: tuple[Path, list[str]]) -> None:
@@ -97,7 +97,7 @@ def test_histograms_are_those_of_deployed_weights(drawn: tuple[Path, list[str]])
     for arm, bins in by_arm.items():
         assert sum(float(row["share"]) for row in bins) == pytest.approx(1)
         used = sum(float(row["share"]) > 0 for row in bins)
-        assert used == 2 if "binary" in arm or "body=1" in arm else used > 2
+        assert used == 2 if arm in ("one", "mixed") else used > 2
 
 
 def test_figures_without_data_are_left_out_and_say_why(runs: list[Path], tmp_path: Path) -> None:
@@ -110,9 +110,14 @@ def test_figures_without_data_are_left_out_and_say_why(runs: list[Path], tmp_pat
     assert not (tmp_path / "centres.png").exists()
 
 
-def test_arms_are_named_by_what_sets_them_apart(runs: list[Path]) -> None:
-    arms = group(read_runs([path for path in runs if path.name.startswith(("one", "four"))]))
-    assert [(arm.name, len(arm.runs)) for arm in arms] == [("binary, sign", 2), ("int4, int4", 2)]
+def test_arms_are_named_by_their_folders_or_by_what_sets_them_apart(runs: list[Path], tmp_path: Path) -> None:
+    chosen = [path for path in runs if path.name.startswith(("one", "four"))]
+    assert [(arm.name, len(arm.runs)) for arm in group(read_runs(chosen))] == [("one", 2), ("four", 2)]
+    # As folders are called by default, by time.
+    moved = [
+        Run(tmp_path / f"2026-{n}-{'abcd'[n]}", run.summary, run.config) for n, run in enumerate(read_runs(chosen))
+    ]
+    assert [(arm.name, len(arm.runs)) for arm in group(moved)] == [("binary, sign", 2), ("int4, int4", 2)]
 
 
 def test_the_command(

@@ -106,17 +106,32 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def group(runs: Sequence[Run]) -> list[Arm]:
-    """Return the arms, from few bits to many, then by name; each is named by the settings in which arms differ."""
+    """Return the arms, from few bits to many, then by name.
+
+    An arm is called as its runs' folders are without the seed (``two-bits-seed0``, ``two-bits-seed1``), or else by the
+    settings in which arms differ.
+    """
     settings = [_settings(run) for run in runs]
     keys = dict.fromkeys([*_PLAIN, *settings[0]])
     differing = [key for key in keys if len({repr(s.get(key)) for s in settings}) > 1]
-    arms: dict[str, list[Run]] = {}
+    by_words: dict[str, list[Run]] = {}
     for run, own in zip(runs, settings, strict=True):
-        arms.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
+        by_words.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
+    folders = [{_SEED.sub("", run.path.resolve().name) for run in members} for members in by_words.values()]
+    named = all(len(names) == 1 for names in folders) and len(set().union(*folders)) == len(folders)
     found = [
-        Arm(name or run[0].spec, tuple(sorted(run, key=lambda r: r.summary["seed"]))) for name, run in arms.items()
+        Arm(next(iter(names)) if named else words or members[0].spec, tuple(sorted(members, key=_seed)))
+        for (words, members), names in zip(by_words.items(), folders, strict=True)
     ]
     return sorted(found, key=lambda arm: (arm.first.bits or 2 * FLOAT_BITS, arm.name))
+
+
+_SEED = re.compile(r"[-_]?(seed)?[-_=]?\d+$")
+"""The end of a folder's name that says which seed it is."""
+
+
+def _seed(run: Run) -> int:
+    return int(run.summary["seed"])
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -153,15 +153,17 @@ def _draw_bits(rows: Rows) -> Figure:
         own = [row for row in rows if row["series"] == series]
         colour = COLOURS[number % len(COLOURS)]
         few = [row for row in own if row["bits"] != FLOAT_BITS]
-        axes.errorbar(
-            [row["bits"] for row in few],
-            [row["test_accuracy_mean"] for row in few],
-            yerr=[row["test_accuracy_sd"] for row in few],
-            fmt="o",
-            capsize=3,
-            color=colour,
-            label=f"{series}: mean and sd of {max(row['num_seeds'] for row in own)} seeds",
-        )
+        if few:
+            num = max(row["num_seeds"] for row in own)
+            axes.errorbar(
+                [row["bits"] for row in few],
+                [row["test_accuracy_mean"] for row in few],
+                yerr=[row["test_accuracy_sd"] for row in few],
+                fmt="o",
+                capsize=3,
+                color=colour,
+                label=f"{series}: mean and sd of {num} seeds" if num > 1 else f"{series}, one seed",
+            )
         for row in (row for row in own if row["bits"] == FLOAT_BITS):
             mean, sd = row["test_accuracy_mean"], row["test_accuracy_sd"]
             axes.axhline(mean, color=colour, linestyle="--", label=f"{series}, float32: {mean:.1f}")
@@ -333,7 +335,7 @@ def _client_accuracies(run: Run) -> list[tuple[int, float]]:
 
 def _draw_clients(rows: Rows) -> Figure:
     names = list(dict.fromkeys(row["arm"] for row in rows))
-    figure, axes = _axes((6.4, 1.2 + 0.35 * len(names)))
+    figure, axes = _axes((6.4 + 0.04 * max(map(len, names)), 1.2 + 0.35 * len(names)))
     for place, name in enumerate(names):
         own = [row["test_accuracy"] for row in rows if row["arm"] == name]
         axes.plot(own, [place] * len(own), "o", color=COLOURS[0], alpha=0.35, markersize=5)
