@@ -17,7 +17,7 @@ import torch
 
 from fedq.codecs import codec, codec_schedule
 from fedq.codecs.sign import Sign
-from fedq.errors import FieldError, one_of
+from fedq.errors import Check, FieldError, check_all, one_of
 from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
 from fedq.hooks import check_step_codec, check_step_spec, is_powersgd
@@ -274,9 +274,7 @@ def validate(config: Config) -> None:
     Raises:
         FieldError: The first setting that cannot be used, by the name its flag has.
     """
-    for name, value, is_allowed, allowed in _checks(config):
-        if not is_allowed:
-            raise FieldError(name, value, allowed)
+    check_all(_checks(config))
     parse_lr_schedule(config.local.lr_schedule)
     chaos(config.run.chaos)
     is_step = config.exchange.exchange == "step"
@@ -288,7 +286,7 @@ def validate(config: Config) -> None:
     server_optimizer(config.exchange.server, [torch.nn.Parameter(torch.zeros(1))])
 
 
-def _checks(config: Config) -> Iterator[tuple[str, object, bool, str]]:
+def _checks(config: Config) -> Iterator[Check]:
     """Yield name, value, whether it is allowed, and what is; a NaN fails every comparison, as it should."""
     data, clients, local, run = config.data, config.clients, config.local, config.run
     yield "val_fraction", data.val_fraction, 0 <= data.val_fraction <= 0.5, "0 to 0.5"
@@ -401,12 +399,13 @@ def _check_fedbat(config: Config) -> None:
     schedule = codec_schedule(exchange.uplink)
     if not all(isinstance(c, Sign) and not c.rotates and c.rounding == "nearest" for _, c in schedule):
         raise FieldError("uplink", exchange.uplink, "sign without rotation with --algorithm fedbat")
-    for name, value, is_allowed, allowed in (
-        ("feedback", exchange.feedback, exchange.feedback != "on", "auto or off"),
-        ("side_by_side", config.local.side_by_side, config.local.side_by_side == 1, "1"),
-    ):
-        if not is_allowed:
-            raise FieldError(name, value, f"{allowed} with --algorithm fedbat")
+    side_by_side, words = config.local.side_by_side, "with --algorithm fedbat"
+    check_all(
+        [
+            ("feedback", exchange.feedback, exchange.feedback != "on", f"auto or off {words}"),
+            ("side_by_side", side_by_side, side_by_side == 1, f"1 {words}"),
+        ]
+    )
 
 
 def _check_personal(config: Config) -> None:

@@ -22,6 +22,21 @@ class FieldError(ValueError):
         self.allowed = allowed
 
 
+Check = tuple[str, object, bool, str]
+"""A setting's name and value, whether it is allowed, and what is."""
+
+
+def check_all(checks: Iterable[Check]) -> None:
+    """Raise for the first setting that is not allowed.
+
+    Raises:
+        FieldError: Of that one.
+    """
+    for name, value, is_allowed, allowed in checks:
+        if not is_allowed:
+            raise FieldError(name, value, allowed)
+
+
 def one_of(choices: Iterable[str], value: object = "") -> str:
     """Return the words "a, b, c", with a did-you-mean when ``value`` is close to a choice."""
     names = sorted(choices)

@@ -202,21 +202,18 @@ class Layout:
 
     def to_sent_(self, flat: Tensor, replica: Tensor) -> Tensor:
         """Turn a trained model into what is sent of it, changes or values, in place."""
-        return flat.sub_(self._only("change", replica))
+        return self._subtract_(flat, replica, "change") if self.sends_values else flat.sub_(replica)
 
     def to_change_(self, mean: Tensor, replica: Tensor) -> Tensor:
         """Turn a mean of what was sent into the model's change, in place; the replica is that of the whole model."""
-        return mean.sub_(self._only("values", self.take(replica))) if self.sends_values else mean
+        return self._subtract_(mean, self.take(replica), "values") if self.sends_values else mean
 
-    def _only(self, sent: str, replica: Tensor) -> Tensor:
-        """Return the replica with zeros where something else is sent."""
-        if not self.sends_values:
-            return replica
-        masked = replica.clone()
+    def _subtract_(self, flat: Tensor, replica: Tensor, sent: str) -> Tensor:
+        """Subtract the replica from the tensors of which that is sent."""
         for span in self.spans:
-            if span.sent != sent:
-                masked[span.slice].zero_()
-        return masked
+            if span.sent == sent:
+                flat[span.slice] -= replica[span.slice]
+        return flat
 
     @cached_property
     def sends_values(self) -> bool:

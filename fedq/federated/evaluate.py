@@ -51,10 +51,19 @@ class Evaluator:
         loss, correct = sums.sum(dim=0).tolist()
         return loss / max(1, len(split)), correct / max(1, len(split)), moved
 
-    def _batch(self, model: nn.Module, split: Split, indices: Tensor, device: torch.device) -> Tensor:
-        images, y = split.images[indices].to(device), split.labels[indices].to(device)
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return a model's float32 logits of uint8 images on its device."""
         x = normalize(images, self.mean, self.std, channels_last=self.precision.channels_last)
         with self.precision.autocast():
-            logits = model(x).float()
-        loss = functional.cross_entropy(logits, y, reduction="sum")
-        return torch.stack((loss, (logits.argmax(1) == y).sum())).to(torch.float64)
+            logits: Tensor = model(x).float()
+        return logits
+
+    def _batch(self, model: nn.Module, split: Split, indices: Tensor, device: torch.device) -> Tensor:
+        images, y = split.images[indices].to(device), split.labels[indices].to(device)
+        return batch_sums(self.logits(model, images), y)
+
+
+def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropy over a batch, and how many are classified correctly, float64 [2]."""
+    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack((loss, (logits.argmax(1) == labels).sum())).to(torch.float64)

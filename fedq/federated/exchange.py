@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedq.collectives import Moved, Transport
+from fedq.errors import FieldError
 from fedq.federated.accounting import framing, message_parts, plain_model
 from fedq.federated.client import RoundContext
 from fedq.federated.server import Facts
@@ -73,6 +75,30 @@ class Exchange(Facts, ABC):
         """Replace every rank's model by rank 0's, flat float32."""
         self._book_broadcast(0, plain_model(layout), self.transport.share(replica))
 
+    def check_model(self, replica: Tensor) -> None:
+        """Compare the ranks' models, which each has drawn from the same seed, by a checksum.
+
+        Raises:
+            FieldError: They differ.
+        """
+        mine = zlib.crc32(replica.cpu().numpy().data)
+        gathered, moved = self.transport.all_gather(torch.tensor([float(mine)], dtype=torch.float64))
+        self.book_peer(0, "metrics", moved.payload)
+        if (gathered != mine).any():
+            allowed = "sent: the ranks drew different models from one seed (other versions of torch?)"
+            raise FieldError("start", "seed", allowed)
+
+    def gather(self, frames: Sequence[Frame], counts: Sequence[int]) -> tuple[Ranked, Moved]:
+        """Gather all messages on rank 0, in the order of their clients; nothing comes back on the others."""
+        gathered, moved = self.transport.gather([frame.pack() for frame in frames], counts)
+        ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
+        return sorted(ranked, key=lambda pair: pair[1].client), moved
+
+    def book_peer(self, round: int, name: str, nbytes: int) -> None:
+        """Book bytes between ranks that are no message of a client, on rank 0; nothing if there are none."""
+        if nbytes:
+            self._book(round, NO_CLIENT, "peer", framing(name, nbytes), wire_times=1)
+
     def _book_broadcast(self, round: int, parts: MessageParts, moved: Moved) -> None:
         others = self.transport.world_size - 1
         if others:
@@ -104,9 +130,7 @@ class Rooted(Exchange):
 
     def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
         """Gather all messages on rank 0; nothing comes back on the others."""
-        gathered, moved = self.transport.gather([frame.pack() for frame in frames], counts)
-        ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
-        ranked.sort(key=lambda pair: pair[1].client)
+        ranked, moved = self.gather(frames, counts)
         for rank, frame in ranked:
             crossed = int(rank != 0)
             self._book(round, frame.client, "uplink", message_parts(layout, frame), payload_times=1, wire_times=crossed)

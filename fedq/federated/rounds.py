@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedq.collectives import Transport
-from fedq.errors import FieldError
-from fedq.federated.accounting import framing, message_parts
+from fedq.federated.accounting import message_parts
 from fedq.federated.chaos import Chaos
 from fedq.federated.client import Client, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
@@ -28,7 +25,7 @@ from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
-from fedq.ledger import NO_CLIENT, Ledger, MessageParts
+from fedq.ledger import Ledger, MessageParts
 from fedq.wire import Frame
 
 _log = logging.getLogger(__name__)
@@ -166,7 +163,7 @@ class FederatedRounds:
             self.downlink_cost.start(self._take(self.exchange.spread(change, self.downlink, context)))
             return
         if self.has_start:
-            self._check_start()
+            self.exchange.check_model(self.replica)
         else:
             self.exchange.share_model(self.replica, self.downlink)
         if self.server:
@@ -186,16 +183,6 @@ class FederatedRounds:
         result, change = self._serve(ranked, context) if self.server else (RoundResult(), None)
         self._apply(self.exchange.spread(change, self.downlink, context), context)
         return result if self._is_root else RoundResult()
-
-    def _check_start(self) -> None:
-        mine = zlib.crc32(self.replica.cpu().numpy().data)
-        gathered, moved = self.transport.all_gather(torch.tensor([float(mine)], dtype=torch.float64))
-        if self._is_root and moved.payload:
-            parts = framing("metrics", moved.payload)
-            self.ledger.record(round=0, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1)
-        if (gathered != mine).any():
-            allowed = "sent: the ranks drew different models from one seed (other versions of torch?)"
-            raise FieldError("start", "seed", allowed)
 
     @property
     def _is_root(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedq.federated.client import LocalTraining, Passed, counters_restored, seeded
+from fedq.federated.evaluate import batch_sums
 from fedq.personalize.learners import Quantization, make_learner
 from fedq.personalize.own_models import OwnModel
 
@@ -58,15 +59,9 @@ def train_alone(
         for batch in batches:
             images, labels = local.examples(indices[batch.to(where)], generator)
             outputs = learner.step(images, partial(functional.cross_entropy, target=labels))
-            sums.append(torch.stack([_sums(logits, labels) for logits in outputs]))
+            sums.append(torch.stack([batch_sums(logits, labels) for logits in outputs]))
             num_seen += len(labels)
             local.beat()
         learner.finish()
     totals = torch.stack(sums).sum(dim=0).tolist()
     return [Passed(loss_sum, num_correct, num_seen, len(batches)) for loss_sum, num_correct in totals]
-
-
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the loss and the number of correct ones, float64 [2]."""
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack((loss, (logits.argmax(1) == labels).sum())).to(torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedq.data import Split, batches, normalize
+from fedq.data import Split, batches
 from fedq.federated.evaluate import Evaluator
 
 
@@ -70,9 +70,6 @@ class PersonalEvaluator:
 
     def _examples(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return loss, whether correct, and 1 of each image, float64 [N, 3]."""
-        evaluator = self.evaluator
-        x = normalize(images, evaluator.mean, evaluator.std, channels_last=evaluator.precision.channels_last)
-        with evaluator.precision.autocast():
-            logits = model(x).float()
+        logits = self.evaluator.logits(model, images)
         loss = functional.cross_entropy(logits, labels, reduction="none")
         return torch.stack((loss, (logits.argmax(1) == labels), torch.ones_like(loss)), dim=1).double()

@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedq.engines import TorchEngine
 from fedq.federated.client import LocalTraining, Trained, counters_restored
+from fedq.federated.evaluate import batch_sums
 from fedq.layout import Layout
 from fedq.personalize.own_models import Network, OwnModels
 
@@ -120,8 +120,7 @@ class Tally:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Take a step's logits of the model that counts, for the cross-entropy and the share classified correctly."""
-        loss = functional.cross_entropy(logits.detach(), labels, reduction="sum")
-        self._sums = self._sums + torch.stack((loss, (logits.argmax(1) == labels).sum())).to(torch.float64)
+        self._sums = self._sums + batch_sums(logits.detach(), labels)
         self.num_seen += len(labels)
         self.num_steps += 1
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedq.errors import FieldError, one_of
+from fedq.errors import Check, FieldError, check_all, one_of
 from fedq.lowbit.centres import MAX_CENTRE_BITS
 from fedq.models import MODELS
 from fedq.personalize.own_models import FLOAT_BITS
@@ -129,18 +129,19 @@ def _check_own_models(personal: Mapping[str, Any], local: Mapping[str, Any], wei
     bits = set(parse_client_bits(personal["client_bits"], 1 + personal["client_bits"].count(",")))
     parse_client_models(personal["client_models"], local["model"], 1)
     own = _checks(personal, local, bits, weights) if algorithm in _QUANTIZED else _plain_checks(local, weights)
-    for name, value, is_allowed, allowed in (*own, *_rates(personal, local)):
-        if not is_allowed:
-            raise FieldError(name, value, allowed.replace("--algorithm quped", f"--algorithm {algorithm}"))
+    check_all(
+        (name, value, is_allowed, allowed.replace("--algorithm quped", f"--algorithm {algorithm}"))
+        for name, value, is_allowed, allowed in (*own, *_rates(personal, local))
+    )
 
 
-def _plain_checks(local: Mapping[str, Any], weights: str) -> Iterator[tuple[str, object, bool, str]]:
+def _plain_checks(local: Mapping[str, Any], weights: str) -> Iterator[Check]:
     words = "with --algorithm quped, which has a loss of its own"
     yield "weights", weights, weights == "float", f"float {words}"
     yield "prox_mu", local["prox_mu"], local["prox_mu"] == 0, f"0 {words}"
 
 
-def _rates(personal: Mapping[str, Any], local: Mapping[str, Any]) -> Iterator[tuple[str, object, bool, str]]:
+def _rates(personal: Mapping[str, Any], local: Mapping[str, Any]) -> Iterator[Check]:
     words = "1 where clients have models of their own, which are trained one by one"
     yield "side_by_side", local["side_by_side"], local["side_by_side"] == 1, words
     weight, temperature, rate = (personal[name] for name in ("distill_weight", "temperature", "personal_lr"))
@@ -168,9 +169,7 @@ def check_quped(
         FieldError: The first that cannot be used.
     """
     bits = set(parse_client_bits(personal["client_bits"], 1 + personal["client_bits"].count(",")))
-    for name, value, is_allowed, allowed in _checks(personal, local, bits, weights):
-        if not is_allowed:
-            raise FieldError(name, value, allowed)
+    check_all(_checks(personal, local, bits, weights))
     for name in _OF_EXCHANGE:
         if personal[name] != defaults[name]:
             words = f"{defaults[name]!r} with --exchange none, where clients do not learn from each other"
@@ -188,9 +187,7 @@ def check_warm_start(path: Path | None) -> None:
         raise FieldError("warm_start", str(path), "a model.safetensors that exists")
 
 
-def _checks(
-    personal: Mapping[str, Any], local: Mapping[str, Any], bits: set[int], weights: str
-) -> Iterator[tuple[str, object, bool, str]]:
+def _checks(personal: Mapping[str, Any], local: Mapping[str, Any], bits: set[int], weights: str) -> Iterator[Check]:
     """Yield name, value, whether it is allowed, and what is; a NaN fails every comparison, as it should."""
     fits = personal["centres"] == "learned" or bits <= {1, FLOAT_BITS}
     yield "client_bits", personal["client_bits"], fits, "1 or 32 with --centres fixed, which are -1 and +1"

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from fedq.federated.accounting import framing
 from fedq.federated.client import Client, RoundContext, Trained
-from fedq.federated.exchange import Ranked
 from fedq.federated.rounds import FederatedRounds, RoundResult, assign
 from fedq.federated.server import why_left_out
-from fedq.ledger import NO_CLIENT
 from fedq.wire import Frame, Kind
 
 _log = logging.getLogger(__name__)
@@ -28,16 +25,10 @@ class SilentRounds(FederatedRounds):
         shares = assign(cohort, self.transport.world_size, sticky=True)
         frames = [self._train(self.clients[client], context) for client in shares[self.transport.rank]]
         self.chaos.strike_rank(context.round, self.transport.rank)
-        gathered, moved = self.transport.gather([frame.pack() for frame in frames], [len(share) for share in shares])
+        ranked, moved = self.exchange.gather(frames, [len(share) for share in shares])
         if not self._is_root:
             return RoundResult()
-        if nbytes := moved.payload + moved.sizes:
-            parts = framing("metrics", nbytes)
-            self.ledger.record(
-                round=context.round, client=NO_CLIENT, direction="peer", parts=parts, payload_times=0, wire_times=1
-            )
-        ranked: Ranked = [(rank, Frame.unpack(m)) for rank, messages in enumerate(gathered) for m in messages]
-        ranked.sort(key=lambda pair: pair[1].client)
+        self.exchange.book_peer(context.round, "metrics", moved.payload + moved.sizes)
         left_out = {frame.client: why_left_out(frame) for _, frame in ranked if frame.kind != Kind.UPDATE}
         return RoundResult(ranked, left_out)
 

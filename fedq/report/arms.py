@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from fedq.errors import FieldError
+from fedq.lowbit import quantizer
 
 FLOAT_BITS = 32.0
-_WORDS = {"float": FLOAT_BITS, "binary": 1.0, "ternary": 1.6}
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Run:
     @property
     def bits(self) -> float | None:
         """Bits of a weight; None where layers or clients differ."""
-        name = self.spec.partition(":")[0].lower()
-        if name in _WORDS:
-            return _WORDS[name]
-        match = re.fullmatch(r"(?:int)?(\d+)", name)
-        return float(match[1]) if match else None
+        if self.spec == "float":
+            return FLOAT_BITS
+        try:
+            return quantizer(self.spec).bits_per_weight
+        except FieldError:  # a list
+            return None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`, by round."""

@@ -231,10 +231,11 @@ def _draw_bytes(rows: Rows) -> Figure:
 
 def _histogram_rows(arms: Sequence[Arm]) -> Rows:
     """Return the bins of one convolution's weights as they are deployed, after the last round logged, an arm each."""
-    tensor = _one_tensor(arms)
+    tables = [arm.first.table("histograms") for arm in arms]
+    tensor = _one_tensor(tables)
     rows = []
-    for arm in arms:
-        logged = [row for row in arm.first.table("histograms") if row["tensor"] == tensor]
+    for arm, table in zip(arms, tables, strict=True):
+        logged = [row for row in table if row["tensor"] == tensor]
         stages = {row["stage"]: row for row in sorted(logged, key=lambda row: row["round"])}
         chosen = stages.get("deployed") or stages.get("weight")
         if chosen is None:
@@ -249,12 +250,11 @@ def _histogram_rows(arms: Sequence[Arm]) -> Rows:
     return rows
 
 
-def _one_tensor(arms: Sequence[Arm]) -> str:
+def _one_tensor(tables: Sequence[Rows]) -> str:
     """Return the first tensor that has few bits in as many arms as possible, or else the second that was logged."""
     counts: Counter[str] = Counter()
     names: list[str] = []
-    for arm in arms:
-        rows = arm.first.table("histograms")
+    for rows in tables:
         counts.update(dict.fromkeys((row["tensor"] for row in rows if row["stage"] == "deployed"), 1))
         names = names or list(dict.fromkeys(row["tensor"] for row in rows))
     if counts:

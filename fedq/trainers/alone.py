@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,38 +25,64 @@ def run_alone(job: Job) -> dict[str, Any]:
     The cohort does not matter: every client trains in every round. Accuracies are means over clients, each on the
     whole validation or test set; `model.safetensors` is client 0's model.
     """
-    run, begin = job.config.run, time.perf_counter()
     mine = assign(range(len(job.parts)), job.transport.world_size, sticky=True)[job.transport.rank]
     start = job.training.layout.flatten(job.model)
     models = {client: start.clone() for client in mine}
-    best_val, num_rounds = 0.0, 0
-    with round_progress(run.rounds, job.is_root) as progress:
-        for number in range(run.rounds):
-            job.watch.beat(f"training in round {number}")
-            trained = {client: _train(job, client, models[client], number) for client in mine}
-            models = {client: result.flat for client, result in trained.items()}
-            num_rounds = number + 1
-            if num_rounds % run.eval_every and num_rounds != run.rounds:
-                continue
-            job.watch.beat(f"evaluating round {number}")
-            val_accuracy = _evaluate_round(job, trained, number)
-            best_val = max(best_val, val_accuracy)
-            progress.update(num_rounds, accuracy_text(val_accuracy).rstrip(", "))
-            if run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
-                break
-    seconds_per_round = (time.perf_counter() - begin) / num_rounds
-    test = share(job, {c: [_accuracy(job, flat, job.dataset.test)] for c, flat in models.items()}, num_rounds - 1, 1)
+    trained: dict[int, Trained] = {}
+
+    def train(number: int) -> None:
+        for client in mine:
+            trained[client] = _train(job, client, models[client], number)
+            models[client] = trained[client].flat
+
+    results = rounds_alone(job, train, lambda number: _evaluate_round(job, trained, number))
+    rows = {client: [_accuracy(job, flat, job.dataset.test)] for client, flat in models.items()}
+    test = share(job, rows, results["rounds"] - 1, 1)
     if job.is_root:
         job.training.layout.unflatten_(models[0], job.model)
     return finish(
         job,
-        rounds=num_rounds,
         test_accuracy=float(test.mean()),
         client_test_accuracy=test[:, 0].tolist(),
-        best_val_accuracy=best_val,
         seconds=time.perf_counter() - job.started,
-        seconds_per_round=seconds_per_round,
+        **results,
     )
+
+
+def rounds_alone(
+    job: Job,
+    train: Callable[[int], None],
+    evaluate: Callable[[int], float],
+    can_stop: Callable[[int], bool] = lambda number: True,
+) -> dict[str, Any]:
+    """Train and evaluate until the last round or the target accuracy.
+
+    Args:
+        job: The job.
+        train: Trains this rank's clients in a round.
+        evaluate: Evaluates every client after a round; returns the mean validation accuracy, on every rank.
+        can_stop: Whether the target accuracy counts after a round.
+
+    Returns:
+        Of the summary: ``rounds``, ``best_val_accuracy`` and ``seconds_per_round``.
+    """
+    run, begin = job.config.run, time.perf_counter()
+    best_val, num_rounds = 0.0, 0
+    with round_progress(run.rounds, job.is_root) as progress:
+        for number in range(run.rounds):
+            job.watch.beat(f"training in round {number}")
+            train(number)
+            num_rounds = number + 1
+            if num_rounds % run.eval_every and num_rounds != run.rounds:
+                continue
+            job.watch.beat(f"evaluating round {number}")
+            val_accuracy = evaluate(number)
+            best_val = max(best_val, val_accuracy)
+            progress.update(num_rounds, accuracy_text(val_accuracy).rstrip(", "))
+            if can_stop(number) and run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
+                break
+    seconds_per_round = (time.perf_counter() - begin) / num_rounds
+    return {"rounds": num_rounds, "best_val_accuracy": best_val, "seconds_per_round": seconds_per_round}
 
 
 def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
@@ -84,6 +111,11 @@ def _train(job: Job, client: int, flat: Tensor, round: int) -> Trained:
 def _accuracy(job: Job, flat: Tensor, split: Split) -> float:
     """Evaluate one client's model on this rank alone."""
     job.training.layout.unflatten_(flat, job.model)
+    return accuracy_here(job, split)
+
+
+def accuracy_here(job: Job, split: Split) -> float:
+    """Evaluate the job's model as it is on this rank alone."""
     return replace(job.evaluator, transport=None).run(job.model, split)[1]
 
 

@@ -5,27 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedq.data import Split
 from fedq.federated.client import Passed
 from fedq.federated.rounds import assign
 from fedq.kernels import derive_seed
 from fedq.lowbit.centres import Centres
-from fedq.lowbit.which import inner_layers
 from fedq.personalize.centralized import train_alone
 from fedq.personalize.learners import Quantization
 from fedq.personalize.own_models import FLOAT_BITS, Network, OwnModel
 from fedq.personalize.settings import parse_client_bits
-from fedq.report import round_progress
-from fedq.trainers.alone import share
+from fedq.trainers.alone import accuracy_here, rounds_alone, share
 from fedq.trainers.job import Job
-from fedq.trainers.quantized import make_quantization, starts_at_one
-from fedq.trainers.records import accuracy_text, client_row, finish
+from fedq.trainers.quantized import log_centres, make_quantization, starts_at_one
+from fedq.trainers.records import client_row, finish
 from fedq.trainers.warm import load_weights
 
 _log = logging.getLogger(__name__)
@@ -60,35 +56,28 @@ def run_centralized(job: Job) -> dict[str, Any]:
     those evaluated after freezing (the last round's where nothing is frozen). Accuracies are means over clients, each
     on the whole validation or test set; `model.safetensors` is client 0's. There are no checkpoints.
     """
-    run, begin = job.config.run, time.perf_counter()
     quantization = make_quantization(job)
     if job.config.personal.warm_start is not None:
         load_weights(job.config.personal.warm_start, job.model)
-    students, num_rounds = _students(job), 0
-    with round_progress(run.rounds, job.is_root) as progress:
-        for number in range(run.rounds):
-            job.watch.beat(f"training in round {number}")
-            passed = {s.client: _train(job, s, quantization, number) for s in students}
-            num_rounds = number + 1
-            if num_rounds % run.eval_every and num_rounds != run.rounds:
-                continue
-            job.watch.beat(f"evaluating round {number}")
-            can_deploy = number >= min(quantization.schedule.freeze_epoch, run.rounds - 1)
-            rows = {s.client: _measure(job, s, passed[s.client], number, can_deploy) for s in students}
-            val_accuracy = _log_round(job, students, rows, number)
-            progress.update(num_rounds, accuracy_text(val_accuracy).rstrip(", "))
-            if can_deploy and run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
-                break
-    seconds_per_round = (time.perf_counter() - begin) / num_rounds
-    results = _test(job, students, num_rounds - 1)
+    students = _students(job)
+    passed: dict[int, list[Passed]] = {}
+    first_to_deploy = min(quantization.schedule.freeze_epoch, job.config.run.rounds - 1)
+
+    def train(number: int) -> None:
+        passed.update({s.client: _train(job, s, quantization, number) for s in students})
+
+    def evaluate(number: int) -> float:
+        can_deploy = number >= first_to_deploy
+        rows = {s.client: _measure(job, s, passed[s.client], number, can_deploy) for s in students}
+        return _log_round(job, students, rows, number)
+
+    results = rounds_alone(job, train, evaluate, can_stop=lambda number: number >= first_to_deploy)
     return finish(
         job,
-        rounds=num_rounds,
         algorithm=job.config.personal.algorithm,
         client_bits=parse_client_bits(job.config.personal.client_bits, len(job.parts)),
         seconds=time.perf_counter() - job.started,
-        seconds_per_round=seconds_per_round,
-        **results,
+        **results | _test(job, students, results["rounds"] - 1),
     )
 
 
@@ -124,20 +113,15 @@ def _measure(job: Job, student: _Student, passed: list[Passed], round: int, can_
     """Evaluate both models of a client, keep the quantized one if it is the best to deploy; return its `_METRICS`."""
     floats, quantized = passed[0], passed[-1]
     student.own.fill(quantized=False)
-    float_accuracy = accuracy = _accuracy(job, job.dataset.val)
+    float_accuracy = accuracy = accuracy_here(job, job.dataset.val)
     if len(passed) > 1:
         student.own.fill(quantized=True)
-        accuracy = _accuracy(job, job.dataset.val)
+        accuracy = accuracy_here(job, job.dataset.val)
     if can_deploy and accuracy > student.best_val_accuracy:
         student.own.fill(quantized=True)
         student.best = job.training.layout.flatten(job.model)
         student.best_round, student.best_val_accuracy = round, accuracy
     return [floats.loss, floats.accuracy, quantized.loss, quantized.accuracy, float_accuracy, accuracy]
-
-
-def _accuracy(job: Job, split: Split) -> float:
-    """Evaluate the model as it is on this rank alone."""
-    return replace(job.evaluator, transport=None).run(job.model, split)[1]
 
 
 def _log_round(job: Job, students: list[_Student], rows: Mapping[int, list[float]], round: int) -> float:
@@ -150,41 +134,12 @@ def _log_round(job: Job, students: list[_Student], rows: Mapping[int, list[float
             for client, row in enumerate(values.tolist())
         ]
     )
-    _log_centres(job, students, round)
+    bits = parse_client_bits(job.config.personal.client_bits, len(job.parts))
+    own = {student.client: student.own for student in students}
+    log_centres(job, round, [job.model] * len(bits), bits, own, own.__getitem__)
     means = dict(zip(_METRICS, values.mean(dim=0).tolist(), strict=True))
     job.folder.log_metrics(round, **means, lr=job.lr(round))
     return means["val_accuracy"]
-
-
-def _log_centres(job: Job, students: list[_Student], round: int) -> None:
-    """Gather all clients' centres, and how many weights each stands for, and write them on rank 0."""
-    bits = parse_client_bits(job.config.personal.client_bits, len(job.parts))
-    sizes = [0 if b == FLOAT_BITS else 2**b for b in bits]
-    if not max(sizes):
-        return
-    layers = inner_layers(job.model)
-    width = max(sizes)
-    mine = {s.client: _centre_values(s, width) for s in students if s.own.centres is not None}
-    gathered = share(job, mine, round, len(layers) * width * 2).view(len(bits), len(layers), 2, width)
-    if not job.is_root:
-        return
-    job.folder.log_centres(
-        [
-            {"round": round, "client": client, "layer": layer, "index": j, "value": value, "members": int(members)}
-            for client, size in enumerate(sizes)
-            for layer, (values, counts) in zip(layers, gathered[client, :, :, :size].tolist(), strict=True)
-            for j, (value, members) in enumerate(zip(values, counts, strict=True))
-        ]
-    )
-
-
-def _centre_values(student: _Student, width: int) -> list[float]:
-    """Return a client's centres and their members as one flat row [layers, 2, width], filled up with zeros."""
-    centres = student.own.centres
-    assert centres is not None
-    members = centres.members(student.own.fill(quantized=False))
-    pairs = [torch.stack((values.double(), members[name].double())) for name, values in centres.values.items()]
-    return nn.functional.pad(torch.stack(pairs), (0, width - centres.num_centres)).flatten().tolist()
 
 
 def _test(job: Job, students: list[_Student], round: int) -> dict[str, Any]:
@@ -193,10 +148,10 @@ def _test(job: Job, students: list[_Student], round: int) -> dict[str, Any]:
     rows = {}
     for student in reversed(students):
         student.own.fill(quantized=True)
-        last = _accuracy(job, job.dataset.test)
+        last = accuracy_here(job, job.dataset.test)
         assert student.best is not None, "the last round is evaluated, and can be deployed"
         job.training.layout.unflatten_(student.best, job.model)
-        test = _accuracy(job, job.dataset.test)
+        test = accuracy_here(job, job.dataset.test)
         rows[student.client] = [student.best_val_accuracy, student.best_round, test, last]
     values = share(job, rows, round, 4)
     best_val, _, test_mean, last_mean = values.mean(dim=0).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from fedq.data import Split
 from fedq.federated.rounds import FederatedRounds, assign
 from fedq.feedback import ResidualStore
 from fedq.kernels import derive_seed
-from fedq.lowbit.centres import inner_weights
 from fedq.personalize.evaluate import PersonalEvaluator
 from fedq.personalize.methods import Method
-from fedq.personalize.own_models import FLOAT_BITS, Network
+from fedq.personalize.own_models import Network
 from fedq.runfolder import write_model
 from fedq.trainers.alone import share
 from fedq.trainers.job import Job
+from fedq.trainers.quantized import log_centres
 
 
 class PersonalScores:
@@ -107,7 +107,11 @@ class PersonalScores:
                 self.best_rounds[client], self.best_accuracies[client] = round, accuracy
                 self._improved.add(client)
         self._latest = round, {c: None if math.isnan(a) else a for c, a in enumerate(scores[:, 1].tolist())}
-        self._log_centres(round)
+        models = self.method.models
+        modules = [network.module for network in models.networks]
+        log_centres(
+            self.job, round, modules, models.bits, self.mine, lambda client: models.load(client, self.rounds.replica)
+        )
         return scores
 
     def _is_better(self, client: int, accuracy: float) -> bool:
@@ -157,35 +161,6 @@ class PersonalScores:
             "test_accuracy": _known(self.test_accuracies[client]),
             "last_test_accuracy": _known(self.last_test_accuracies[client]),
         }
-
-    def _log_centres(self, round: int) -> None:
-        """Write every quantized client's centres and their members; ranks other than 0 send theirs."""
-        models = self.method.models
-        layers = {c: self._centre_places(c) for c, bits in enumerate(models.bits) if bits != FLOAT_BITS}
-        if not layers:
-            return
-        mine = {client: self._centre_values(client) for client in self.mine if client in layers}
-        width = 2 * max(map(len, layers.values()))
-        values = share(self.job, {c: row + [0.0] * (width - len(row)) for c, row in mine.items()}, round, width)
-        self.job.folder.log_centres(
-            [
-                {"round": round, "client": c, "layer": layer, "index": i, "value": value, "members": int(members)}
-                for c, places in layers.items()
-                for (layer, i), (value, members) in zip(places, values[c].view(-1, 2).tolist(), strict=False)
-            ]
-        )
-
-    def _centre_places(self, client: int) -> Sequence[tuple[str, int]]:
-        models = self.method.models
-        weights = inner_weights(models.networks[client].module)
-        return [(layer, index) for layer in weights for index in range(2 ** models.bits[client])]
-
-    def _centre_values(self, client: int) -> list[float]:
-        own = self.method.models.load(client, self.rounds.replica)
-        assert own.centres is not None
-        members = own.centres.members(own.fill(quantized=False))
-        pairs = [torch.stack((own.centres.values[layer], members[layer]), dim=1) for layer in members]
-        return torch.cat(pairs).double().flatten().tolist()
 
 
 def _known(value: float) -> float | None:
