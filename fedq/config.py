@@ -209,9 +209,11 @@ class RunConfig:
     deepspeed_config: Path | None = None
     """DeepSpeed's JSON file; goes over --config. Started by deepspeed, default: deepspeed_config.json if it is here."""
     log_with: str = ""
-    """Started by accelerate launch: its trackers to log to as well, as in wandb,aim."""
+    """Trackers to log to as well, by way of Accelerate, which must be installed: wandb,mlflow."""
     threads: int | None = None
     """CPU threads a rank. Default: 1 when there are several ranks on a machine, otherwise torch's choice."""
+    profile: bool = False
+    """Trace the first round (of each rank up to 500 steps) with PyTorch's profiler: trace-rank0.json.gz and so on."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; a crash loses at most this many."""
     resume: Path | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,7 @@ class Ledger:
         self._records = array("q")
         self._totals: dict[str, Totals] = {}
         self._rounds: dict[int, dict[str, Totals]] = {}
+        self._loaded = Totals()
 
     def record(
         self,
@@ -149,6 +150,11 @@ class Ledger:
         if direction not in DIRECTIONS:
             raise FieldError("direction", direction, one_of(DIRECTIONS, direction))
         return self._totals.get(direction, Totals())
+
+    def since_start(self) -> Totals:
+        """Return the sums of what was booked here, without what `load_state_dict` brought."""
+        total = self.totals()
+        return Totals(*(getattr(total, f.name) - getattr(self._loaded, f.name) for f in fields(Totals)))
 
     def by_round(self) -> list[dict[str, int]]:
         """Return one dict a round, in order: `round`, and `<direction>_<raw|payload|wire>` for every direction."""
@@ -202,6 +208,7 @@ class Ledger:
                 wire_times=wire_times,
             )
         vars(self).update(vars(fresh))
+        self._loaded = self.totals()
 
     def _record_array(self) -> np.ndarray:
         return np.array(self._records, dtype=np.int64).reshape(-1, _FIELDS)

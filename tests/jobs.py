@@ -96,9 +96,9 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
 
     with pytest.MonkeyPatch.context() as patch:
 
-        def spied_transport(device: torch.device) -> Transport:
+        def spied_transport(device: torch.device, **options: Any) -> Transport:
             spies.append(Spy(patch))
-            return Transport(device)
+            return Transport(device, **options)
 
         patch.setattr(rounds, "aggregate", watched_aggregate)
         patch.setattr(Client, "train", broken_train)

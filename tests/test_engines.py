@@ -384,8 +384,6 @@ def test_the_file_in_the_repository_is_a_job_that_could_start() -> None:
 def test_settings_that_do_nothing_with_an_engine_are_refused(tmp_path: Path) -> None:
     make = partial(make_engine, model=model(), make_optimizer=sgd, precision=Precision("fp32", "cpu", True))
     assert isinstance(make("torchrun", settings=SETTINGS), TorchEngine)
-    with pytest.raises(FieldError, match=r"log_with='wandb' .*accelerate launch"):
-        make("torchrun", settings=SETTINGS, log_with="wandb")
     with pytest.raises(FieldError, match="side_by_side=2 is not allowed; allowed: 1 with DeepSpeed"):
         make("deepspeed", settings=SETTINGS | {"side_by_side": 2})
     path = write(tmp_path / "ds.json", optimizer={"type": "SGD"})
@@ -422,12 +420,12 @@ def test_accelerates_precision_is_a_default() -> None:
 
 
 def _tracked(_: int, folder: Path) -> None:
-    from fedq.engines.accelerate_engine import AccelerateEngine, Trackers
+    from fedq.engines.accelerator import Trackers
     from fedq.runfolder import RunFolder
 
-    by_accelerate = AccelerateEngine(model(), sgd, Precision("fp32", "cpu", True), ["tensorboard"], folder / "theirs")
+    trackers = Trackers("tensorboard", torch.device("cpu"), folder / "theirs", {"local": {"lr": 0.1, "cohort": None}})
     with RunFolder.create(folder / "run", name="") as run:
-        run.follow(Trackers(by_accelerate.accelerator, {"local": {"lr": 0.1, "cohort": None}}))
+        run.follow(trackers)
         run.log_metrics(3, val_accuracy=0.5, note="words")
 
 
@@ -443,7 +441,7 @@ def test_accelerates_trackers_get_the_numbers_of_a_round(tmp_path: Path) -> None
 
 @needs("accelerate")
 def test_a_tracker_that_is_not_installed_is_refused() -> None:
-    from fedq.engines.accelerate_engine import AccelerateEngine
+    from fedq.engines.accelerator import make_accelerator
 
     with pytest.raises(FieldError, match=r"log_with='tensorbord'.*did you mean 'tensorboard'"):
-        AccelerateEngine(model(), sgd, Precision("fp32", "cpu", True), ["tensorbord"])
+        make_accelerator(torch.device("cpu"), ["tensorbord"])

@@ -26,6 +26,7 @@ from fedq.codecs.dense import Cast
 from fedq.collectives.peers import Peers
 from fedq.collectives.segments import Segment, assign_owners, choose_schedule, cut
 from fedq.kernels import derive_seed
+from fedq.phases import PhaseTimer, Timer
 
 Key = tuple[int, int]
 Leg = Literal["first", "second"]
@@ -122,6 +123,8 @@ class MeanExchange:
         self.schedule = choose_schedule(schedule, segments, peers.size, ranks_per_node)
         self.inside = codec(inside)
         self.sent = Sent()
+        self.timer: Timer = PhaseTimer()
+        """Told what each part of a run takes."""
         self._ranks_per_node = ranks_per_node
 
     def run(self, flat: Tensor, *, seed: int, residuals: Residuals | None = None) -> None:
@@ -145,25 +148,27 @@ class MeanExchange:
 
     def _reduce(self, flat: Tensor, seed: int, residuals: Residuals | None) -> None:
         """Sum values on the way. Casts of one type go as one buffer, divided before the cast; others by payload."""
-        flat.mul_(1.0 / self.peers.size)
         kinds = {s.first for s in self.segments}
         whole = next(iter(kinds)) if len(kinds) == 1 else None
         if isinstance(whole, Cast):
-            values = flat.to(_value_type(whole))
-            self.sent.first += self.peers.all_reduce(values)
-            flat.copy_(values)
+            with self.timer.phase("encode"):
+                values = flat.mul_(1.0 / self.peers.size).to(_value_type(whole))
+            self.sent.first += self._all_reduce(values)
+            with self.timer.phase("decode"):
+                flat.copy_(values)
             return
+        flat.mul_(1.0 / self.peers.size)
         first_seed = shared_seed(seed, "first")
-        buffer = encode(self.segments, "first", flat, first_seed, residuals)
+        buffer = self._encode(self.segments, "first", flat, first_seed, residuals)
         parts = _parts(self.segments, "first")
         for part, data in zip(parts, _cut(parts, "first", buffer), strict=True):
-            self.sent.first += self.peers.all_reduce(data.view(_value_type(part[0].first)))
+            self.sent.first += self._all_reduce(data.view(_value_type(part[0].first)))
         self._decode(self.segments, "first", buffer, first_seed, flat)
 
     def _one_phase(self, flat: Tensor, seed: int, residuals: Residuals | None) -> None:
         size, rank = self.peers.size, self.peers.rank
-        own = encode(self.segments, "first", flat, rank_seed(seed, "first", rank), residuals)
-        received = self.peers.exchange([own] * size, [own.numel()] * size)
+        own = self._encode(self.segments, "first", flat, rank_seed(seed, "first", rank), residuals)
+        received = self._exchange(self.peers, [own] * size, [own.numel()] * size)
         self.sent.first += (size - 1) * own.numel()
         self._sum(self.segments, received, [rank_seed(seed, "first", r) for r in range(size)], flat)
 
@@ -171,7 +176,7 @@ class MeanExchange:
         peers = self.peers
         runs = [[s for s in self.segments if s.owner == rank] for rank in range(peers.size)]
         mine = self._owned_means(runs, peers, flat, seed, residuals)
-        received = peers.exchange([mine] * peers.size, [_nbytes(run, "second") for run in runs])
+        received = self._exchange(peers, [mine] * peers.size, [_nbytes(run, "second") for run in runs])
         self.sent.second += (peers.size - 1) * mine.numel()
         for run, data in zip(runs, received, strict=True):
             self._decode_means(run, data, seed, flat)
@@ -183,8 +188,9 @@ class MeanExchange:
         runs = [[[s for s in part if s.owner // node.size == n] for n in range(across.size)] for part in parts]
         self._inside_mean(parts, node, flat)
         own = self._owned_means(runs[node.rank], across, flat, seed, residuals)
-        part = torch.cat(across.exchange([own] * across.size, [_nbytes(run, "second") for run in runs[node.rank]]))
-        received = node.exchange([part] * node.size, [_nbytes(segments, "second") for segments in parts])
+        sizes = [_nbytes(run, "second") for run in runs[node.rank]]
+        part = torch.cat(self._exchange(across, [own] * across.size, sizes))
+        received = self._exchange(node, [part] * node.size, [_nbytes(segments, "second") for segments in parts])
         self.sent.second += (across.size - 1) * own.numel() + (node.size - 1) * part.numel()
         for data, by_node in zip(received, runs, strict=True):
             for run, message in zip(by_node, data.split([_nbytes(run, "second") for run in by_node]), strict=True):
@@ -197,7 +203,7 @@ class MeanExchange:
     ) -> Tensor:
         """Send every peer the segments that it owns, average those received, and return their second-leg payload."""
         self._average_owned(runs, peers, flat, [rank_seed(seed, "first", r) for r in peers.members], residuals)
-        return encode(runs[peers.rank], "second", flat, rank_seed(seed, "second", self.peers.rank), residuals)
+        return self._encode(runs[peers.rank], "second", flat, rank_seed(seed, "second", self.peers.rank), residuals)
 
     def _decode_means(self, run: Sequence[Segment], data: Tensor, seed: int, flat: Tensor) -> None:
         """Write the means that one owner sent."""
@@ -218,27 +224,45 @@ class MeanExchange:
         residuals: Residuals | None,
     ) -> None:
         """Send every peer its run of segments, in the first leg's codecs, and average those received for one's own."""
-        sends = [encode(run, "first", flat, seeds[peers.rank], residuals) for run in runs]
-        received = peers.exchange(sends, [sends[peers.rank].numel()] * peers.size)
+        sends = [self._encode(run, "first", flat, seeds[peers.rank], residuals) for run in runs]
+        received = self._exchange(peers, sends, [sends[peers.rank].numel()] * peers.size)
         self.sent.first += sum(send.numel() for r, send in enumerate(sends) if r != peers.rank)
         self._sum(runs[peers.rank], received, seeds, flat)
 
     def _sum(self, segments: Sequence[Segment], buffers: Sequence[Tensor], seeds: Sequence[int], flat: Tensor) -> None:
         """Write the mean of every rank's payload of these segments, in rank order."""
-        parts, weights = _parts(segments, "first"), [1.0 / len(buffers)] * len(buffers)
-        for part, *datas in zip(parts, *(_cut(parts, "first", buffer) for buffer in buffers), strict=True):
-            payloads = [_payload(part, "first", data, seed) for data, seed in zip(datas, seeds, strict=True)]
-            in_place = len(part) == 1 and flat.dtype == torch.float32
-            total = flat[part[0].slice] if in_place else torch.empty(payloads[0].shape, device=flat.device)
-            part[0].first.decode_sum(payloads, weights, total)
-            if not in_place:
-                _scatter(total, part, flat)
+        with self.timer.phase("decode"):
+            parts, weights = _parts(segments, "first"), [1.0 / len(buffers)] * len(buffers)
+            for part, *datas in zip(parts, *(_cut(parts, "first", buffer) for buffer in buffers), strict=True):
+                payloads = [_payload(part, "first", data, seed) for data, seed in zip(datas, seeds, strict=True)]
+                in_place = len(part) == 1 and flat.dtype == torch.float32
+                total = flat[part[0].slice] if in_place else torch.empty(payloads[0].shape, device=flat.device)
+                part[0].first.decode_sum(payloads, weights, total)
+                if not in_place:
+                    _scatter(total, part, flat)
 
     def _decode(self, segments: Sequence[Segment], leg: Leg, buffer: Tensor, seed: int, flat: Tensor) -> None:
         """Write what one message's payloads decode to."""
-        parts = _parts(segments, leg)
-        for part, data in zip(parts, _cut(parts, leg, buffer), strict=True):
-            _scatter(_payload(part, leg, data, seed).decode(), part, flat)
+        with self.timer.phase("decode"):
+            parts = _parts(segments, leg)
+            for part, data in zip(parts, _cut(parts, leg, buffer), strict=True):
+                _scatter(_payload(part, leg, data, seed).decode(), part, flat)
+
+    # ---- timed -------------------------------------------------------------------------------------------------------
+
+    def _encode(
+        self, segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, residuals: Residuals | None
+    ) -> Tensor:
+        with self.timer.phase("encode"):
+            return encode(segments, leg, flat, seed, residuals)
+
+    def _exchange(self, peers: Peers, sends: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        with self.timer.phase("exchange"):
+            return peers.exchange(sends, sizes)
+
+    def _all_reduce(self, values: Tensor) -> int:
+        with self.timer.phase("exchange"):
+            return self.peers.all_reduce(values)
 
 
 def encode(segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, residuals: Residuals | None) -> Tensor:

@@ -7,14 +7,17 @@ staged through the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fedq.collectives.peers import Peers
+from fedq.phases import PhaseTimer, clock_of
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,38 @@ class Moved:
     sizes: int = 0
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _waiting(method: Callable[Concatenate[Transport, P], R]) -> Callable[Concatenate[Transport, P], R]:
+    """Book a method's time as that of the exchange."""
+
+    @functools.wraps(method)
+    def timed(self: Transport, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.timer.phase("exchange"):
+            return method(self, *args, **kwargs)
+
+    return timed
+
+
 class Transport:
     """The process group as the rounds use it.
 
     Args:
         device: Where this rank's tensors live.
         group: A process group; None: the default group if there is one, otherwise a single rank.
+        timer: Told how long this rank waits for others and for the link; default: one of its own.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> None:
         self.device = torch.device(device)
+        self.timer = timer or PhaseTimer(clock_of(device))
         active = dist.is_available() and dist.is_initialized()
         self.group = group if group is not None or not active else dist.group.WORLD
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
@@ -44,6 +69,7 @@ class Transport:
         self.received = 0
         """Bytes of the buffers that came from other ranks to this one."""
 
+    @_waiting
     def gather(self, messages: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[list[Tensor]], Moved]:
         """Send this rank's messages to rank 0.
 
@@ -84,6 +110,7 @@ class Transport:
         self.received += crossed + 8 * sum(counts[1:])
         return [[m.to(self.device) for m in messages] for messages in received], Moved(crossed, 8 * sum(counts[1:]))
 
+    @_waiting
     def broadcast(self, message: Tensor | None) -> tuple[Tensor, Moved]:
         """Send a uint8 message of any size from rank 0 to all; return it on every rank, and the bytes that crossed."""
         if self.world_size == 1:
@@ -98,6 +125,7 @@ class Transport:
         self.received += (8 + nbytes) * (self.rank != 0)
         return buffer.to(self.device), Moved(nbytes * others, 8 * others)
 
+    @_waiting
     def exchange(self, sends: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Send a uint8 buffer to each rank and return what each sent, by rank; this rank's own moves nowhere.
 
@@ -115,6 +143,7 @@ class Transport:
         values.copy_(message.view(values.dtype))
         return moved
 
+    @_waiting
     def all_gather(self, values: Tensor) -> tuple[Tensor, Moved]:
         """Share one small tensor of equal size from each rank; return (world_size, ...) and the bytes that crossed."""
         if self.world_size == 1:
@@ -127,6 +156,7 @@ class Transport:
         shaped = out.view(values.dtype).view(self.world_size, *values.shape)
         return shaped.to(values.device), Moved(crossed)
 
+    @_waiting
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.group is not None:

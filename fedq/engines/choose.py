@@ -22,8 +22,6 @@ def make_engine(
     *,
     settings: Mapping[str, Any],
     deepspeed_config: Path | None = None,
-    log_with: str = "",
-    folder: Path | None = None,
 ) -> Engine:
     """Return DeepSpeed's engine if it started the job or a file of it is given, then Accelerate's, then torch's.
 
@@ -34,8 +32,6 @@ def make_engine(
         precision: Arithmetic of forward and backward.
         settings: Those of local training, by the names of their flags.
         deepspeed_config: DeepSpeed's configuration file.
-        log_with: Accelerate's trackers, separated by commas.
-        folder: The run's folder.
 
     Raises:
         FieldError: The library is missing, or a setting does nothing with this engine.
@@ -45,12 +41,9 @@ def make_engine(
     elif launcher == "accelerate":
         from fedq.engines.accelerate_engine import AccelerateEngine
 
-        names = [name.strip() for name in log_with.split(",") if name.strip()]
-        engine = AccelerateEngine(model, make_optimizer, precision, names, folder)
+        engine = AccelerateEngine(model, make_optimizer, precision)
     else:
         engine = TorchEngine(model, make_optimizer, precision)
-    if log_with and engine.name != "accelerate":
-        raise FieldError("log_with", log_with, "nothing, unless the job is started by accelerate launch")
     return engine
 
 

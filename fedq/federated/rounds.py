@@ -26,6 +26,7 @@ from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import Ledger, MessageParts
+from fedq.phases import PhaseTimer
 from fedq.wire import Frame
 
 _log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class FederatedRounds:
         beat: Called with words for what comes next, as a sign of life.
         exchange: How messages reach the server and its change everybody; default: by way of rank 0.
         has_start: Whether the replica is everybody's first model already, drawn from a seed.
+        timer: Told what training, encoding, decoding and the server take; default: the transport's.
     """
 
     def __init__(
@@ -127,8 +129,10 @@ class FederatedRounds:
         beat: Callable[[str], None] = lambda doing: None,
         exchange: Exchange | None = None,
         has_start: bool = False,
+        timer: PhaseTimer | None = None,
     ) -> None:
         self.transport = transport
+        self.timer = timer or transport.timer
         self.clients = clients
         self.server = server
         self.uplink = uplink
@@ -217,7 +221,8 @@ class FederatedRounds:
         self.beat(f"training clients {', '.join(str(client.number) for client in group)} in round {context.round}")
         try:
             parts, seeds = [client.indices for client in group], [client.local_seed(context) for client in group]
-            return train_stacked(training, self.replica, parts, lr=context.lr, seeds=seeds)
+            with self.timer.phase("compute"):
+                return train_stacked(training, self.replica, parts, lr=context.lr, seeds=seeds)
         except Exception:
             _log.exception("round %d: training side by side failed, now one by one", context.round)
             return []
@@ -228,15 +233,17 @@ class FederatedRounds:
         try:
             self.chaos.strike_client(context.round, client.number)
             if trained is None:
-                trained = client.train(self.replica, context)
+                with self.timer.phase("compute"):
+                    trained = client.train(self.replica, context)
             elif self.observe:  # it looks at the weights in the module
                 client.training.layout.unflatten_(trained.flat, client.training.model)
         except Exception as error:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
             return client.failure(error, context)
-        update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica)
-        self.chaos.spoil(update, context.round, client.number)
-        frame = client.message(update, trained, context, memory=self._memory(client.number, context))
+        with self.timer.phase("encode"):
+            update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica)
+            self.chaos.spoil(update, context.round, client.number)
+            frame = client.message(update, trained, context, memory=self._memory(client.number, context))
         if self.observe and self._is_root:
             self.observe(context, client.number, update, frame)
         return frame
@@ -245,18 +252,21 @@ class FederatedRounds:
         """Aggregate and step, where a server is; the change is None if no client remained."""
         assert self.server is not None
         layout = self.exchange.part(self.uplink.at(context.round))
-        outcome = aggregate(
-            layout,
-            [frame for _, frame in ranked],
-            self.replica.device,
-            min_cohort=self.min_cohort,
-            norm_limit=self.norm_limit,
-            facts=self.exchange,
-        )
+        with self.timer.phase("decode"):
+            outcome = aggregate(
+                layout,
+                [frame for _, frame in ranked],
+                self.replica.device,
+                min_cohort=self.min_cohort,
+                norm_limit=self.norm_limit,
+                facts=self.exchange,
+            )
         change = None
         if outcome.mean is not None:
-            self.server.step(layout.to_change_(outcome.mean, self.replica))
-            change = self.server.change(self.replica, context)
+            with self.timer.phase("server"):
+                self.server.step(layout.to_change_(outcome.mean, self.replica))
+            with self.timer.phase("encode"):
+                change = self.server.change(self.replica, context)
         return RoundResult(ranked, outcome.left_out, outcome.clipped), change
 
     def _apply(self, change: Frame | None, context: RoundContext) -> None:
@@ -269,5 +279,6 @@ class FederatedRounds:
     def _take(self, change: Frame | None) -> MessageParts:
         """Apply a change to the replica and return its bytes."""
         assert change is not None
-        apply_change(self.downlink, change, self.replica)
+        with self.timer.phase("decode"):
+            apply_change(self.downlink, change, self.replica)
         return message_parts(self.downlink, change)

@@ -24,6 +24,7 @@ from fedq.hooks.exchange import GradScale, StepExchange
 from fedq.hooks.powersgd import PowerSGDExchange
 from fedq.hooks.powersgd_options import PowerSGDOptions, is_powersgd
 from fedq.hooks.state import StepState
+from fedq.phases import PhaseTimer
 
 __all__ = [
     "PowerSGDExchange",
@@ -85,6 +86,7 @@ def step_state(
     ranks_per_node: int = 1,
     seed: int = 0,
     grad_scaler: GradScale | None = None,
+    timer: PhaseTimer | None = None,
 ) -> StepExchange:
     """Return what averages a module's gradients: in the codes of two legs, or by PowerSGD.
 
@@ -103,6 +105,7 @@ def step_state(
         seed: Of rotation, index choice and rounding noise; the same on all ranks.
         grad_scaler: The scaler of float16 training, so that residuals are kept unscaled; or a function that returns
             the factor by which gradients are scaled now.
+        timer: Told what encoding, waiting and decoding take; default: one of its own.
 
     Raises:
         FieldError: A codec, schedule or option that cannot be used.
@@ -119,6 +122,7 @@ def step_state(
             ranks_per_node=ranks_per_node,
             seed=seed,
             grad_scaler=grad_scaler,
+            timer=timer,
         )
     given = (
         ("second", second, None, "no codec for the second leg under powersgd: Q travels there, in float32"),
@@ -128,7 +132,8 @@ def step_state(
     for field, value, default, allowed in given:
         if value != default:
             raise FieldError(field, value, allowed)
-    return PowerSGDExchange(module, peers, PowerSGDOptions.parse(str(spec)), seed=seed, grad_scaler=grad_scaler)
+    options = PowerSGDOptions.parse(str(spec))
+    return PowerSGDExchange(module, peers, options, seed=seed, grad_scaler=grad_scaler, timer=timer)
 
 
 def compressed_mean_hook(state: StepExchange, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from fedq.collectives import Sent
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.hooks.lane import Lane, Promise, Work, on_stream
+from fedq.phases import BesideTimer, PhaseTimer, clock_of
 
 Key = TypeVar("Key", bound=Hashable)
 GradScale = torch.amp.GradScaler | Callable[[], float | Tensor]
@@ -28,18 +30,31 @@ class StepExchange(ABC):
         module: The module, without DDP around it; its trainable parameters are meant.
         peers: The ranks that take part.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
+        timer: Told what encoding, waiting and decoding take; default: one of its own.
     """
 
     feedback: bool
     """Whether what is lost in a step is added to the next."""
 
-    def __init__(self, module: nn.Module, peers: Peers, grad_scaler: GradScale | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        peers: Peers,
+        grad_scaler: GradScale | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> None:
         self.peers = peers
+        self.timer = timer or PhaseTimer(clock_of(next(module.parameters()).device))
         self._lane = Lane(peers.group) if not peers.is_nccl else None
         self.grad_scaler = grad_scaler
         self._params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         self._names = list(self._params)
         self._number: dict[Tensor, int] = {param: number for number, param in enumerate(self._params.values())}
+
+    @cached_property
+    def beside(self) -> BesideTimer:
+        """What times the work that is done while the backward pass goes on."""
+        return self.timer.beside()
 
     @property
     @abstractmethod

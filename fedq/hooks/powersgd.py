@@ -28,6 +28,7 @@ from fedq.hooks.exchange import GradScale, StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, views_of
 from fedq.hooks.lane import Promise
 from fedq.hooks.powersgd_options import PowerSGDOptions
+from fedq.phases import PhaseTimer, Timer
 
 SCHEMA_VERSION = 1
 _MIN_SAVING = 2  # torch's default: a matrix that would not shrink at least so much travels as it is
@@ -70,6 +71,7 @@ class PowerSGDExchange(StepExchange):
         options: Rank and start.
         seed: Of the first Q; the same on all ranks.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
+        timer: Told what the exchange takes, of which the arithmetic of torch's hook is a part.
     """
 
     feedback = True
@@ -82,8 +84,9 @@ class PowerSGDExchange(StepExchange):
         *,
         seed: int = 0,
         grad_scaler: GradScale | None = None,
+        timer: PhaseTimer | None = None,
     ) -> None:
-        super().__init__(module, peers, grad_scaler)
+        super().__init__(module, peers, grad_scaler, timer)
         self.options = options
         self._seed = seed % 2**32
         self._sent = Sent()
@@ -130,6 +133,7 @@ class PowerSGDExchange(StepExchange):
         grads = dict(zip(numbers, bucket.gradients(), strict=True))
         part = _Part(bucket.buffer(), grads, Promise(bucket.buffer().device))
         self._buckets.append(part)
+        self.beside.submitted(is_first=bucket.index() == 0, is_last=bucket.is_last())
         if bucket.is_last():
             parts, self._buckets = self._buckets, []
             self._enqueue(lambda: self._mean_of_buckets(parts), [p.promise for p in parts], part.buffer.device)
@@ -142,8 +146,9 @@ class PowerSGDExchange(StepExchange):
                 place.zero_()
         places = [self._run.views[number] for number in grads]
         torch._foreach_copy_(places, list(grads.values()))
-        self._mean(self._run.buffer)
+        self._mean(self._run.buffer, self.beside)
         torch._foreach_copy_(list(grads.values()), places)
+        self.beside.finished()
         return [part.buffer for part in parts]
 
     @torch.no_grad()
@@ -152,7 +157,7 @@ class PowerSGDExchange(StepExchange):
         if self.peers.size == 1:
             self._torch.iter += 1
             return
-        self._mean(self._run.load())
+        self._mean(self._run.load(), self.timer)
         self._run.store()
 
     @cached_property
@@ -162,10 +167,11 @@ class PowerSGDExchange(StepExchange):
         buffer = torch.zeros(sum(self.numels.values()), device=params[0].device)
         return GradientRun(range(len(params)), params, buffer, keep_strides=False)
 
-    def _mean(self, flat: Tensor) -> None:
+    def _mean(self, flat: Tensor, timer: Timer) -> None:
         if self.peers.size == 1:
             self._torch.iter += 1
-        else:
+            return
+        with timer.phase("exchange"):
             self._unscaled(flat, self._average)
 
     def _average(self, flat: Tensor) -> None:

@@ -21,6 +21,7 @@ from fedq.hooks.exchange import GradScale, StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, gradient_runs
 from fedq.hooks.lane import Promise
 from fedq.layout import exempt_codec
+from fedq.phases import PhaseTimer, Timer
 
 SCHEMA_VERSION = 1
 
@@ -38,6 +39,7 @@ class StepState(StepExchange):
         ranks_per_node: Consecutive ranks that share a node.
         seed: Of everything random.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
+        timer: Told what encoding, waiting and decoding take.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class StepState(StepExchange):
         ranks_per_node: int = 1,
         seed: int = 0,
         grad_scaler: GradScale | None = None,
+        timer: PhaseTimer | None = None,
     ) -> None:
-        super().__init__(module, peers, grad_scaler)
+        super().__init__(module, peers, grad_scaler, timer)
         chosen = codec(spec), codec(spec if second is None else second)
         self.feedback = any(c.wants_feedback for c in chosen) if feedback is None else feedback
         first, other = (c.resolved(feedback=self.feedback) for c in chosen)
@@ -95,8 +98,16 @@ class StepState(StepExchange):
         buffer, step = bucket.buffer(), self._step
         self._step += bucket.is_last()
         exchange = self._exchange([self._number[param] for param in bucket.parameters()])
-        promise = Promise(buffer.device)
-        self._enqueue(lambda: [self._mean(exchange, buffer, step)], [promise], buffer.device)
+        promise, is_last = Promise(buffer.device), bucket.is_last()
+        self.beside.submitted(is_first=bucket.index() == 0, is_last=is_last)
+
+        def work() -> list[Tensor]:
+            mean = self._mean(exchange, buffer, step, self.beside)
+            if is_last:
+                self.beside.finished()
+            return [mean]
+
+        self._enqueue(work, [promise], buffer.device)
         return promise.future
 
     @torch.no_grad()
@@ -106,14 +117,15 @@ class StepState(StepExchange):
         if self.peers.size == 1:
             return
         for run in self._runs:
-            self._mean(self._exchange(run.numbers), run.load(), step)
+            self._mean(self._exchange(run.numbers), run.load(), step, self.timer)
             run.store()
 
     @cached_property
     def _runs(self) -> list[GradientRun]:
         return gradient_runs(list(self._params.values()))  # type: ignore[arg-type]
 
-    def _mean(self, exchange: MeanExchange, buffer: Tensor, step: int) -> Tensor:
+    def _mean(self, exchange: MeanExchange, buffer: Tensor, step: int, timer: Timer) -> Tensor:
+        exchange.timer = timer
         residuals = self.residuals if self.feedback else None
         seed = (self.seed << 32) + step
         return self._unscaled(buffer, lambda values: exchange.run(values, seed=seed, residuals=residuals))

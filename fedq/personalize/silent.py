@@ -36,7 +36,9 @@ class SilentRounds(FederatedRounds):
         self.beat(f"training client {client.number} in round {context.round}")
         try:
             self.chaos.strike_client(context.round, client.number)
-            return client.report(client.train(self.replica, context), context)
+            with self.timer.phase("compute"):
+                trained = client.train(self.replica, context)
+            return client.report(trained, context)
         except Exception as error:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
             return client.failure(error, context)

@@ -31,6 +31,7 @@ from fedq.runfolder.tables import (
     histogram,
     histogram_schema,
     personal_schema,
+    phase_schema,
 )
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class RunFolder:
         self._clients = ParquetRows(path / "clients.parquet", client_schema())
         self._histograms = ParquetRows(path / "histograms.parquet", histogram_schema())
         self._centres = ParquetRows(path / "centres.parquet", centre_schema(), is_optional=True)
-        self._tables = (self._clients, self._histograms, self._centres)
+        self._phases = ParquetRows(path / "phases.parquet", phase_schema(), is_optional=True)
+        self._tables = (self._clients, self._histograms, self._centres, self._phases)
         self._tensorboard: SummaryWriter | None = None
         self._flushed_round = 0
         self._purge_step: int | None = None
@@ -189,6 +191,15 @@ class RunFolder:
                 (weights that it stands for).
         """
         self._centres.extend(rows)
+
+    def log_phases(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to `phases.parquet`.
+
+        Args:
+            rows: One dict a rank and phase of a round: `round`, `rank`, `phase`, `seconds` (in it, or waiting for it),
+                `hidden_seconds` (beside computation) and `calls`.
+        """
+        self._phases.extend(rows)
 
     def write_personal(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `personal.parquet`: how each client's own model did.
@@ -314,6 +325,9 @@ class NullRunFolder:
         """Do nothing."""
 
     def log_centres(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+    def log_phases(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Do nothing."""
 
     def write_personal(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -118,6 +118,16 @@ def centre_schema() -> pa.Schema:
     return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
 
 
+def phase_schema() -> pa.Schema:
+    """Return the columns of `phases.parquet`: one row a round, rank and phase; seconds are those waited for."""
+    import pyarrow as pa
+
+    kinds = {"round": pa.int32(), "rank": pa.int32(), "phase": pa.string()}
+    kinds |= {"seconds": pa.float64(), "hidden_seconds": pa.float64(), "calls": pa.int64()}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
+    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
 def histogram_schema() -> pa.Schema:
     """Return the columns of `histograms.parquet`."""
     import pyarrow as pa

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from fedq.federated.rounds import assign
 from fedq.kernels import derive_seed
 from fedq.report import round_progress
 from fedq.trainers.job import Job
-from fedq.trainers.records import accuracy_text, book_metrics, client_row, finish
+from fedq.trainers.records import accuracy_text, book_metrics, client_row, finish, log_phases
 
 
 def run_alone(job: Job) -> dict[str, Any]:
@@ -64,25 +65,35 @@ def rounds_alone(
         can_stop: Whether the target accuracy counts after a round.
 
     Returns:
-        Of the summary: ``rounds``, ``best_val_accuracy`` and ``seconds_per_round``.
+        Of the summary: ``rounds``, ``best_val_accuracy``, ``seconds_per_round`` and ``seconds_by_phase``.
     """
     run, begin = job.config.run, time.perf_counter()
-    best_val, num_rounds = 0.0, 0
+    best_val, num_rounds, spent = 0.0, 0, Counter[str]()
+    job.timer.take()  # the start is no round's
     with round_progress(run.rounds, job.is_root) as progress:
         for number in range(run.rounds):
             job.watch.beat(f"training in round {number}")
-            train(number)
+            with job.timer.phase("compute"):
+                train(number)
+            job.trace.stop()
             num_rounds = number + 1
             if num_rounds % run.eval_every and num_rounds != run.rounds:
                 continue
             job.watch.beat(f"evaluating round {number}")
-            val_accuracy = evaluate(number)
+            with job.timer.phase("evaluation"):
+                val_accuracy = evaluate(number)
+            spent.update(log_phases(job, number))
             best_val = max(best_val, val_accuracy)
             progress.update(num_rounds, accuracy_text(val_accuracy).rstrip(", "))
             if can_stop(number) and run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
                 break
     seconds_per_round = (time.perf_counter() - begin) / num_rounds
-    return {"rounds": num_rounds, "best_val_accuracy": best_val, "seconds_per_round": seconds_per_round}
+    return {
+        "rounds": num_rounds,
+        "best_val_accuracy": best_val,
+        "seconds_per_round": seconds_per_round,
+        "seconds_by_phase": dict(spent),
+    }
 
 
 def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:

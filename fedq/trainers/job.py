@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from fedq.config import Config, RunConfig, parse_lr_schedule
 from fedq.configfile import config_dict, load_config
 from fedq.data import Dataset, load_dataset
 from fedq.engines import Engine, Precision, choose_precision, make_engine
-from fedq.engines.accelerate_engine import AccelerateEngine, Trackers
+from fedq.engines.accelerator import Trackers
 from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
@@ -37,10 +38,13 @@ from fedq.ledger import Ledger
 from fedq.lowbit import use_few_bits
 from fedq.lowbit.update import use_binary_updates
 from fedq.models import build_model
+from fedq.phases import PhaseTimer, clock_of
 from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
 from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
 from fedq.trainers.allocator import keep_freed_memory
+from fedq.trainers.interfaces import InterfaceCount
+from fedq.trainers.profiling import StepTrace
 from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
@@ -70,6 +74,12 @@ class Job:
     watch: Watch
     start: int
     """How often the run was started before."""
+    timer: PhaseTimer
+    """Where this rank's time goes."""
+    trace: StepTrace
+    """The profiler's, where one is wanted."""
+    interfaces: InterfaceCount
+    """What the machines' network interfaces have sent since this start."""
 
     @property
     def is_root(self) -> bool:
@@ -111,6 +121,7 @@ class Job:
             "aggregate": config.exchange.aggregate,
             "server": config.exchange.server,
             "seed": config.run.seed,
+            "command": command(runtime),
             "git_commit": git_commit(Path(fedq.__file__).parent),
             **environment_info(),
             **results,
@@ -133,7 +144,11 @@ def open_job(config: Config) -> Iterator[Job]:
             dataset = _load(config, runtime)
             if runtime.is_root:
                 print_header([f"{dataset.description} | {runtime.note}"])
-            yield _job(config, runtime, folder, dataset, started, path, watch, start)
+            job = _job(config, runtime, folder, dataset, started, path, watch, start)
+            try:
+                yield job
+            finally:
+                job.trace.stop()
 
 
 def _open_folder(config: Config) -> RunFolder:
@@ -180,11 +195,23 @@ def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
         return f"stopped by {cause}; a run with --exchange none has no checkpoints, so start it again"
     finished = Checkpoints(path / "checkpoints").numbers()
     after = f"after round {finished[-1]}" if finished else "before the first round was finished"
-    local = runtime.local_world_size
-    torchrun = f"torchrun --nproc-per-node {local}"  # works whatever the job was started by
-    by_name = {"python": "python", "srun": "srun python", "deepspeed": f"deepspeed --num_accelerators {local}"}
-    launcher = by_name.get(runtime.launcher, torchrun)
-    return f"stopped by {cause} {after}; go on with: {launcher} {sys.argv[0]} --resume {path}"
+    return f"stopped by {cause} {after}; go on with: {shlex.join([*_launcher(runtime), sys.argv[0]])} --resume {path}"
+
+
+def command(runtime: Runtime) -> str:
+    """Return the command that does what this process was started for, on one machine."""
+    return shlex.join([*_launcher(runtime), *sys.argv])
+
+
+def _launcher(runtime: Runtime) -> list[str]:
+    local = str(runtime.local_world_size)
+    by_name = {
+        "python": ["python"],
+        "srun": ["srun", "python"],
+        "deepspeed": ["deepspeed", "--num_accelerators", local],
+    }
+    torchrun = ["torchrun", "--nproc-per-node", local]  # works whatever the job was started by
+    return by_name.get(runtime.launcher, torchrun)
 
 
 def _name(config: Config) -> str:
@@ -230,7 +257,9 @@ def _job(
     on_device = data.to(runtime.device) if _fits(data, config) else data
     precision = choose_precision(config.local.precision, runtime.device)
     model = make_model(config, config.local.model, data, runtime.device, precision)
-    transport = Transport(runtime.device)
+    timer = PhaseTimer(clock_of(runtime.device))
+    transport = Transport(runtime.device, timer=timer)
+    trace = StepTrace(config.run.profile, path, runtime.rank, runtime.device, timer)
     engine = make_engine(
         runtime.launcher,
         model,
@@ -238,11 +267,9 @@ def _job(
         precision,
         settings=asdict(config.local),
         deepspeed_config=config.run.deepspeed_config,
-        log_with=config.run.log_with,
-        folder=path,
     )
-    if isinstance(engine, AccelerateEngine) and config.run.log_with:
-        folder.follow(Trackers(engine.accelerator, config_dict(config)))
+    if config.run.log_with:
+        folder.follow(Trackers(config.run.log_with, runtime.device, path, config_dict(config)))
     return Job(
         config=config,
         runtime=runtime,
@@ -251,7 +278,7 @@ def _job(
         parts=parts,
         label_counts=label_counts(labels, parts, data.num_classes),
         model=model,
-        training=_training(config, on_device, model, precision, watch.beat, engine),
+        training=_training(config, on_device, model, precision, _each(watch.beat, trace.step), engine),
         evaluator=Evaluator(data.mean, data.std, precision, transport),
         transport=transport,
         ledger=Ledger(),
@@ -259,6 +286,9 @@ def _job(
         path=path,
         watch=watch,
         start=start,
+        timer=timer,
+        trace=trace,
+        interfaces=InterfaceCount(transport),
     )
 
 
@@ -304,6 +334,14 @@ def _training(
         beat=beat,
         engine=engine,
     )
+
+
+def _each(*actions: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        for action in actions:
+            action()
+
+    return call
 
 
 def _report_small_clients(parts: list[Tensor], batch_size: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fedq.data import Split
 from fedq.report import round_progress
 from fedq.trainers.job import Job
-from fedq.trainers.records import evaluate, progress_text
+from fedq.trainers.records import compare_interfaces, evaluate, log_phases, progress_text
 from fedq.trainers.state import JobState
 
 Log = Callable[[dict[str, Any]], None]
@@ -34,6 +34,7 @@ def run_to_the_end(
     """
     run, so_far = job.config.run, state.so_far
     setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
+    job.timer.take()  # the start is no round's
     with round_progress(run.rounds, job.is_root, noun=noun) as progress:
         while not so_far.is_done(run):
             _run_and_evaluate(job, state, run_one, noun, measure)
@@ -44,7 +45,8 @@ def run_to_the_end(
                     state.save()
             progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
     job.watch.beat("testing")
-    test_loss, test_accuracy = measure(job, job.dataset.test, so_far.num_rounds - 1)
+    with job.timer.phase("evaluation"):
+        test_loss, test_accuracy = measure(job, job.dataset.test, so_far.num_rounds - 1)
     return {
         "rounds": so_far.num_rounds,
         "test_accuracy": test_accuracy,
@@ -54,6 +56,8 @@ def run_to_the_end(
         "seconds": seconds_before + time.perf_counter() - job.started,
         "seconds_setup": setup_s,
         "seconds_per_round": so_far.seconds_in_rounds / so_far.num_rounds,
+        "seconds_by_phase": so_far.seconds_by_phase,
+        "interface": compare_interfaces(job, so_far.num_rounds - 1),
     }
 
 
@@ -65,9 +69,13 @@ def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], 
     metrics: dict[str, Any] = {"lr": job.lr(number)}
     if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
         job.watch.beat(f"evaluating {noun} {number}")
-        metrics["val_loss"], metrics["val_accuracy"] = measure(job, job.dataset.val, number)
+        with job.timer.phase("evaluation"):
+            metrics["val_loss"], metrics["val_accuracy"] = measure(job, job.dataset.val, number)
         so_far.val_accuracy = metrics["val_accuracy"]
         so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
     seconds = time.perf_counter() - begin
     so_far.seconds_in_rounds += seconds
+    job.trace.stop()
+    for phase, spent in log_phases(job, number).items():
+        so_far.seconds_by_phase[phase] = so_far.seconds_by_phase.get(phase, 0.0) + spent
     log(metrics | {"seconds": seconds})

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from fedq.data import Split
 from fedq.errors import FieldError
 from fedq.federated.accounting import framing
 from fedq.federated.rounds import RoundResult
 from fedq.ledger import NO_CLIENT, MessageParts
 from fedq.lowbit import deployed_state_dict, few_bit_layers, pack
+from fedq.phases import PHASES
 from fedq.report import human_bytes
 from fedq.trainers.job import Job
 
@@ -45,9 +48,39 @@ def book_metrics(job: Job, nbytes: int, round: int) -> None:
 
 def evaluate(job: Job, split: Split, round: int) -> tuple[float, float]:
     """Return the loss and accuracy of the job's model as it is, on every rank, and book the shared sums."""
-    loss, accuracy, moved = job.evaluator.run(job.model, split)
+    with job.timer.phase("evaluation"):
+        loss, accuracy, moved = job.evaluator.run(job.model, split)
     book_metrics(job, moved.payload, round)
     return loss, accuracy
+
+
+def log_phases(job: Job, round: int) -> dict[str, float]:
+    """Share every rank's phases of a round and write them on rank 0; return the mean seconds over ranks by phase."""
+    spent = job.timer.take()
+    own = [[spent[name].seconds, spent[name].hidden, spent[name].calls] for name in PHASES]
+    shared, moved = job.transport.all_gather(torch.tensor(own, dtype=torch.float64))
+    book_metrics(job, moved.payload, round)
+    rows = [
+        {
+            "round": round,
+            "rank": rank,
+            "phase": name,
+            "seconds": seconds,
+            "hidden_seconds": hidden,
+            "calls": int(calls),
+        }
+        for rank, phases in enumerate(shared.tolist())
+        for name, (seconds, hidden, calls) in zip(PHASES, phases, strict=True)
+    ]
+    job.folder.log_phases(rows)
+    return dict(zip(PHASES, shared[..., 0].mean(dim=0).tolist(), strict=True))
+
+
+def compare_interfaces(job: Job, round: int) -> dict[str, Any] | None:
+    """Return on rank 0 what the interfaces sent beside what was counted, since this start, as the summary has it."""
+    compared, told = job.interfaces.total(job.ledger.since_start().wire)
+    book_metrics(job, told, round)
+    return compared
 
 
 def finish(job: Job, **results: Any) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Progress:
     seconds: float = 0.0
     """Seconds of the job, those of stopped processes included."""
     seconds_in_rounds: float = 0.0
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    """Of the rounds, mean over ranks."""
 
     def is_done(self, run: RunConfig) -> bool:
         """Whether the last round or the target accuracy is reached."""

@@ -48,6 +48,7 @@ def _options(job: Job) -> dict[str, Any]:
         "schedule": exchange.schedule,
         "ranks_per_node": runtime.local_world_size if several_nodes else 1,
         "seed": derive_seed(job.config.run.seed, "gradients"),
+        "timer": job.timer,
     }
 
 
@@ -69,7 +70,8 @@ def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -
     training.steps_by.set_lr(job.lr(number))
     generator = seeded(derive_seed(job.config.run.seed, "local", number, job.runtime.rank))
     indices = epoch_indices(job, number)
-    passed = training.train(indices, training.index_batches(len(indices), generator), generator)
+    with job.timer.phase("compute"):
+        passed = training.train(indices, training.index_batches(len(indices), generator), generator)
     job.watch.beat(f"sharing statistics of epoch {number}")
     book_peer(job, number, statistics_parts(share_statistics(job)))
     rows = _share_totals(job, passed, shared, number)
