@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
 
 
 def _command(name: str, argv: Sequence[str]) -> int:
-    """Do what is no training: `fedq runs`, `doctor`, `figures`, `convert` or `inspect`."""
+    """Do what is no training: one of `_COMMANDS`, as `fedq NAME`."""
     try:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
     except FieldError as error:
@@ -196,7 +196,34 @@ def _inspect(argv: Sequence[str], program: str) -> int:
     return 0
 
 
-_COMMANDS = {"runs": _list_runs, "doctor": _examine, "figures": _draw_figures, "convert": _convert, "inspect": _inspect}
+def _sweep(argv: Sequence[str], program: str) -> int:
+    from fedq.sweep.command import main as sweep
+
+    return sweep(argv, program, lambda flags: validate(parse_args(flags, defaults=_DEFAULTS)))
+
+
+def _plan(argv: Sequence[str], program: str) -> int:
+    from fedq.planning.command import plan
+
+    return plan(argv, program)
+
+
+def _probe(argv: Sequence[str], program: str) -> int:
+    from fedq.planning.command import probe
+
+    return probe(argv, program)
+
+
+_COMMANDS = {
+    "sweep": _sweep,
+    "runs": _list_runs,
+    "doctor": _examine,
+    "figures": _draw_figures,
+    "convert": _convert,
+    "inspect": _inspect,
+    "plan": _plan,
+    "probe": _probe,
+}
 
 
 def _run(config: Config, ranks: Ranks) -> int:

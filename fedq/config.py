@@ -25,6 +25,8 @@ from fedq.lowbit import Binary, choose_quantizers
 from fedq.models import MODELS, build_model
 from fedq.personalize.settings import check_personal, check_quped
 
+AUTO = "auto"
+"""An uplink that is chosen before training starts, and is a codec from then on."""
 _OF_ROUNDS = {
     "clients": ("cohort", "min_cohort", "max_update_norm"),
     "local": ("local_epochs", "prox_mu", "side_by_side"),
@@ -113,7 +115,9 @@ class ExchangeConfig:
     exchange: Literal["round", "step", "none"] = "round"
     """round: federated rounds. step: gradients are averaged in every step. none: clients train alone."""
     uplink: str = "int4"
-    """Codec of the clients' updates: int4:block=256, sign, blocktopk:k=1,block=64; 'int4 sign@7': sign from round 7."""
+    """Codec of the clients' updates: int4:block=256, sign, blocktopk:k=1; 'int4 sign@7': sign from round 7; or auto."""
+    link: Path | None = None
+    """With --uplink auto: the link.json of `fedq probe` to choose by. Default: a few seconds' probe before training."""
     downlink: str = "int8"
     """Codec of the server's change to the model; with --exchange step of the second leg, from owners to all."""
     start: Literal["sent", "seed"] = "sent"
@@ -280,7 +284,12 @@ def validate(config: Config) -> None:
     parse_lr_schedule(config.local.lr_schedule)
     chaos(config.run.chaos)
     is_step = config.exchange.exchange == "step"
-    _check_codec("uplink", config.exchange.uplink, check_step_spec if is_step else codec_schedule)
+    if config.exchange.uplink == AUTO:
+        _check_auto(config)
+    else:
+        _check_codec("uplink", config.exchange.uplink, check_step_spec if is_step else codec_schedule)
+    if config.exchange.link is not None and config.exchange.uplink != AUTO:
+        raise FieldError("link", str(config.exchange.link), "left out, unless with --uplink auto")
     _check_codec("downlink", config.exchange.downlink, check_step_codec if is_step else codec)
     _check_mode(config)
     _check_lowbit(config)
@@ -349,6 +358,21 @@ def _check_mode(config: Config) -> None:
             value, default = (getattr(tree.exchange, name) for tree in (config, defaults))
             if value != default:
                 raise FieldError(name, value, "left out with --uplink powersgd, which has a second leg of its own")
+
+
+def _check_auto(config: Config) -> None:
+    """Refuse what leaves no codec to choose.
+
+    Raises:
+        FieldError: A job that sends no updates, or has codecs of its own.
+    """
+    for name, holds in (
+        ("--exchange none", config.exchange.exchange == "none"),
+        ("--algorithm fedbat", config.personal.algorithm == "fedbat"),
+        ("--sends weights", config.lowbit.sends == "weights"),
+    ):
+        if holds:
+            raise FieldError("uplink", AUTO, f"a codec, with {name}")
 
 
 def _check_lowbit(config: Config) -> None:

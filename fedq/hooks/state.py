@@ -93,6 +93,11 @@ class StepState(StepExchange):
             rows += [(name, "exempt" if exempt else part, nbytes) for part, nbytes in sections.items()]
         return rows
 
+    def segments(self) -> list[Segment]:
+        """Return the whole model's segments, with the rank that owns each."""
+        segments = self._segments(range(len(self._names)))
+        return [replace(segment, owner=self._owners[segment.key]) for segment in segments]
+
     def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Return the bucket's mean over all ranks as a future."""
         buffer, step = bucket.buffer(), self._step

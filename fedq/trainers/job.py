@@ -43,6 +43,7 @@ from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
 from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
 from fedq.trainers.allocator import keep_freed_memory
+from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
 from fedq.trainers.interfaces import InterfaceCount
 from fedq.trainers.profiling import StepTrace
 from fedq.trainers.watch import Watch
@@ -116,6 +117,7 @@ class Job:
             "algorithm": config.personal.algorithm,
             "exchange": config.exchange.exchange,
             "uplink": config.exchange.uplink,
+            "uplink_chosen_because": why_this_uplink(self.path),
             "downlink": "weights" if config.lowbit.server_sends == "weights" else config.exchange.downlink,
             "downlink_to": config.exchange.downlink_to,
             "aggregate": config.exchange.aggregate,
@@ -131,6 +133,7 @@ class Job:
 @contextmanager
 def open_job(config: Config) -> Iterator[Job]:
     """Set a job up and close its folder and process group afterwards."""
+    config = keep_choice(config)
     run = config.run
     with distributed(run.device, run.threads, timeout_s=run.timeout) as runtime:
         started = time.perf_counter()
@@ -245,7 +248,7 @@ def _job(
     watch: Watch,
     start: int,
 ) -> Job:
-    clients, labels = config.clients, data.train.labels
+    given, clients, labels = config, config.clients, data.train.labels
     if config.exchange.exchange == "step":  # every rank is a client
         clients = replace(clients, num_clients=runtime.world_size)
         config = replace(config, clients=clients)
@@ -257,6 +260,9 @@ def _job(
     on_device = data.to(runtime.device) if _fits(data, config) else data
     precision = choose_precision(config.local.precision, runtime.device)
     model = make_model(config, config.local.model, data, runtime.device, precision)
+    if is_auto(config):
+        config = choose_uplink(config, runtime, model, data, precision, path)
+        folder.write_config(config_dict(replace(given, exchange=config.exchange, run=replace(config.run, resume=None))))
     timer = PhaseTimer(clock_of(runtime.device))
     transport = Transport(runtime.device, timer=timer)
     trace = StepTrace(config.run.profile, path, runtime.rank, runtime.device, timer)
