@@ -174,6 +174,21 @@ def _draw_figures(argv: Sequence[str], program: str) -> int:
     return 0
 
 
+def _report(argv: Sequence[str], program: str) -> int:
+    """Write one HTML page of runs, with tables, figures and text: `fedq report RUN [RUN ...] --out DIR`."""
+    from fedq.report.page import write_report
+
+    parser = argparse.ArgumentParser(prog=program, description=_report.__doc__)
+    parser.add_argument("folder", type=Path, nargs="+", help="a run, or a folder of runs")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="where the files go")
+    parser.add_argument("--title", help="title of the page")
+    given = parser.parse_args(argv)
+    files = write_report(given.folder, given.out, title=given.title)
+    print(files.text.read_text(encoding="utf-8"))
+    print(f"{files.page}, beside it {len(files.tables)} tables and {len(files.figures)} pictures")
+    return 0
+
+
 def _examine(argv: Sequence[str], program: str) -> int:
     """Say what this machine offers, what serves, and what is missing: `fedq doctor`."""
     from fedq.doctor import main as examine
@@ -217,6 +232,7 @@ def _probe(argv: Sequence[str], program: str) -> int:
 _COMMANDS = {
     "sweep": _sweep,
     "runs": _list_runs,
+    "report": _report,
     "doctor": _examine,
     "figures": _draw_figures,
     "convert": _convert,

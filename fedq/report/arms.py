@@ -113,8 +113,9 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     settings in which arms differ.
     """
     settings = [_settings(run) for run in runs]
-    keys = dict.fromkeys([*_PLAIN, *settings[0]])
-    differing = [key for key in keys if len({repr(s.get(key)) for s in settings}) > 1]
+    keys = dict.fromkeys([*_PLAIN, *(key for own in settings for key in own)])
+    # A setting that a run does not have is newer than the run, which did what is its default now.
+    differing = [key for key in keys if len({repr(own[key]) for own in settings if key in own}) > 1]
     by_words: dict[str, list[Run]] = {}
     for run, own in zip(runs, settings, strict=True):
         by_words.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
@@ -142,10 +143,17 @@ def _settings(run: Run) -> dict[str, Any]:
         for name in ("data", "clients", "local", "exchange", "lowbit", "personal")
         for k, v in run.config.get(name, {}).items()
     }
-    flat |= {key: run.config["run"].get(key) for key in ("rounds",)}
+    flat["rounds"] = run.config.get("run", {}).get("rounds")
+    if run.algorithm in _ONE_MODEL:
+        idle = run.config.get("personal", {}).keys() - {"algorithm", "personal_test"}
+        flat = {key: value for key, value in flat.items() if key not in idle}
     for key in ("data_dir", "download", "aggregate", "schedule"):
         flat.pop(key, None)
     return flat
+
+
+_ONE_MODEL = ("fedavg", "fedbat", "local")
+"""Algorithms that the settings of personal models do not concern."""
 
 
 _PLAIN = ("weights", "uplink", "algorithm", "model", "partition")

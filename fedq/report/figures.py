@@ -52,14 +52,8 @@ def write_figures(paths: Sequence[Path], out: Path) -> list[str]:
         FieldError: No run is finished, matplotlib is missing, or the folder cannot be written.
     """
     arms = group(read_runs(paths))
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError:
-        raise FieldError("figures", "matplotlib", "installed: pip install matplotlib") from None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FieldError("out", str(out), f"a folder that can be written ({error.strerror})") from None
+    check_matplotlib()
+    make_folder(out)
     lines = []
     for kind in KINDS:
         rows = kind.rows(arms)
@@ -67,12 +61,28 @@ def write_figures(paths: Sequence[Path], out: Path) -> list[str]:
             lines.append(f"{kind.name}: left out, needs {kind.needs}")
             continue
         _write_csv(out / f"{kind.name}.csv", rows)
-        with _style():
+        with figure_style():
             figure = kind.draw(rows)
             for suffix in ("png", "svg"):
                 figure.savefig(out / f"{kind.name}.{suffix}", metadata={"Date": None} if suffix == "svg" else None)
         lines.append(f"{kind.name}: {out / kind.name}.png, .svg, .csv")
     return lines
+
+
+def check_matplotlib() -> None:
+    """Raise a `FieldError` if matplotlib is missing."""
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ImportError:
+        raise FieldError("figures", "matplotlib", "installed: pip install matplotlib") from None
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that files go to, with a `FieldError` if that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FieldError("out", str(out), f"a folder that can be written ({error.strerror})") from None
 
 
 def _write_csv(path: Path, rows: Rows) -> None:
@@ -83,7 +93,8 @@ def _write_csv(path: Path, rows: Rows) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
+    """Draw in the project's style inside a with statement."""
     from cycler import cycler
     from matplotlib import rc_context
 
@@ -112,7 +123,8 @@ def _grid(height: int, width: int, size: tuple[float, float]) -> tuple[Figure, A
     return figure, figure.subplots(height, width, sharex=True, squeeze=False)
 
 
-def _axes(size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
+def figure_axes(size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
+    """Return a figure and its only axes; size in inches."""
     figure, grid = _grid(1, 1, size)
     return figure, grid[0, 0]
 
@@ -148,7 +160,7 @@ def _bits_rows(arms: Sequence[Arm]) -> Rows:
 
 
 def _draw_bits(rows: Rows) -> Figure:
-    figure, axes = _axes()
+    figure, axes = figure_axes()
     for number, series in enumerate(sorted({row["series"] for row in rows})):
         own = [row for row in rows if row["series"] == series]
         colour = COLOURS[number % len(COLOURS)]
@@ -208,7 +220,7 @@ def _bytes_rows(arms: Sequence[Arm]) -> Rows:
 
 
 def _draw_bytes(rows: Rows) -> Figure:
-    figure, axes = _axes()
+    figure, axes = figure_axes()
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         own = [row for row in rows if row["arm"] == arm and row["megabytes"] > 0]
         x, mean, sd = ([row[key] for row in own] for key in ("megabytes", "val_accuracy_mean", "val_accuracy_sd"))
@@ -335,7 +347,7 @@ def _client_accuracies(run: Run) -> list[tuple[int, float]]:
 
 def _draw_clients(rows: Rows) -> Figure:
     names = list(dict.fromkeys(row["arm"] for row in rows))
-    figure, axes = _axes((6.4 + 0.04 * max(map(len, names)), 1.2 + 0.35 * len(names)))
+    figure, axes = figure_axes((6.4 + 0.04 * max(map(len, names)), 1.2 + 0.35 * len(names)))
     for place, name in enumerate(names):
         own = [row["test_accuracy"] for row in rows if row["arm"] == name]
         axes.plot(own, [place] * len(own), "o", color=COLOURS[0], alpha=0.35, markersize=5)
