@@ -13,6 +13,10 @@ import pytest
 import torch
 from distributed import run_group
 
+from fedq.cli import parse_args
+from fedq.config import Config, validate
+from fedq.sweep import read_plan, table
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -43,10 +47,10 @@ def test_the_readme_codec_example_runs_and_its_comment_is_true() -> None:
     assert scope["payload"].decode().shape == (512, 512)
 
 
-def test_the_interval_of_paired_differences_is_students(evidence: ModuleType) -> None:
+def test_the_interval_of_paired_differences_is_students() -> None:
     # mean 2, standard deviation 1, three seeds: half width t(0.975, 2) / sqrt(3) = 4.3027 / 1.7321 = 2.484
-    assert evidence.interval(np.array([1.0, 2.0, 3.0])) == "+2.00 ± 2.48"
-    assert evidence.interval(np.array([-0.5])) == "-0.50"
+    assert table.interval(np.array([1.0, 2.0, 3.0])) == "+2.00 ± 2.48"
+    assert table.interval(np.array([-0.5])) == "-0.50"
 
 
 def test_a_section_replaces_the_one_of_its_title_and_no_other(evidence: ModuleType, tmp_path: Path) -> None:
@@ -65,18 +69,22 @@ def test_what_a_person_wrote_about_a_table_stays(evidence: ModuleType, tmp_path:
     )
 
 
-def test_a_row_is_paired_with_the_first_arm(evidence: ModuleType) -> None:
+def test_a_row_is_paired_with_the_first_arm() -> None:
     def runs(*accuracies: float) -> list[dict]:
         bytes_ = {"uplink_bytes": 2_000_000, "downlink_bytes": 3_000_000, "uplink_bytes_fp32": 8_000_000}
         metrics = [{"uplink_bytes": n * 1_000_000, "val_accuracy": 0.1 * n} for n in (1, 2)]
-        return [{"test_accuracy": a, "seconds": 10.0, "metrics": metrics, **bytes_} for a in accuracies]
+        return [
+            {"test_accuracy": accuracy, "seed": seed, "seconds": 10.0, "metrics": metrics, **bytes_}
+            for seed, accuracy in enumerate(accuracies)
+        ]
 
     first = runs(0.5, 0.6)
-    assert evidence.row("fp32", first, first, []).startswith("| fp32 | 55.00 ± 7.07 |  | 2.0 | 4.0x | 3.0 | 10 |")
-    assert "| +1.00 ± 0.00 |" in evidence.row("int4", runs(0.51, 0.61), first, [])
-    assert evidence.row("int4", first, first, [0.5, 1.0, 9.0]).endswith("| 10 | - | 10.0 | 20.0 |")
+    assert table.row("fp32", first, first, []).startswith("| fp32 | 55.00 ± 7.07 |  | 2.0 | 4.0x | 3.0 | 10 |")
+    assert "| +1.00 ± 0.00 |" in table.row("int4", runs(0.51, 0.61), first, [])
+    assert table.row("int4", first, first, [0.5, 1.0, 9.0]).endswith("| 10 | - | 10.0 | 20.0 |")
+    assert "| +2.00 |" in table.row("int4", runs(0.51, 0.62)[1:], first, []), "the second seeds are a pair"
     silent = [run | {"uplink_bytes": 0, "uplink_bytes_fp32": 0} for run in first]
-    assert "| 0.0 | - | 3.0 |" in evidence.row("local", silent, first, [])
+    assert "| 0.0 | - | 3.0 |" in table.row("local", silent, first, [])
 
 
 def _ddp_example(rank: int) -> int:
@@ -95,14 +103,5 @@ def test_the_readme_ddp_example_runs() -> None:
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda plan: plan.name)
-def test_every_arm_of_a_plan_is_a_job_that_could_start(evidence: ModuleType, plan: Path) -> None:
-    import shlex
-
-    import yaml
-
-    from fedq.cli import parse_args
-    from fedq.config import Config, validate
-
-    loaded = evidence.Plan(**yaml.safe_load(plan.read_text()))
-    for arm in loaded.arms:
-        validate(parse_args(shlex.split(loaded.flags(arm, 0)), defaults=Config()))
+def test_every_arm_of_a_plan_is_a_job_that_could_start(plan: Path) -> None:
+    read_plan(plan, lambda flags: validate(parse_args(flags, defaults=Config())))

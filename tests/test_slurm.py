@@ -128,6 +128,17 @@ def test_a_sweep_ends_in_one_table(cluster: dict[str, str], tmp_path: Path) -> N
         assert float(row[4]) == pytest.approx(100 * summary(folder / row[0])["test_accuracy"], abs=0.005)
 
 
+def test_a_plan_is_an_array_of_its_runs(cluster: dict[str, str], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text('title: T\ncommon: "--rounds 2"\narms: {float32: "--uplink fp32", 1 bit: "--uplink sign"}\n')
+    env = cluster | {"PLAN": str(plan)}
+    with Job(env, tmp_path / "sweep", "sweep.sbatch", options=("--array=0-1",)) as job:
+        folder = job.finish()
+    assert [summary(folder / f"{arm}-seed0")["uplink"] for arm in ("float32", "1-bit")] == ["fp32", "sign"]
+    assert "| 1 bit |" in (folder / "comparison.md").read_text()
+    assert (folder / "report" / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "options", "words"),
     [
