@@ -71,7 +71,7 @@ class PowerSGDExchange(StepExchange):
         options: Rank and start.
         seed: Of the first Q; the same on all ranks.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
-        timer: Told what the exchange takes, of which the arithmetic of torch's hook is a part.
+        timer: Told what torch's hook takes: to its first message as encoding, from there as exchange.
     """
 
     feedback = True
@@ -101,6 +101,7 @@ class PowerSGDExchange(StepExchange):
         matrices = [_matrix(name, param, options.rank) for name, param in self._params.items()]
         self._matrices = {matrix.name: matrix for matrix in matrices if matrix is not None}
         self._buckets: list[_Part] = []
+        self._timer: Timer = self.timer
 
     @property
     def step(self) -> int:
@@ -171,21 +172,21 @@ class PowerSGDExchange(StepExchange):
         if self.peers.size == 1:
             self._torch.iter += 1
             return
-        with timer.phase("exchange"):
-            self._unscaled(flat, self._average)
+        self._timer = timer
+        self._unscaled(flat, self._average)
 
     def _average(self, flat: Tensor) -> None:
         """Run torch's hook on the flat gradient and count what it sent."""
         state = self._torch
         if state.iter < self.options.start:
-            torch_powersgd.powerSGD_hook(state, self._whole).wait()
+            self._run_hook()
             self._sent.first += self._ring(flat.numel())
             return
         if not state.q_memory_dict:
             self._begin()
         old_error, old_q = state.error_dict[_ONLY], state.q_memory_dict[_ONLY].clone()
         numel_before = state.total_numel_after_compression
-        torch_powersgd.powerSGD_hook(state, self._whole).wait()
+        self._run_hook()
         p, q = state.p_memory_dict[_ONLY], state.q_memory_dict[_ONLY]
         uncompressed = state.total_numel_after_compression - numel_before - p.numel() - q.numel()
         self._sent.first += self._ring(uncompressed) + self._ring(p.numel())
@@ -197,6 +198,12 @@ class PowerSGDExchange(StepExchange):
         self._forget_uncompressed()
         if (q == 0).any():
             self._revive(q, old_q)
+
+    def _run_hook(self) -> None:
+        with self._timer.phase("encode"):
+            exchanged = torch_powersgd.powerSGD_hook(self._torch, self._whole)
+        with self._timer.phase("exchange"):
+            exchanged.wait()
 
     def _begin(self) -> None:
         """Make error memory, P and Q; Q is what torch's hook would draw, without touching the generators of others."""

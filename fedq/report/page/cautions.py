@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedq.report.page.evidence import Evidence
-from fedq.report.page.study import SAME_TIME, Study, settings
+from fedq.report.page.study import SAME_TIME, Payoff, Study, settings
 from fedq.report.terminal import human_bytes, human_seconds
 
 LEVELS = ("error", "warning", "note")
@@ -23,6 +23,10 @@ ETHERNET_OVERHEAD = (14 + 20 + 32) / 1448
 """Headers (Ethernet, IPv4, TCP with timestamps) beside a full segment of 1,448 bytes."""
 LOOPBACK_OVERHEAD = (14 + 20 + 32) / 65483
 """The same beside a full segment on loopback, whose packets hold 65,535 bytes."""
+MESSAGE_OVERHEAD = 600
+"""At most, beside a message however small: headers, acknowledgements, and what Gloo announces (370 to 570 seen)."""
+_MESSAGES = {"fp32": 4, "fp16": 4, "bf16": 4, "powersgd": 12}
+"""Messages to a peer in one exchange: those of an all-reduce (PowerSGD has three); otherwise one."""
 
 _COMPARED = ("results", "learning", "tradeoff")
 
@@ -129,7 +133,7 @@ def _interfaces(study: Study) -> Iterator[Caution]:
         found = one.run.summary.get("interface")
         if not found or not found.get("counted"):
             continue
-        ratio, (low, high) = found["sent"] / found["counted"], interface_limits(found)
+        ratio, (low, high) = found["sent"] / found["counted"], interface_limits(found, num_messages(one))
         if not low <= ratio <= high:
             off.append(
                 f"{one.name}: {ratio:.4f} times the counted bytes, packet headers explain {low:.3f} to {high:.3f}"
@@ -139,13 +143,24 @@ def _interfaces(study: Study) -> Iterator[Caution]:
         yield Caution("warning", "interface", ("interface",), text)
 
 
-def interface_limits(interface: dict[str, Any]) -> tuple[float, float]:
+def num_messages(one: Evidence) -> int:
+    """Return how many messages a run's ranks exchanged, at most; 0 where its phases are not known."""
+    calls = sum(row["calls"] for row in one.phases if row["phase"] == "exchange")
+    codec = str(one.run.summary.get("uplink")).split(":")[0]
+    each = _MESSAGES.get(codec, 1) if one.exchange == "step" else 1
+    return int(calls * each * max(0, int(one.run.summary.get("world_size") or 1) - 1))
+
+
+def interface_limits(interface: dict[str, Any], messages: int = 0) -> tuple[float, float]:
     """Return between which ratios of sent to counted bytes headers explain the difference, to 1 %.
 
-    At least nothing, at most a header beside every full segment, and on Ethernet as many acknowledgements again.
+    At least nothing, at most a header beside every full segment, on Ethernet as many acknowledgements again, and
+    `MESSAGE_OVERHEAD` for each message.
     """
     names = {name for host in interface.get("hosts", []) for name in host.get("interfaces", {})}
     overhead = LOOPBACK_OVERHEAD if names <= {"lo"} else 2 * ETHERNET_OVERHEAD
+    if messages:
+        overhead += MESSAGE_OVERHEAD * messages / interface["counted"]
     return 1 - INTERFACE_TOLERANCE, 1 + overhead + INTERFACE_TOLERANCE
 
 
@@ -235,11 +250,19 @@ def _pays_in_time(study: Study) -> Iterator[Caution]:
             continue
         more = arm.seconds.mean / base.seconds.mean - 1
         if more > SAME_TIME:
-            limit = f"below {human_bandwidth(payoff.break_even)}" if payoff.break_even else "on no link"
-            slower.append(f"{arm.name} took {100 * more:.0f} % longer than {base.name} and pays {limit}")
+            slower.append(f"{arm.name} took {100 * more:.0f} % longer than {base.name}{_where(payoff)}")
     if slower:
         text = f"Compression did not pay in time where these runs were made: {'; '.join(slower)}."
         yield Caution("warning", "did not pay", ("results", "tradeoff"), text)
+
+
+def _where(payoff: Payoff) -> str:
+    """Return where an arm that lost time pays nevertheless."""
+    if payoff.break_even == 0:
+        return " and pays on no link"
+    if payoff.break_even is None or payoff.break_even == float("inf"):
+        return ", not by computing but in the exchange"
+    return f" and pays below {human_bandwidth(payoff.break_even)}"
 
 
 def _noisy(study: Study) -> Iterator[Caution]:
