@@ -32,7 +32,8 @@ from fedq.federated.fedbat import FedBatTraining
 from fedq.federated.lean_optim import lean
 from fedq.federated.partition import label_counts, partition
 from fedq.files import replace_file
-from fedq.kernels import derive_seed
+from fedq.hooks import is_powersgd
+from fedq.kernels import derive_seed, implementation
 from fedq.layout import Layout
 from fedq.ledger import Ledger
 from fedq.lowbit import use_few_bits
@@ -108,6 +109,7 @@ class Job:
             "backend": runtime.backend,
             "device": runtime.device.type,
             "precision": self.training.precision.name,
+            "kernels": implementation(runtime.device),
             "threads": torch.get_num_threads(),
             "num_clients": config.clients.num_clients,
             "cohort": config.cohort_size,
@@ -118,7 +120,7 @@ class Job:
             "exchange": config.exchange.exchange,
             "uplink": config.exchange.uplink,
             "uplink_chosen_because": why_this_uplink(self.path),
-            "downlink": "weights" if config.lowbit.server_sends == "weights" else config.exchange.downlink,
+            "downlink": _sent_back(config),
             "downlink_to": config.exchange.downlink_to,
             "aggregate": config.exchange.aggregate,
             "server": config.exchange.server,
@@ -128,6 +130,14 @@ class Job:
             **environment_info(),
             **results,
         }
+
+
+def _sent_back(config: Config) -> str:
+    """Return what travels on the second leg: PowerSGD has one of its own."""
+    if config.lowbit.server_sends == "weights":
+        return "weights"
+    is_own = config.exchange.exchange == "step" and is_powersgd(config.exchange.uplink)
+    return config.exchange.uplink if is_own else config.exchange.downlink
 
 
 @contextmanager
@@ -146,7 +156,9 @@ def open_job(config: Config) -> Iterator[Job]:
         with folder, Watch(runtime.rank, run.timeout, farewell) as watch:
             dataset = _load(config, runtime)
             if runtime.is_root:
-                print_header([f"{dataset.description} | {runtime.note}"])
+                kernels = implementation(runtime.device)
+                slow = " (slow: see fedq doctor)" if kernels == "reference" else ""
+                print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}"])
             job = _job(config, runtime, folder, dataset, started, path, watch, start)
             try:
                 yield job
