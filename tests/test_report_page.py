@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import itertools
 import json
 import re
@@ -459,7 +460,7 @@ def test_the_same_runs_give_the_same_tables(runs: list[Path], report: ReportFile
 def test_names_from_runs_are_text(timed: dict[str, Path], tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$x$ & \"'"
     run = timed["int4"].rename(tmp_path / "<img src=x onerror=alert(2)>-seed0")
-    with_summary(run, dataset=evil, model=evil, uplink=evil, server=evil, cpu=evil, command=["train.py", evil])
+    with_summary(run, dataset=evil, model=evil, uplink=evil, server=evil, cpu=evil, command=f"train.py {evil}")
     page = render_of(run, timed["fp32"])
     outline = _Outline()
     outline.feed(page)
@@ -507,6 +508,13 @@ def test_categories_of_an_axis_differ_and_fit(names: list[str]) -> None:
     labels = category_labels(names)
     assert len(set(labels)) == len(labels) == len(names)
     assert all(len(line) <= 20 for label in labels for line in label.split("\n"))
+
+
+def test_the_command_of_a_run_is_shown_as_it_was_given(runs: list[Path]) -> None:
+    (row,) = shown(runs[0])["runs"]
+    assert row["command"] == json.loads((runs[0] / "summary.json").read_text())["command"]
+    assert row["command"].startswith("python ")
+    assert row["command"] in html.unescape(render_of(runs[0]))
 
 
 def test_the_command(

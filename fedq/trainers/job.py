@@ -210,12 +210,18 @@ def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
         return f"stopped by {cause}; a run with --exchange none has no checkpoints, so start it again"
     finished = Checkpoints(path / "checkpoints").numbers()
     after = f"after round {finished[-1]}" if finished else "before the first round was finished"
-    return f"stopped by {cause} {after}; go on with: {shlex.join([*_launcher(runtime), sys.argv[0]])} --resume {path}"
+    return f"stopped by {cause} {after}; go on with: {shlex.join([*_launcher(runtime), *_program()])} --resume {path}"
 
 
 def command(runtime: Runtime) -> str:
     """Return the command that does what this process was started for, on one machine."""
-    return shlex.join([*_launcher(runtime), *sys.argv])
+    return shlex.join([*_launcher(runtime), *_program(), *sys.argv[1:]])
+
+
+def _program() -> list[str]:
+    """Return what Python or a launcher was told to run: a script, or ``-m`` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.argv[0]] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
 
 
 def _launcher(runtime: Runtime) -> list[str]:

@@ -119,11 +119,7 @@ def run_rows(study: Study) -> Rows:
 def command(one: Evidence) -> str:
     """Return the exact command of a run, or, where it was not recorded, one that does the same."""
     recorded = one.run.summary.get("command")
-    if recorded:
-        import shlex
-
-        return shlex.join(map(str, recorded))
-    return f"python train.py --config {one.name}/config.yaml --out NEW"
+    return str(recorded) if recorded else f"python train.py --config {one.name}/config.yaml --out NEW"
 
 
 def round_rows(study: Study) -> Rows:
