@@ -29,6 +29,8 @@ import torch.distributed as dist
 from evidence import replace_section
 from federated_task import hardware
 
+from fedq.runtime.interfaces import interface_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK, UNLIMITED = "none", "unlimited"
 _BUCKET = "burst 256kb latency 50ms"
@@ -193,7 +195,7 @@ class SentBytes:
         """Return the count once everybody's buffers are empty; every rank must call it."""
         dist.barrier()
         time.sleep(0.01)  # what a barrier waits for has left the process, but may still be queued
-        count = int(Path(f"/sys/class/net/{self._device}/statistics/tx_bytes").read_text())
+        count, _ = interface_bytes()[self._device]
         dist.barrier()
         return count // self._ranks
 

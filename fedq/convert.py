@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedq.config import Config
 from fedq.configfile import load_config
 from fedq.errors import FieldError
-from fedq.files import replace_file
+from fedq.files import replace_file, writable
 from fedq.lowbit.packed import PackedModel, pack_state
 from fedq.lowbit.packed_file import is_packed, load_packed, save_packed
 from fedq.lowbit.quantizers import Quantizer, quantizer
@@ -153,10 +153,8 @@ def _to_float(path: Path, out: Path) -> list[str]:
     packed = load_packed(path)
     state = packed.state_dict()
     data = save(state)
-    try:
+    with writable("out", out):
         replace_file(out, data)
-    except OSError as error:
-        raise FieldError("out", str(out), f"a file that can be written ({error.strerror})") from None
     return [f"{'tensors':<8} {len(state)}, {len(packed.weights)} of them with few-bit values, {human_bytes(len(data))}"]
 
 

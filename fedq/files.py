@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedq.errors import FieldError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -20,6 +22,15 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(field: str, path: Path) -> Iterator[None]:
+    """Turn an error of writing a file in the body into a `FieldError` that names the setting."""
+    try:
+        yield
+    except OSError as error:
+        raise FieldError(field, str(path), f"a file that can be written ({error.strerror})") from None
 
 
 def replace_file(path: Path, *parts: bytes | memoryview) -> None:

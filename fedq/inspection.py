@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedq.convert import add_choice_arguments, pack_file, read_tensors, refuse_choice
 from fedq.errors import FieldError
-from fedq.files import replace_file
+from fedq.files import replace_file, writable
 from fedq.lowbit.packed import PackedModel, PackedWeight, relative_error
 from fedq.lowbit.packed_file import is_packed, load_packed
 from fedq.report import human_bytes, print_header
@@ -194,7 +194,5 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    try:
+    with writable("csv", path):
         replace_file(path, text.getvalue().encode())
-    except OSError as error:
-        raise FieldError("csv", str(path), f"a file that can be written ({error.strerror})") from None

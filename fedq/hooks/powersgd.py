@@ -101,7 +101,6 @@ class PowerSGDExchange(StepExchange):
         matrices = [_matrix(name, param, options.rank) for name, param in self._params.items()]
         self._matrices = {matrix.name: matrix for matrix in matrices if matrix is not None}
         self._buckets: list[_Part] = []
-        self._timer: Timer = self.timer
 
     @property
     def step(self) -> int:
@@ -172,21 +171,20 @@ class PowerSGDExchange(StepExchange):
         if self.peers.size == 1:
             self._torch.iter += 1
             return
-        self._timer = timer
-        self._unscaled(flat, self._average)
+        self._unscaled(flat, lambda values: self._average(values, timer))
 
-    def _average(self, flat: Tensor) -> None:
+    def _average(self, flat: Tensor, timer: Timer) -> None:
         """Run torch's hook on the flat gradient and count what it sent."""
         state = self._torch
         if state.iter < self.options.start:
-            self._run_hook()
+            self._run_hook(timer)
             self._sent.first += self._ring(flat.numel())
             return
         if not state.q_memory_dict:
             self._begin()
         old_error, old_q = state.error_dict[_ONLY], state.q_memory_dict[_ONLY].clone()
         numel_before = state.total_numel_after_compression
-        self._run_hook()
+        self._run_hook(timer)
         p, q = state.p_memory_dict[_ONLY], state.q_memory_dict[_ONLY]
         uncompressed = state.total_numel_after_compression - numel_before - p.numel() - q.numel()
         self._sent.first += self._ring(uncompressed) + self._ring(p.numel())
@@ -199,10 +197,10 @@ class PowerSGDExchange(StepExchange):
         if (q == 0).any():
             self._revive(q, old_q)
 
-    def _run_hook(self) -> None:
-        with self._timer.phase("encode"):
+    def _run_hook(self, timer: Timer) -> None:
+        with timer.phase("encode"):
             exchanged = torch_powersgd.powerSGD_hook(self._torch, self._whole)
-        with self._timer.phase("exchange"):
+        with timer.phase("exchange"):
             exchanged.wait()
 
     def _begin(self) -> None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError
-from fedq.files import replace_file
+from fedq.files import replace_file, writable
 from fedq.lowbit.packed import PackedModel, PackedWeight, codes_nbytes, scales_shape
 from fedq.lowbit.quantizers import Quantizer, quantizer
 
@@ -77,10 +77,8 @@ def save_packed(model: PackedModel, path: Path) -> int:
         FieldError: A tensor of a type that the format does not have, or a file that cannot be written.
     """
     data = packed_bytes(model)
-    try:
+    with writable("file", path):
         replace_file(path, data)
-    except OSError as error:
-        raise FieldError("file", str(path), f"a file that can be written ({error.strerror})") from None
     return len(data)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedq.errors import FieldError
+from fedq.files import writable
 from fedq.planning import assumed
 from fedq.planning.advice import Advice, Option, advise, step_options
 from fedq.planning.cluster import Cluster
@@ -169,10 +170,8 @@ def probe(argv: Sequence[str], program: str) -> int:
 
 
 def _save(cluster: Cluster, path: Path) -> None:
-    try:
+    with writable("out", path):
         cluster.save(path)
-    except OSError as error:
-        raise FieldError("out", str(path), f"a file that can be written ({error.strerror})") from None
 
 
 def _positive(name: str, value: float) -> float:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fedq import phases
 from fedq.ledger import PARTS
 from fedq.report.page.curves import thinned
 from fedq.report.page.evidence import Evidence, Rows
@@ -19,7 +20,7 @@ MOST_VARIANTS = 16
 MOST_HISTOGRAMS = 36
 MOST_BINS = 128
 
-PHASES = ("compute", "encode", "exchange", "decode", "server", "evaluation", "other")
+PHASES = (*phases.PHASES, "other")
 _STAGES = {
     "weight": ("Weights", "the float weights before the round's exchange"),
     "deployed": ("Weights as deployed", "the few-bit values that the model computes with"),

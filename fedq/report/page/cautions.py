@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedq.planning.units import bandwidth_text
 from fedq.report.page.evidence import Evidence
 from fedq.report.page.study import SAME_TIME, Payoff, Study, settings
 from fedq.report.terminal import human_bytes, human_seconds
@@ -303,10 +304,7 @@ def human_bandwidth(bits_per_s: float | None) -> str:
     """Return bits a second in words: "40 Mbit/s", "2.5 Gbit/s"."""
     if bits_per_s is None or bits_per_s == float("inf"):
         return "any bandwidth"
-    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
-        if bits_per_s >= size:
-            return f"{bits_per_s / size:.3g} {unit}"
-    return f"{bits_per_s:.3g} bit/s"
+    return bandwidth_text(bits_per_s / 8)
 
 
 # ---- clients, test set ---------------------------------------------------------------------------------------------
