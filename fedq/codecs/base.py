@@ -234,6 +234,13 @@ class Codec(ABC):
         if data.numel() != expected:
             raise FieldError(f"{self.spec}:payload bytes", data.numel(), f"{expected} for shape {tuple(shape)}")
 
+    def check(self, data: Tensor, shape: Shape) -> None:
+        """Raise `FieldError` unless ``data`` is a payload that decodes to ``shape``, without decoding it."""
+        if math.prod(shape):
+            self.check_nbytes(data, shape)
+        elif data.numel():
+            raise FieldError(f"{self.spec}:payload bytes", data.numel(), f"none for shape {tuple(shape)}")
+
     @property
     def spec(self) -> str:
         """The codec as a spec string: its name and the options that differ from their defaults."""

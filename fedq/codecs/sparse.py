@@ -38,6 +38,12 @@ class Sparse(Planned):
     def _plan(self, shape: Shape) -> SparsePlan:
         return self.plan
 
+    def check(self, data: Tensor, shape: Shape) -> None:
+        """Raise `FieldError` unless ``data`` is a payload that decodes: of the right size, its positions in order."""
+        super().check(data, shape)
+        if data.numel():
+            kernels.check(self.plan, data, math.prod(shape))
+
     def _sections(self, shape: Shape, data: Tensor | None = None) -> dict[str, int]:
         plan, num = self.plan, math.prod(shape)
         kept = kernels.reference.sparse.num_kept(plan, num, data)

@@ -11,8 +11,11 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,6 +57,8 @@ __all__ = [
     "absmax",
     "bf16_bytes",
     "bf16_from_bytes",
+    "check",
+    "crc32c",
     "decode",
     "derive_seed",
     "elias_fano_decode",
@@ -110,12 +115,17 @@ def implementation(device: torch.device | str) -> str:
     return wanted
 
 
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
 def _why_missing(name: str) -> str:
     """Return in words why an implementation cannot serve, empty if it can."""
     if name == "reference":
         return ""
     try:
-        module = importlib.import_module(_MODULES[name])
+        module = _module(name)
     except ImportError as error:
         return str(error)
     reason: str = module.why_missing()
@@ -127,7 +137,7 @@ def _serving(device: torch.device, *plans: Plan, num: int, dtype: torch.dtype = 
     name = implementation(device)
     if name == "reference":
         return reference
-    module = importlib.import_module(_MODULES[name])
+    module = _module(name)
     return module if all(module.supports(plan, num, dtype) for plan in plans) else reference
 
 
@@ -189,6 +199,22 @@ def decode(plan: Plan, data: Tensor, num: int, *, seed: int, out: Tensor, weight
     _serving(data.device, plan, num=num).decode(plan, data, num, seed=seed, out=out, weight=weight)
 
 
+def check(plan: Plan, data: Tensor, num: int) -> None:
+    """Check what `decode` checks, without decoding; only the positions in a sparse payload can be wrong.
+
+    Args:
+        plan: As for `decode`.
+        data: The payload, of the size that the plan calls for.
+        num: Elements.
+
+    Raises:
+        FieldError: The payload does not decode.
+    """
+    _check("data", data, torch.uint8, data.device)
+    module = reference if data.is_cuda else _serving(data.device, plan, num=num)
+    module.check(plan, data, num)
+
+
 def reduce(
     plan_in: Plan,
     datas: Sequence[Tensor],
@@ -232,3 +258,8 @@ def reduce(
     return module.reduce(  # type: ignore[no-any-return]
         plan_in, datas, weights, seeds, plan_out, num, seed=seed, out=out, residual=residual
     )
+
+
+def crc32c(data: npt.NDArray[np.uint8], value: int = 0) -> int:
+    """Return the CRC32C (Castagnoli) of flat contiguous bytes after bytes whose checksum is ``value``."""
+    return _module(implementation("cpu")).crc32c(data, value)  # type: ignore[no-any-return]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedq.errors import FieldError
+
 ROTATION = 256
 """Width of the Hadamard rotation; its norm is 1/16."""
 SCALE_GROUP = 4096
@@ -104,12 +106,18 @@ class SparsePlan:
         """Kept values of ``num`` elements; with ``threshold``, whose number depends on the values, the most there are.
 
         Padding of the last block counts too.
+
+        Raises:
+            FieldError: ``randk`` of more elements than its runs can be counted for in 64 bits.
         """
         if self.kind == "threshold":
             return num
-        return (
-            self.k * -(-num // self.block) if self.kind == "blocktopk" else min(num, max(1, round(self.density * num)))
-        )
+        if self.kind == "blocktopk":
+            return self.k * -(-num // self.block)
+        kept = min(num, max(1, round(self.density * num)))
+        if self.kind == "randk" and num * (kept + 1) >= 1 << 63:
+            raise FieldError("randk:elements", num, "elements times kept elements below 2^63")
+        return kept
 
     def indices_nbytes(self, num: int, kept: int) -> int:
         """Bytes of the positions of ``kept`` of ``num`` elements, the count included."""

@@ -1,6 +1,6 @@
 """The kernels in C++: the reference's functions with the same bytes, for tensors on the CPU.
 
-`library` finds and loads the shared object; `blocks` (casts and block codecs) and `sparse` call it.
+`library` finds and loads the shared object; `blocks` (casts and block codecs), `sparse` and `checksum` call it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fedq.kernels import unfused
 from fedq.kernels.cpu import blocks, sparse
+from fedq.kernels.cpu.checksum import crc32c
 from fedq.kernels.cpu.library import isa, load, select_isa, why_missing
 from fedq.kernels.plan import Plan, SparsePlan
 
-__all__ = ["decode", "encode", "isa", "load", "reduce", "select_isa", "supports", "why_missing"]
+__all__ = ["check", "crc32c", "decode", "encode", "isa", "load", "reduce", "select_isa", "supports", "why_missing"]
 
 
 def supports(plan: Plan, num: int, dtype: torch.dtype) -> bool:
@@ -38,6 +39,12 @@ def decode(plan: Plan, data: Tensor, num: int, *, seed: int, out: Tensor, weight
         sparse.decode(plan, data, num, seed=seed, out=out, weight=weight)
     else:
         blocks.decode(plan, data, num, seed=seed, out=out, weight=weight)
+
+
+def check(plan: Plan, data: Tensor, num: int) -> None:
+    """Raise `FieldError` unless a payload decodes; see `fedq.kernels.check`."""
+    if isinstance(plan, SparsePlan):
+        sparse.check(plan, data, num)
 
 
 def reduce(

@@ -11,11 +11,14 @@ from fedq.errors import FieldError
 from fedq.kernels.cpu.library import call, dtype_code, num_threads, pointer
 from fedq.kernels.plan import SparsePlan
 from fedq.kernels.reference import shared_key
+from fedq.kernels.reference.primitives import out_of_order
 from fedq.kernels.reference.sparse import num_kept
 
 _KINDS = {"topk": 0, "blocktopk": 1, "randk": 2, "threshold": 3}
 _SMALL = 1 << 15
 """Elements below which waking other threads costs more than it gains."""
+
+_OUT_OF_ORDER = -2
 
 
 class _Plan(ctypes.Structure):
@@ -74,23 +77,42 @@ def decode(plan: SparsePlan, data: Tensor, num: int, *, seed: int, out: Tensor, 
     Raises:
         FieldError: The payload is too short or too long, or its positions are damaged.
     """
+    data = data.contiguous()
+    kept = _num_kept(plan, data, num)
+    found = call(
+        "sparse_decode",
+        ctypes.byref(_plan_of(plan, seed)),
+        pointer(data),
+        num,
+        kept,
+        pointer(out),
+        int(weight is not None),
+        ctypes.c_float(weight or 0.0),
+        _threads(num),
+    )
+    _check_found(plan, found, kept, num)
+
+
+def check(plan: SparsePlan, data: Tensor, num: int) -> None:
+    """Raise `FieldError` unless a payload decodes; see `fedq.kernels.check`."""
+    data = data.contiguous()
+    kept = _num_kept(plan, data, num)
+    given = ctypes.byref(_plan_of(plan, 0))
+    _check_found(plan, call("sparse_check", given, pointer(data), num, kept, _threads(num)), kept, num)
+
+
+def _num_kept(plan: SparsePlan, data: Tensor, num: int) -> int:
+    """Return how many values a payload of the right size holds; the library reads exactly as many."""
     kept = num_kept(plan, num, data)
     if data.numel() != plan.nbytes(num, kept):
         raise FieldError(f"{plan.kind}:payload bytes", data.numel(), f"{plan.nbytes(num, kept)} for {num} elements")
-    found = _checked(
-        call(
-            "sparse_decode",
-            ctypes.byref(_plan_of(plan, seed)),
-            pointer(data),
-            num,
-            kept,
-            pointer(out),
-            int(weight is not None),
-            ctypes.c_float(weight or 0.0),
-            _threads(num),
-        )
-    )
-    if found != kept:
+    return kept
+
+
+def _check_found(plan: SparsePlan, found: int, kept: int, num: int) -> None:
+    if found == _OUT_OF_ORDER:
+        raise out_of_order("blocktopk" if plan.kind == "blocktopk" else "elias-fano", num)
+    if _checked(found) != kept:
         raise FieldError("elias-fano:indices", found, f"{kept}")
 
 

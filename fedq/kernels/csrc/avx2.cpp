@@ -14,6 +14,8 @@ namespace {
 #include "cast.inl"
 #include "blocks.inl"
 #include "sparse.inl"
+#define FEDQ_CRC32_INSTRUCTION 1
+#include "checksum.inl"
 #include "xnor.inl"
 }  // namespace
 const Kernels avx2_kernels = FEDQ_TABLE;

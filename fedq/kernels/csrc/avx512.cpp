@@ -14,6 +14,8 @@ namespace {
 #include "cast.inl"
 #include "blocks.inl"
 #include "sparse.inl"
+#define FEDQ_CRC32_INSTRUCTION 1
+#include "checksum.inl"
 #define FEDQ_ASKS_FOR_VPOPCNT 1
 #include "xnor.inl"
 }  // namespace

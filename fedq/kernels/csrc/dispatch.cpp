@@ -16,7 +16,8 @@ struct Isa {
   bool (*runs_here)();
 };
 
-// The best first. Every processor with AVX2 has the F16C, BMI, LZCNT and POPCNT that the AVX units use as well.
+// The best first. Every processor with AVX2 has the F16C, BMI, LZCNT, POPCNT and SSE4.2 (CRC32) that the AVX units use
+// as well.
 const Isa isas[] = {
 #if defined(__x86_64__)
     {"avx512", &avx512_kernels,

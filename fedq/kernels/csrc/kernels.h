@@ -6,14 +6,16 @@
 #include <stdint.h>
 
 #include "blocks.h"
+#include "checksum.h"
 #include "sparse.h"
 #include "xnor.h"
 
 // Raised with every change to a listed function or to a plan, so that a library of another version is never called;
 // `fedq/kernels/cpu/library.py` says the same number.
-#define FEDQ_ABI 2
+#define FEDQ_ABI 3
 
-#define FEDQ_KERNELS(X) FEDQ_BLOCK_KERNELS(X) FEDQ_SPARSE_KERNELS(X) FEDQ_XNOR_KERNELS(X)
+#define FEDQ_KERNELS(X) \
+  FEDQ_BLOCK_KERNELS(X) FEDQ_SPARSE_KERNELS(X) FEDQ_XNOR_KERNELS(X) FEDQ_CHECKSUM_KERNELS(X)
 
 namespace fedq {
 

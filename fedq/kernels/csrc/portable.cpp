@@ -7,6 +7,7 @@ namespace {
 #include "cast.inl"
 #include "blocks.inl"
 #include "sparse.inl"
+#include "checksum.inl"
 #include "xnor.inl"
 }  // namespace
 const Kernels portable_kernels = FEDQ_TABLE;

@@ -29,8 +29,9 @@ struct SparseInput {
 // sparse_select chooses what is kept (`kept` values, except for kThreshold) and makes a Selection of it; it returns the
 // number kept. sparse_write turns a Selection into the payload, of the size that follows from that number, and the
 // residual of the same input into what was lost; it returns the payload's bytes. sparse_free frees a Selection.
-// sparse_decode sets or adds the decoded values and returns the number of positions found in the payload. All return
-// -1 without memory.
+// sparse_check returns the number of positions found in a payload of the right size, or -2 where they do not rise inside
+// the tensor (of kBlockTopK: inside each block). sparse_decode sets or adds the decoded values and returns the same; it
+// touches `out` only where that is `kept`. All return -1 without memory.
 #define FEDQ_SPARSE_KERNELS(X)                                                                                        \
   X(sparse_select,                                                                                                    \
     (const SparsePlan* plan, const SparseInput* input, int64_t kept, int64_t num_threads, void** selection),          \
@@ -39,6 +40,9 @@ struct SparseInput {
     (const SparsePlan* plan, const SparseInput* input, void* selection, uint8_t* out, int64_t num_threads),            \
     (plan, input, selection, out, num_threads))                                                               \
   X(sparse_free, (void* selection), (selection))                                                                      \
+  X(sparse_check,                                                                                                     \
+    (const SparsePlan* plan, const uint8_t* data, int64_t num, int64_t kept, int64_t num_threads),                    \
+    (plan, data, num, kept, num_threads))                                                                             \
   X(sparse_decode,                                                                                                    \
     (const SparsePlan* plan, const uint8_t* data, int64_t num, int64_t kept, float* out,           \
      int64_t adds, float weight, int64_t num_threads),                                                                \

@@ -674,10 +674,9 @@ static int64_t count_ones(const uint8_t* data, int64_t num_bytes) {
   return count;
 }
 
-// Calls entry(i, index) for every position; returns how many positions there are, and calls nothing if that is not the
-// number there should be.
-template <class Function>
-static int64_t read_positions(const EliasFano& code, const uint8_t* data, int64_t num_threads, const Function& entry) {
+// Reads all positions into `index`; returns how many there are, and reads nothing if that is not the number there
+// should be.
+static int64_t read_positions(const EliasFano& code, const uint8_t* data, int64_t* index, int64_t num_threads) {
   constexpr int64_t grain = 1 << 12;
   const uint8_t* high = data + code.low_bytes;
   Buffer<int64_t> first(ceil_div(code.high_bytes, grain));
@@ -703,11 +702,22 @@ static int64_t read_positions(const EliasFano& code, const uint8_t* data, int64_
       uint32_t byte = at < last ? high[at] : high[at] & 0xFFu >> spare;
       for (; byte != 0; byte &= byte - 1, ++i) {
         const int64_t upper = 8 * at + __builtin_ctz(byte) - i;
-        entry(i, upper << code.low_bits | (int64_t)unpack(data, code.low_bytes, i, code.low_bits));
+        index[i] = upper << code.low_bits | (int64_t)unpack(data, code.low_bytes, i, code.low_bits);
       }
     }
   });
   return sum;
+}
+
+// Whether each of the numbers is above the one before it.
+static bool rise(const int64_t* index, int64_t num, int64_t num_threads) {
+  int failed = 0;
+  for_ranges(num - 1, kChunk, num_threads, [&](int64_t begin, int64_t end) {
+    int64_t falls = 0;
+    for (int64_t i = begin; i < end; ++i) falls |= index[i] - index[i + 1] + 1 > 0;
+    if (falls != 0) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+  });
+  return failed == 0;
 }
 
 // ---- values --------------------------------------------------------------------------------------------------------
@@ -904,48 +914,91 @@ static int64_t sparse_free(void* selection) {
   return 0;
 }
 
+// Where the sections of a payload begin.
+struct Sections {
+  const uint8_t *positions, *values, *scales;
+  int64_t position_bytes, value_bytes;
+  EliasFano fano;
+  int64_t local_bits;  // kBlockTopK: of a position
+
+  Sections(const SparsePlan& plan, const uint8_t* data, int64_t num, int64_t kept)
+      : positions(data + (plan.kind == kThreshold ? 8 : 0)),
+        fano(plan.kind == kTopK || plan.kind == kThreshold ? kept : 0, num),
+        local_bits(plan.kind == kBlockTopK ? log2_of(plan.block) : 0) {
+    position_bytes = fano.bytes() + ceil_div(kept * local_bits, 8);
+    value_bytes = ceil_div(kept * plan.bits, 8);
+    values = positions + position_bytes;
+    scales = values + value_bytes;
+  }
+};
+
+// Reads the positions of a payload into `index`; returns what sparse_check does.
+static int64_t checked_positions(const SparsePlan& plan, const Sections& sections, int64_t num, int64_t kept,
+                                 int64_t* index, int64_t num_threads) {
+  if (kept == 0) return 0;
+  if (plan.kind == kRandK) {
+    for_ranges(kept, 1 << 12, num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) index[i] = drawn_position(i, num, kept, (uint32_t)plan.key);
+    });
+    return kept;
+  }
+  if (plan.kind == kBlockTopK) {
+    for_ranges(ceil_div(num, plan.block), ceil_div(kChunk, plan.block), num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first * plan.k, block = first; block < last; ++block)
+        for (int64_t j = 0; j < plan.k; ++j, ++i)
+          index[i] = block * plan.block +
+                     (int64_t)unpack(sections.positions, sections.position_bytes, i, sections.local_bits);
+    });
+    return plan.k == 1 || rise(index, kept, num_threads) ? kept : -2;
+  }
+  const int64_t found = read_positions(sections.fano, sections.positions, index, num_threads);
+  if (found != kept) return found;
+  return rise(index, kept, num_threads) && index[kept - 1] < num ? kept : -2;
+}
+
+static int64_t sparse_check(const SparsePlan* plan, const uint8_t* data, int64_t num, int64_t kept,
+                            int64_t num_threads) {
+  if (plan->kind == kRandK) return kept;
+  const Buffer<int64_t> index(kept);
+  if (index.data == nullptr) return -1;
+  return checked_positions(*plan, Sections(*plan, data, num, kept), num, kept, index.data, num_threads);
+}
+
 static int64_t sparse_decode(const SparsePlan* plan, const uint8_t* data, int64_t num, int64_t kept,
                              float* out, int64_t adds, float weight, int64_t num_threads) {
-  const uint8_t* positions = data + (plan->kind == kThreshold ? 8 : 0);
-  const EliasFano fano(plan->kind == kTopK || plan->kind == kThreshold ? kept : 0, num);
-  const int64_t local_bits = plan->kind == kBlockTopK ? log2_of(plan->block) : 0;
-  const int64_t local_bytes = ceil_div(kept * local_bits, 8);
-  const uint8_t* values = positions + fano.bytes() + local_bytes;
-  const int64_t bits = plan->bits, code_bytes = ceil_div(kept * bits, 8), last_group = (num - 1) / kGroup;
-  const uint8_t* scales = values + code_bytes;
+  const Sections sections(*plan, data, num, kept);
+  const Buffer<int64_t> index(kept);
+  if (index.data == nullptr) return -1;
+  const int64_t found = checked_positions(*plan, sections, num, kept, index.data, num_threads);
+  if (found != kept) return found;
 
-  const auto entry = [&](int64_t i, int64_t index) {
-    if (index >= num) return;
+  const int64_t bits = plan->bits, last_group = (num - 1) / kGroup;
+  const auto value_of = [&](int64_t i) {
     float value;
     if (bits == 32) {
-      memcpy(&value, values + 4 * i, 4);
-    } else if (bits == 16) {
-      value = float_of_bfloat(values + 2 * i);
-    } else {
-      const int64_t group = least(index / kGroup, last_group);
-      value = decoded_value((uint32_t)unpack(values, code_bytes, i, bits), bits, float_of_bfloat(scales + 2 * group));
+      memcpy(&value, sections.values + 4 * i, 4);
+      return value;
     }
-    out[index] = adds != 0 ? out[index] + weight * value : value;
+    if (bits == 16) return float_of_bfloat(sections.values + 2 * i);
+    const uint32_t code = (uint32_t)unpack(sections.values, sections.value_bytes, i, bits);
+    return decoded_value(code, bits, float_of_bfloat(sections.scales + 2 * least(index[i] / kGroup, last_group)));
   };
   if (adds == 0)
     for_ranges(num, 1 << 20, num_threads,
                [&](int64_t begin, int64_t end) { memset(out + begin, 0, (size_t)(end - begin) * sizeof(float)); });
-  if (fano.num > 0) return read_positions(fano, positions, num_threads, entry);
-  if (plan->kind == kBlockTopK)
-    for_ranges(ceil_div(num, plan->block), plan->block < kChunk ? kChunk / plan->block : 1, num_threads, [&](int64_t first, int64_t last) {
-      for (int64_t i = first * plan->k, block = first; block < last; ++block)
-        for (int64_t j = 0; j < plan->k; ++j, ++i)
-          entry(i, block * plan->block + (int64_t)unpack(positions, local_bytes, i, local_bits));
-    });
-  if (plan->kind == kRandK)
-    for_ranges(kept, 1 << 12, num_threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) entry(i, drawn_position(i, num, kept, (uint32_t)plan->key));
-    });
+  for_ranges(kept, 1 << 12, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (index[i] >= num) continue;  // padding of the last block
+      float& at = out[index[i]];
+      at = adds != 0 ? at + weight * value_of(i) : value_of(i);
+    }
+  });
   return kept;
 }
 
 }  // namespace sparse
 
+using sparse::sparse_check;
 using sparse::sparse_decode;
 using sparse::sparse_free;
 using sparse::sparse_select;

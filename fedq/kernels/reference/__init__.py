@@ -1,7 +1,7 @@
 """The kernels in plain torch: readable, for every plan and every device, and the oracle of the faster ones.
 
-`primitives` holds the hash, sums, rotation and packing; `cast`, `blocks` and `sparse` the codes of each plan. The three
-functions here turn them into the common interface (see `fedq.kernels`).
+`primitives` holds the hash, sums, rotation and packing; `cast`, `blocks` and `sparse` the codes of each plan;
+`checksum` CRC32C. The three functions here turn them into the common interface (see `fedq.kernels`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedq.kernels import unfused
 from fedq.kernels.plan import ROTATION, BlockPlan, CastPlan, Plan, SparsePlan, elias_fano_nbytes
 from fedq.kernels.reference import blocks, cast, sparse
+from fedq.kernels.reference.checksum import crc32c
 from fedq.kernels.reference.primitives import (
     absmax,
     bf16_bytes,
@@ -51,6 +52,8 @@ __all__ = [
     "absmax",
     "bf16_bytes",
     "bf16_from_bytes",
+    "check",
+    "crc32c",
     "decode",
     "derive_seed",
     "element_mask",
@@ -107,6 +110,12 @@ def decode(plan: Plan, data: Tensor, num: int, *, seed: int, out: Tensor, weight
         out.copy_(decoded)
     else:
         out.add_(decoded.mul_(weight))
+
+
+def check(plan: Plan, data: Tensor, num: int) -> None:
+    """Raise `FieldError` unless a payload of the right size decodes: only positions can be wrong."""
+    if isinstance(plan, SparsePlan):
+        sparse.check(plan, data, num)
 
 
 def reduce(

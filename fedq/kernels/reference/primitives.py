@@ -20,6 +20,8 @@ _GOLDEN = 0x9E3779B9
 _NOISE = 0x85EBCA6B
 _SMALLEST = 2.0**-126
 """Scales below the smallest normal number count as zero: their reciprocal would overflow."""
+_WIDE = 1 << 16
+"""Codes of more than 8 bits that are unpacked at a time: a multiple of 8, so that they begin with a byte."""
 
 
 # ---- seeds and counter-based randomness ------------------------------------------------------------------------
@@ -274,8 +276,7 @@ def unpack_bits(data: Tensor, bits: int, num: int) -> Tensor:
     if bits == 8:
         return data[:num]
     if bits > 8:
-        wide = unpack_bits(data, 1, num * bits).view(num, bits).to(torch.int64)
-        return (wide << torch.arange(bits, device=data.device)).sum(dim=1)
+        return _unpack_wide(data, bits, num)
     if bits in (1, 2, 4):
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
         return ((data.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1)[:num]
@@ -284,6 +285,17 @@ def unpack_bits(data: Tensor, bits: int, num: int) -> Tensor:
     words = (data << (8 * torch.arange(bits, device=data.device))).sum(dim=1, keepdim=True)
     codes = (words >> (bits * torch.arange(8, device=data.device))) & ((1 << bits) - 1)
     return codes.to(torch.uint8).view(-1)[:num]
+
+
+def _unpack_wide(data: Tensor, bits: int, num: int) -> Tensor:
+    """Unpack codes of more than 8 bits, some at a time: each takes 8 bytes a bit for a moment."""
+    codes = torch.empty(num, dtype=torch.int64, device=data.device)
+    places = torch.arange(bits, device=data.device)
+    for start in range(0, num, _WIDE):
+        size = min(_WIDE, num - start)
+        wide = unpack_bits(data[start * bits // 8 :], 1, size * bits).view(size, bits).to(torch.int64)
+        codes[start : start + size] = (wide << places).sum(dim=1)
+    return codes
 
 
 def pack_trits(trits: Tensor) -> Tensor:
@@ -322,7 +334,7 @@ def elias_fano_decode(data: Tensor, num: int, universe: int) -> Tensor:
     """Undo `elias_fano_encode`: return ``num`` sorted int64 indices.
 
     Raises:
-        FieldError: The bytes do not hold ``num`` indices.
+        FieldError: The bytes do not hold ``num`` indices, or the indices do not rise below ``universe``.
     """
     if num == 0:
         return data.new_empty(0, dtype=torch.int64)
@@ -333,5 +345,12 @@ def elias_fano_decode(data: Tensor, num: int, universe: int) -> Tensor:
     ones = unary.nonzero().view(-1)
     if ones.numel() != num:
         raise FieldError("elias-fano:indices", ones.numel(), f"{num}")
-    upper = ones - torch.arange(num, device=data.device)
-    return (upper << low) | lower
+    indices = (ones - torch.arange(num, device=data.device)) << low | lower
+    if not ((indices.diff() > 0).all() and indices[-1] < universe):
+        raise out_of_order("elias-fano", universe)
+    return indices
+
+
+def out_of_order(kind: str, universe: int) -> FieldError:
+    """Return the error for positions of a payload that do not rise (``blocktopk``: in a block), or lie outside."""
+    return FieldError(f"{kind}:indices", "out of order", f"rising, below {universe}")

@@ -14,6 +14,7 @@ from fedq.kernels.reference.primitives import (
     elias_fano_decode,
     elias_fano_encode,
     hash32,
+    out_of_order,
     pack_bits,
     packed_nbytes,
     rounded_scale,
@@ -52,8 +53,19 @@ def add(plan: SparsePlan, data: Tensor, num: int, *, seed: int, out: Tensor, wei
     out[indices] += values.mul_(weight)
 
 
+def check(plan: SparsePlan, data: Tensor, num: int) -> None:
+    """Raise `FieldError` unless the positions in a payload of the right size can be decoded."""
+    if plan.kind != "randk":
+        count = num_kept(plan, num, data)
+        _indices_decode(plan, data[: plan.indices_nbytes(num, count)], count, num, 0)
+
+
 def kept(plan: SparsePlan, data: Tensor, num: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the kept positions (sorted int64, all below ``num``) and their float32 values."""
+    """Return the kept positions (sorted int64, all below ``num``) and their float32 values.
+
+    Raises:
+        FieldError: The positions do not rise inside the tensor (``blocktopk``: inside each block).
+    """
     count = num_kept(plan, num, data)
     at = plan.indices_nbytes(num, count)
     indices = _indices_decode(plan, data[:at], count, num, seed)
@@ -140,6 +152,8 @@ def _indices_decode(plan: SparsePlan, data: Tensor, count: int, num: int, seed: 
         return positions(plan, num, seed, data.device)
     if plan.kind == "blocktopk":
         local = unpack_bits(data, plan.block.bit_length() - 1, count).to(torch.int64)
+        if not (local.view(-1, plan.k).diff(dim=1) > 0).all():
+            raise out_of_order(plan.kind, num)
         return local + plan.block * (torch.arange(count, device=data.device) // plan.k)
     return elias_fano_decode(data[8:] if plan.kind == "threshold" else data, count, num)
 

@@ -1,7 +1,8 @@
-"""The round message: a versioned frame of fixed size in front of the payload bytes.
+"""The frame that ranks of one job exchange: a header of fixed size in front of the payload bytes.
 
 Everything a receiver needs beyond the shared `Layout` is in the header: who, when, with what weight, from which
-seed. No pickle; sizes are checked before anything is decoded. How a frame travels is not decided here.
+seed. No pickle; sizes are checked before anything is decoded. How a frame travels is not decided here; between parties
+that share no layout, or do not trust each other, it travels inside a `fedq.wire.Message`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ class Kind(IntEnum):
     """The server's change to the replica."""
     FAILED = 4
     """No update: the client's training raised; the body is the error's text in UTF-8."""
+    MODEL = 5
+    """The whole model, for a newcomer."""
+    NOTE = 6
+    """A control message: the body is a JSON object in UTF-8."""
+    MISSING = 7
+    """Never travels: a client that did not answer; the body is the reason in UTF-8."""
 
     @property
     def has_payloads(self) -> bool:
         """Whether the body is made of payloads."""
-        return self in (Kind.UPDATE, Kind.CHANGE)
+        return self in (Kind.UPDATE, Kind.CHANGE, Kind.MODEL)
 
 
 @dataclass(frozen=True)

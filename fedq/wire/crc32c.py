@@ -1,0 +1,22 @@
+"""CRC32C (Castagnoli), the checksum of a message's head and body: RFC 3720, appendix B.4.
+
+Polynomial 0x1EDC6F41, bits reflected, initial value and final exclusive or 0xFFFFFFFF.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from fedq import kernels
+
+
+def crc32c(data: bytes | bytearray | memoryview | Tensor, value: int = 0) -> int:
+    """Return the checksum of ``data`` after bytes whose checksum is ``value``: ``crc32c(b, crc32c(a))`` of ``a + b``.
+
+    Args:
+        data: Contiguous bytes, or a uint8 tensor on the CPU.
+        value: Checksum so far.
+    """
+    flat = data.reshape(-1).numpy() if isinstance(data, Tensor) else np.frombuffer(data, np.uint8)
+    return kernels.crc32c(flat, value)
