@@ -25,6 +25,7 @@ from fedq.errors import FieldError
 
 Role = Literal["coded", "exempt", "stats"]
 _MARKS = {"change": "", "values": " values"}
+_STATISTICS = ("running_mean", "running_var")
 
 
 def exempt_codec(chosen: Codec) -> Codec:
@@ -111,11 +112,32 @@ class Layout:
             ([(n, p) for n, p in params if p.dim() <= 1], plain, "exempt"),
             ([(n, b) for n, b in module.named_buffers() if b.is_floating_point()], plain, "stats"),
         ]
-        spans, offset = [], 0
-        for tensors, span_codec, role in groups:
-            for name, tensor in tensors:
-                spans.append(Span(name, tuple(tensor.shape), offset, span_codec, role))
-                offset += tensor.numel()
+        return cls._stacked([(n, tuple(t.shape), c, role) for tensors, c, role in groups for n, t in tensors])
+
+    @classmethod
+    def of_shapes(cls, shapes: Mapping[str, Sequence[int]], spec: str | Codec) -> Layout:
+        """Lay out a model of which only names and shapes are known, as `of` does with a module.
+
+        Names that end in ``running_mean`` or ``running_var`` are statistics. The order within a role is that of
+        ``shapes``.
+
+        Args:
+            shapes: The shape of every float32 tensor that is to travel, by name.
+            spec: The codec.
+        """
+        chosen = codec(spec)
+        plain = exempt_codec(chosen)
+        rows: dict[Role, list[tuple[str, tuple[int, ...], Codec, Role]]] = {"coded": [], "exempt": [], "stats": []}
+        for name, shape in shapes.items():
+            role: Role = "stats" if name.endswith(_STATISTICS) else "coded" if len(shape) > 1 else "exempt"
+            rows[role].append((name, tuple(shape), chosen if role == "coded" else plain, role))
+        return cls._stacked([row for of_role in rows.values() for row in of_role])
+
+    @classmethod
+    def _stacked(cls, rows: Sequence[tuple[str, tuple[int, ...], Codec, Role]]) -> Layout:
+        """Return the spans one after another."""
+        offsets = accumulate((math.prod(shape) for _, shape, _, _ in rows), initial=0)
+        spans = (Span(n, shape, at, c, role) for (n, shape, c, role), at in zip(rows, offsets, strict=False))
         return cls(tuple(spans))
 
     def part(self, numbers: Sequence[int]) -> Layout:

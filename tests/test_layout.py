@@ -54,6 +54,15 @@ def test_offsets_do_not_depend_on_the_codec() -> None:
     assert len({tuple((s.name, s.shape, s.offset, s.role) for s in layout.spans) for layout in layouts}) == 1
 
 
+@pytest.mark.parametrize("spec", ["int4", "sign", "fp16", "topk:density=0.1"])
+def test_a_layout_of_shapes_is_that_of_the_module(spec: str) -> None:
+    model = small_model()
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if t.is_floating_point()}
+    assert Layout.of_shapes(shapes, spec) == Layout.of(model, spec)
+    assert Layout.of_shapes(shapes, spec).hash == Layout.of(model, spec).hash
+    assert Layout.of_shapes({}, spec).numel == 0
+
+
 def test_hash_is_of_names_shapes_order_and_codecs() -> None:
     base = Layout.of(small_model(), "int4")
     assert base.hash == Layout.of(small_model(seed=5), codec("int4:block=256")).hash

@@ -1,0 +1,1 @@
+"""MNIST in Flower, with updates that fedq packs."""
