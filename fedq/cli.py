@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
@@ -32,22 +32,29 @@ _DEEPSPEED_CONFIG = Path("deepspeed_config.json")
 _GRACE_S = 5.0
 
 
+C = TypeVar("C", bound=Config)
+
+
 @dataclass(frozen=True)
-class _Arguments:
+class _Arguments(Generic[C]):
     """Train a model on federated clients that send packed few-bit updates, and count every byte."""
 
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")]
     """Settings as a run's config.yaml has them; flags go over them."""
-    job: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    job: Annotated[C, tyro.conf.arg(name="")]
 
 
-def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) -> Config:
+def parse_args(
+    argv: Sequence[str], *, defaults: C, is_heard: bool = True, program: str | None = None, words: str | None = None
+) -> C:
     """Read the settings from the command line, over those of `--deepspeed-config`, of `--config`, and `defaults`.
 
     Args:
         argv: Arguments without the program's name.
         defaults: Settings that neither a flag nor a file gives.
         is_heard: Whether help and errors are printed; False on all ranks but the first.
+        program: Name of the program in help and errors. Default: the process's own.
+        words: What it is for, in help.
 
     Returns:
         The settings, not yet validated.
@@ -67,14 +74,18 @@ def parse_args(argv: Sequence[str], *, defaults: Config, is_heard: bool = True) 
     if path is None and given.resume is not None:
         path = given.resume / "config.yaml"
     job = _from_files(path, given.deepspeed_config, defaults)
-    program = Path(sys.argv[0]).name
+    program = program or Path(sys.argv[0]).name
     # Not tyro's console_outputs=False: with it, 1.0.17 still prints that a value does not parse.
     with ExitStack() as silence:
         if not is_heard:
             silence.enter_context(redirect_stdout(io.StringIO()))
             silence.enter_context(redirect_stderr(io.StringIO()))
         marks = (tyro.conf.OmitArgPrefixes,)
-        return tyro.cli(_Arguments, prog=program, args=argv, default=_Arguments(path, job), config=marks).job
+        kind: Any = _Arguments.__class_getitem__(type(defaults))  # type: ignore[attr-defined]
+        both: _Arguments[C] = tyro.cli(
+            kind, prog=program, description=words, args=argv, default=_Arguments(path, job), config=marks
+        )
+        return both.job
 
 
 def _of_launcher(launcher: str, defaults: Config) -> Config:
@@ -86,7 +97,7 @@ def _of_launcher(launcher: str, defaults: Config) -> Config:
     return defaults
 
 
-def _from_files(path: Path | None, deepspeed_path: Path | None, defaults: Config) -> Config:
+def _from_files(path: Path | None, deepspeed_path: Path | None, defaults: C) -> C:
     """Return the settings of a YAML file and a DeepSpeed file.
 
     A DeepSpeed file that a flag names goes over the YAML file. One that the YAML file or the defaults name goes under
@@ -229,7 +240,39 @@ def _probe(argv: Sequence[str], program: str) -> int:
     return probe(argv, program)
 
 
+def _certs(argv: Sequence[str], program: str) -> int:
+    from fedq.network.certs import main as certs
+
+    return certs(argv, program)
+
+
+def _server(argv: Sequence[str], program: str) -> int:
+    """Serve a federation across a network; train with the clients that come."""
+    from fedq.network.server import run_server
+    from fedq.network.settings import SERVER_DEFAULTS, check_server, resolved, short_forms
+
+    words = "Serve a federation: --clients N is short for --num-clients, --quantization [BITS] for --uplink intBITS."
+    config = resolved(parse_args(short_forms(argv), defaults=SERVER_DEFAULTS, program=program, words=words))
+    check_server(config)
+    run_server(config)
+    return 0
+
+
+def _client(argv: Sequence[str], program: str) -> int:
+    """Take part in a federation as one client, on one rank or several."""
+    from fedq.network.client import run_client
+    from fedq.network.settings import ClientConfig, check_client
+
+    config = tyro.cli(ClientConfig, prog=program, description=_client.__doc__, args=argv)
+    check_client(config)
+    run_client(config)
+    return 0
+
+
 _COMMANDS = {
+    "certs": _certs,
+    "client": _client,
+    "server": _server,
     "sweep": _sweep,
     "runs": _list_runs,
     "report": _report,

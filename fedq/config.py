@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from fedq.federated.chaos import chaos
 from fedq.federated.optim import server_optimizer
 from fedq.hooks import check_step_codec, check_step_spec, is_powersgd
 from fedq.lowbit import Binary, choose_quantizers
-from fedq.models import MODELS, build_model
+from fedq.models import MODELS, build_model, is_own
 from fedq.personalize.settings import check_personal, check_quped
 
 AUTO = "auto"
@@ -81,7 +81,7 @@ class LocalConfig:
     """What one client does in one round."""
 
     model: str = "resnet18"
-    """resnet18, resnet50, resnet20, resnet32, improved_cnn, convnet9, cnn62k or cnn1m."""
+    """resnet18, resnet50, resnet20, resnet32, improved_cnn, convnet9, cnn62k, cnn1m, or package.module:function."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation layers of the ResNets, convnet9 and improved_cnn."""
     local_epochs: int = 1
@@ -234,6 +234,9 @@ class RunConfig:
 class Config:
     """A federated job."""
 
+    command: ClassVar[tuple[str, ...]] = ()
+    """Words between the program's name and its flags, where it is one of several commands."""
+
     data: DataConfig = field(default_factory=DataConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -311,7 +314,8 @@ def _checks(config: Config) -> Iterator[Check]:
     memory = config.exchange.residual_memory
     yield "residual_memory", memory, 0 <= memory <= 1, "0 to 1"
     yield "timeout", run.timeout, 0 < run.timeout < math.inf, "above 0"
-    yield "model", local.model, local.model in MODELS, one_of(MODELS, local.model)
+    is_model = local.model in MODELS or is_own(local.model)
+    yield "model", local.model, is_model, one_of(MODELS, local.model) + ", or package.module:function"
     yield "momentum", local.momentum, 0 <= local.momentum < 1, "0 or more and below 1"
     for name, rate in (("weight_decay", local.weight_decay), ("prox_mu", local.prox_mu)):
         yield name, rate, 0 <= rate < math.inf, "0 or more"

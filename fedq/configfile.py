@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -19,10 +19,12 @@ from fedq.engines.deepspeed_config import DeepSpeedFile
 from fedq.errors import FieldError, one_of
 from fedq.runfolder import SCHEMA_VERSION
 
+C = TypeVar("C", bound=Config)
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", Path: "a path"}
 
 
-def load_config(path: Path, defaults: Config) -> Config:
+def load_config(path: Path, defaults: C) -> C:
     """Read settings from a YAML file; what the file leaves out keeps its default.
 
     Args:
@@ -40,7 +42,7 @@ def load_config(path: Path, defaults: Config) -> Config:
     version = tree.pop("schema_version", SCHEMA_VERSION)
     if type(version) is not int or version != SCHEMA_VERSION:
         raise FieldError(f"{path}: schema_version", version, f"{SCHEMA_VERSION}, the version this program writes")
-    hints = get_type_hints(Config)
+    hints = get_type_hints(type(defaults))
     groups = {}
     for name, values in tree.items():
         if name not in hints:
@@ -49,7 +51,7 @@ def load_config(path: Path, defaults: Config) -> Config:
     return replace(defaults, **groups)
 
 
-def load_deepspeed_config(path: Path, defaults: Config) -> Config:
+def load_deepspeed_config(path: Path, defaults: C) -> C:
     """Read settings from a DeepSpeed file: what its own keys say, and its section `fedq`.
 
     Args:
@@ -69,7 +71,7 @@ def load_deepspeed_config(path: Path, defaults: Config) -> Config:
     return replace(config, run=replace(config.run, deepspeed_config=path))
 
 
-def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+def with_settings(config: C, values: Mapping[str, Any]) -> C:
     """Return the settings with some changed, by the names of their flags."""
     for name, value in values.items():
         config = _with_setting(config, name, value, name)
@@ -135,9 +137,11 @@ def _group(defaults: Any, values: Any, place: str) -> Any:
     return replace(defaults, **changes)
 
 
-def _with_setting(config: Config, name: str, value: Any, place: str) -> Config:
+def _with_setting(config: C, name: str, value: Any, place: str) -> C:
     """Return the settings with one changed, whatever its group."""
-    groups = {key: group for group in get_type_hints(Config) for key in get_type_hints(type(getattr(config, group)))}
+    groups = {
+        key: group for group in get_type_hints(type(config)) for key in get_type_hints(type(getattr(config, group)))
+    }
     allowed = groups.keys() - {"resume", "deepspeed_config"}
     if name not in allowed:
         raise FieldError(place, value, f"only the keys {one_of(allowed, name)}")

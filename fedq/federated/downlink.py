@@ -97,7 +97,7 @@ class DownlinkCost:
         missed = self._changes[seen - self._num_dropped :]
         if _nbytes(missed) >= self._full.nbytes:
             return [self._full]
-        return [_without_raw(change) for change in missed[:-1]] + missed[-1:]
+        return [without_raw(change) for change in missed[:-1]] + missed[-1:]
 
     def _drop_what_nobody_fetches(self) -> None:
         """Forget a change when the later ones alone weigh as much as the whole model."""
@@ -110,6 +110,6 @@ def _nbytes(changes: Sequence[MessageParts]) -> int:
     return sum(change.nbytes for change in changes)
 
 
-def _without_raw(parts: MessageParts) -> MessageParts:
+def without_raw(parts: MessageParts) -> MessageParts:
     """Return the same bytes with no float32 cost: one download replaces one whole model, however many changes."""
     return MessageParts(parts.tensors, parts.parts, np.zeros_like(parts.raw), parts.payload)

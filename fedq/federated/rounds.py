@@ -260,6 +260,7 @@ class FederatedRounds:
                 min_cohort=self.min_cohort,
                 norm_limit=self.norm_limit,
                 facts=self.exchange,
+                others=self._others(context),
             )
         change = None
         if outcome.mean is not None:
@@ -268,6 +269,10 @@ class FederatedRounds:
             with self.timer.phase("encode"):
                 change = self.server.change(self.replica, context)
         return RoundResult(ranked, outcome.left_out, outcome.clipped), change
+
+    def _others(self, context: RoundContext) -> Mapping[int, Layout]:
+        """Return layouts of clients with codecs of their own, by hash."""
+        return {}
 
     def _apply(self, change: Frame | None, context: RoundContext) -> None:
         """Apply the change to the replica, and note it for those who will download it."""

@@ -14,6 +14,8 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -75,6 +77,7 @@ class Facts:
 
 
 _SEEN_WHOLE = Facts()
+_NO_OTHERS: Mapping[int, Layout] = MappingProxyType({})
 
 
 def aggregate(
@@ -85,6 +88,7 @@ def aggregate(
     min_cohort: int = 1,
     norm_limit: NormLimit | None = None,
     facts: Facts = _SEEN_WHOLE,
+    others: Mapping[int, Layout] = _NO_OTHERS,
 ) -> Aggregate:
     """Decode and average the updates, in client order, weighted by their numbers of examples.
 
@@ -98,14 +102,16 @@ def aggregate(
         min_cohort: Fewest updates that make a mean.
         norm_limit: What happens to updates that are far too large.
         facts: What the other servers know; by them all servers decide the same.
+        others: Layouts, by hash, of clients that use codecs of their own.
 
     Raises:
         FieldError: A frame of another model, or of a wrong size.
     """
+    layouts = _Layouts(layout, others)
     frames = sorted(frames, key=lambda frame: frame.client)
     left_out = {f.client: why_left_out(f) for f in frames if f.kind != Kind.UPDATE}
     kept = [f for f in frames if f.client not in left_out]
-    norms = _norms(layout, kept, device, facts) if norm_limit else {}
+    norms = _norms(layouts, kept, device, facts) if norm_limit else {}
     scales, too_large = _norm_scales(norms, norm_limit) if norm_limit else ({}, {})
     left_out |= too_large
     clipped = {client: f"norm clipped to {scale:.3g} of itself" for client, scale in scales.items()}
@@ -115,19 +121,39 @@ def aggregate(
         if len(kept) < max(1, min_cohort) or total <= 0:
             reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
             return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
-        mean = _weighted_sum(layout, kept, [scales.get(f.client, 1.0) * f.weight / total for f in kept], device)
+        mean = _weighted_sum(layouts, kept, [scales.get(f.client, 1.0) * f.weight / total for f in kept], device)
         if facts.everywhere(torch.tensor([_is_finite(mean)])).all():
             return Aggregate(mean, left_out, clipped)
-        fine = facts.everywhere(torch.tensor([_decodes_finite(layout, f, device) for f in kept])).tolist()
+        fine = facts.everywhere(torch.tensor([_decodes_finite(layouts, f, device) for f in kept])).tolist()
         culprits = {f.client: "decoded update is not finite" for f, ok in zip(kept, fine, strict=True) if not ok}
         left_out |= culprits or {f.client: "sum of updates overflows" for f in kept}
 
 
-def _weighted_sum(layout: Layout, frames: Sequence[Frame], weights: Sequence[float], device: torch.device) -> Tensor:
-    """Return the sum of decoded updates, in the order given; the buffer passes through memory once."""
-    out = torch.empty(layout.numel, device=device)
-    bodies = [_datas(layout, frame) for frame in frames]
-    layout.decode_sum(bodies, out, seeds=[frame.seed for frame in frames], weights=weights)
+@dataclass(frozen=True)
+class _Layouts:
+    """What a frame's body may be laid out by: the same spans, with the round's codecs or a client's own."""
+
+    usual: Layout
+    others: Mapping[int, Layout]
+
+    def of(self, frame: Frame) -> Layout:
+        """Return the layout that a frame names, or the usual one, which it then does not fit."""
+        return self.others.get(frame.layout_hash, self.usual)
+
+
+def _weighted_sum(layouts: _Layouts, frames: Sequence[Frame], weights: Sequence[float], device: torch.device) -> Tensor:
+    """Return the sum of decoded updates, in the order given; with one layout the buffer passes through memory once."""
+    out = torch.empty(layouts.usual.numel, device=device)
+    pairs = zip(frames, weights, strict=True)
+    for number, (layout, run) in enumerate(groupby(pairs, key=lambda pair: layouts.of(pair[0]))):
+        members = list(run)
+        if number == 0:
+            bodies = [_datas(layout, frame) for frame, _ in members]
+            seeds = [frame.seed for frame, _ in members]
+            layout.decode_sum(bodies, out, seeds=seeds, weights=[weight for _, weight in members])
+            continue
+        for frame, weight in members:
+            _decode_add(layout, frame, out, weight)
     return out
 
 
@@ -142,18 +168,21 @@ def _datas(layout: Layout, frame: Frame) -> list[Tensor]:
 
 def why_left_out(frame: Frame) -> str:
     """Return why a frame carries no update."""
+    if frame.kind == Kind.MISSING:
+        return frame.body.cpu().numpy().tobytes().decode(errors="replace")
     if frame.kind == Kind.FAILED:
         return "training failed: " + frame.body.cpu().numpy().tobytes().decode(errors="replace")
     return "update is not finite"
 
 
-def _norms(layout: Layout, frames: Sequence[Frame], device: torch.device, facts: Facts) -> dict[int, float]:
+def _norms(layouts: _Layouts, frames: Sequence[Frame], device: torch.device, facts: Facts) -> dict[int, float]:
     """Return the norms of the decoded parameters by client: roots of exact sums of the tensors' squared norms."""
     if not frames:
         return {}
     squares = [
         [
             float(torch.linalg.vector_norm(payload.decode(), dtype=torch.float64)) ** 2
+            for layout in [layouts.of(frame)]
             for span, payload in layout.payloads(_datas(layout, frame), seed=frame.seed)
             if span.role != "stats"
         ]
@@ -176,7 +205,8 @@ def _norm_scales(norms: Mapping[int, float], limit: NormLimit) -> tuple[dict[int
     return {}, {c: f"norm {norm:.3g} is beyond {highest:.3g}" for c, norm in beyond.items()}
 
 
-def _decodes_finite(layout: Layout, frame: Frame, device: torch.device) -> bool:
+def _decodes_finite(layouts: _Layouts, frame: Frame, device: torch.device) -> bool:
+    layout = layouts.of(frame)
     decoded = torch.zeros(layout.numel, device=device)
     _decode_add(layout, frame, decoded, 1.0)
     return _is_finite(decoded)

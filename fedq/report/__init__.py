@@ -3,6 +3,7 @@
 from fedq.report.compare import comparison
 from fedq.report.runs import RunStatus, find_runs, print_runs
 from fedq.report.terminal import (
+    NETWORK_SERVER,
     RoundProgress,
     human_bytes,
     human_seconds,
@@ -13,6 +14,7 @@ from fedq.report.terminal import (
 )
 
 __all__ = [
+    "NETWORK_SERVER",
     "RoundProgress",
     "RunStatus",
     "comparison",

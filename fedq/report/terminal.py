@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB")
-_DOWNLINK_RULES = {"cohort": "charged to each round's cohort", "all": "charged to every client"}
+NETWORK_SERVER = "fedq server"
+"""Launcher in the summary of a run whose clients came over a network."""
+_DOWNLINK_RULES = {
+    "cohort": "charged to each round's cohort",
+    "all": "charged to every client",
+    NETWORK_SERVER: "as sent, the final model included",
+}
 _MAX_LEFT_OUT = 5  # lines; the rest is counted
 
 
@@ -182,7 +188,9 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return "-" if summary.get(key) is None else str(summary[key])
 
     per = "an epoch" if summary.get("exchange") == "step" else "a round"
-    ranks = f"{_count(summary, 'world_size', 'rank')} ({', '.join(_present(summary, 'launcher', 'backend', 'device'))})"
+    where = ", ".join(_present(summary, "launcher", "backend", "device"))
+    is_server = summary.get("launcher") == NETWORK_SERVER
+    ranks = where if is_server else f"{_count(summary, 'world_size', 'rank')} ({where})"
     return [
         ("data", get("dataset")),
         ("model", f"{get('model')}, {_count(summary, 'num_params', 'parameter')}"),
@@ -191,7 +199,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("best validation", _percent(summary.get("best_val_accuracy"))),
         *_exchange(summary, get("uplink"), get("downlink")),
         *_packed(summary),
-        ("between ranks", f"{_bytes(summary.get('wire_bytes'))} in all{_root_ingress(summary)}"),
+        _crossed(summary),
         ("time", f"{_seconds(summary.get('seconds'))}, {_seconds(summary.get('seconds_per_round'))} {per}"),
         *_left_out(summary.get("left_out") or []),
     ]
@@ -206,6 +214,8 @@ def _exchange(summary: Mapping[str, Any], uplink: str, downlink: str) -> list[tu
         second = f"{downlink}: {down}" if summary.get("downlink_bytes") else "none: one leg reaches everyone"
         return [("first leg", f"{uplink}: {up}"), ("second leg", second)]
     rule = summary.get("downlink_to")
+    if summary.get("launcher") == NETWORK_SERVER:
+        rule = NETWORK_SERVER
     charged = f", {_DOWNLINK_RULES.get(rule, rule)}" if rule else ""
     return [("uplink", f"{uplink}: {up}"), ("downlink", f"{downlink}: {down}{charged}")]
 
@@ -225,6 +235,14 @@ def _spread(summary: Mapping[str, Any]) -> str:
         return ""
     low, high = (_percent(spread[key]) for key in ("min", "max"))
     return f", mean of the clients on their own classes (sd {100 * spread['sd']:.2f}, {low} to {high})"
+
+
+def _crossed(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what crossed between ranks, or between a server and its clients."""
+    crossed = f"{_bytes(summary.get('wire_bytes'))} in all"
+    if summary.get("launcher") == NETWORK_SERVER:
+        return "on the network", f"{crossed}, {_bytes(summary.get('root_ingress_bytes'))} of it to the server"
+    return "between ranks", crossed + _root_ingress(summary)
 
 
 def _root_ingress(summary: Mapping[str, Any]) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from fedq.codecs import Codec, codec, codec_schedule
+from fedq.config import Config
 from fedq.federated.chaos import chaos
 from fedq.federated.client import Client, Training
 from fedq.federated.downlink import DownlinkCost
@@ -47,14 +50,12 @@ def build_rounds(
     """
     exchange, members = job.config.exchange, job.config.clients
     norm_limit = None if members.max_update_norm is None else NormLimit(members.max_update_norm, members.norm_rule)
-    uplink = LayoutSchedule.of(job.model, exchange.uplink, feedback=store is not None)
+    uplink = uplink_schedule(job.config, job.model, exchange.uplink, feedback=store is not None)
     # The replica is the downlink's memory, so its codec always works with feedback.
     downlink = Layout.of(job.model, codec(exchange.downlink).resolved(feedback=True))
-    if job.config.lowbit.sends == "weights":
-        uplink = uplink.with_values(binary_codecs(job))
     if job.config.lowbit.server_sends == "weights":
         plain = dict.fromkeys((span.name for span in downlink.spans), codec("bf16"))
-        downlink = downlink.with_values(plain | binary_codecs(job))
+        downlink = downlink.with_values(plain | binary_codecs(job.model))
     feedback = NoFeedback() if store is None else ErrorFeedback(store)
     replica = downlink.flatten(job.model)
     clients = {
@@ -94,11 +95,24 @@ def build_rounds(
     )
 
 
-def binary_codecs(job: Job) -> dict[str, Codec]:
+def uplink_schedule(config: Config, model: nn.Module, uplink: str, *, feedback: bool) -> LayoutSchedule:
+    """Return the layouts of a client's updates, by round.
+
+    Args:
+        config: The job's settings.
+        model: What is trained.
+        uplink: The client's codecs, which may be its own.
+        feedback: Whether it keeps a residual.
+    """
+    schedule = LayoutSchedule.of(model, uplink, feedback=feedback)
+    return schedule.with_values(binary_codecs(model)) if config.lowbit.sends == "weights" else schedule
+
+
+def binary_codecs(model: nn.Module) -> dict[str, Codec]:
     """Return the codec that carries each few-bit weight as it is: its signs, and a scale for each group of it."""
     return {
         f"{name}.weight": codec(f"sign:magnitude=mean,scale={chosen.per},rotate=false")
-        for name, chosen in few_bit_layers(job.model).items()
+        for name, chosen in few_bit_layers(model).items()
     }
 
 

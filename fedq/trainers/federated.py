@@ -53,7 +53,7 @@ def run_rounds(job: Job) -> dict[str, Any]:
     state = RunState(job, rounds, Progress(), store)
     if not (job.config.run.resume and state.go_on()):
         rounds.share_start()
-    _show_replica(job, rounds)
+    show_replica(job, rounds)
     results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
     return finish(job, feedback=rounds.sticky, root_ingress_bytes=job.transport.received, **results)
 
@@ -63,10 +63,10 @@ def _run_round(job: Job, rounds: FederatedRounds, state: RunState, number: int) 
     result = rounds.run(RoundContext(number, job.lr(number), job.config.run.seed))
     state.note(result)
     state.so_far.left_out += report_left_out(number, result)
-    _show_replica(job, rounds)
+    show_replica(job, rounds)
     return lambda metrics: log_round(job, number, result, metrics)
 
 
-def _show_replica(job: Job, rounds: FederatedRounds) -> None:
+def show_replica(job: Job, rounds: FederatedRounds) -> None:
     """Put what clients hold into the job's model, which is evaluated and saved."""
     job.training.layout.unflatten_(rounds.replica, job.model)

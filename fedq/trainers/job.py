@@ -186,14 +186,15 @@ def _check_resumable(config: Config, path: Path) -> None:
     """
     if config.exchange.exchange == "none":
         raise FieldError("resume", str(path), "a run with --exchange round or step")
-    stored = load_config(path / "config.yaml", Config())
+    stored = load_config(path / "config.yaml", type(config)())
     out = config.run.out  # the stored one may be relative to another working directory, or the run was moved
     if out is not None and out != stored.run.out and out.resolve() != path.resolve():
         raise FieldError("out", str(out), f"left out, or {path}, the folder that is resumed")
     before, now = config_dict(stored), config_dict(config)
     for group, values in now.items():
         for name, value in values.items():
-            if value != before[group][name] and name not in _FREE_ON_RESUME:
+            is_free = group == "network" or name in _FREE_ON_RESUME
+            if value != before[group][name] and not is_free:
                 raise FieldError(name, value, f"{before[group][name]!r}, as when the run in {path} was started")
 
 
@@ -210,7 +211,8 @@ def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
         return f"stopped by {cause}; a run with --exchange none has no checkpoints, so start it again"
     finished = Checkpoints(path / "checkpoints").numbers()
     after = f"after round {finished[-1]}" if finished else "before the first round was finished"
-    return f"stopped by {cause} {after}; go on with: {shlex.join([*_launcher(runtime), *_program()])} --resume {path}"
+    program = shlex.join([*_launcher(runtime), *_program(), *config.command])
+    return f"stopped by {cause} {after}; go on with: {program} --resume {path}"
 
 
 def command(runtime: Runtime) -> str:
@@ -287,7 +289,7 @@ def _job(
     engine = make_engine(
         runtime.launcher,
         model,
-        partial(_local_optimizer, config),
+        partial(local_optimizer, config),
         precision,
         settings=asdict(config.local),
         deepspeed_config=config.run.deepspeed_config,
@@ -302,7 +304,7 @@ def _job(
         parts=parts,
         label_counts=label_counts(labels, parts, data.num_classes),
         model=model,
-        training=_training(config, on_device, model, precision, _each(watch.beat, trace.step), engine),
+        training=local_training(config, on_device, model, precision, _each(watch.beat, trace.step), engine),
         evaluator=Evaluator(data.mean, data.std, precision, transport),
         transport=transport,
         ledger=Ledger(),
@@ -336,9 +338,10 @@ def make_model(config: Config, name: str, data: Dataset, device: torch.device, p
     return model
 
 
-def _training(
+def local_training(
     config: Config, data: Dataset, model: nn.Module, precision: Precision, beat: Callable[[], None], engine: Engine
 ) -> LocalTraining:
+    """Return how clients train, as the settings say."""
     local = config.local
     kind = FedBatTraining if config.personal.algorithm == "fedbat" else LocalTraining
     return kind(
@@ -347,7 +350,7 @@ def _training(
         split=data.train,
         mean=data.mean,
         std=data.std,
-        make_optimizer=lambda params, lr: _local_optimizer(config, params, lr),
+        make_optimizer=lambda params, lr: local_optimizer(config, params, lr),
         precision=precision,
         batch_size=local.batch_size,
         epochs=local.local_epochs,
@@ -380,7 +383,7 @@ def _fits(data: Dataset, config: Config) -> bool:
     return nbytes <= config.run.memory_limit_gib * GIB
 
 
-def _local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Return a fresh fused optimizer."""
     local = config.local
     if local.optimizer != "sgd":

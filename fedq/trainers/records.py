@@ -133,6 +133,7 @@ def log_round(
                 rank,
                 _known(frame.loss),
                 _known(frame.accuracy),
+                num_examples=int(frame.weight),
                 val_accuracy=val_accuracies.get(frame.client),
                 status=result.left_out.get(frame.client) or result.clipped.get(frame.client, "ok"),
             )

@@ -11,12 +11,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedq.collectives import Transport
 from fedq.federated.accounting import plain_model
 from fedq.federated.client import Passed, seeded
 from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
+from fedq.layout import Layout
 from fedq.trainers.job import Job
 from fedq.trainers.loop import Log, run_to_the_end
 from fedq.trainers.records import book_metrics, book_peer, client_row, finish, log_metrics
@@ -73,7 +75,7 @@ def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -
     with job.timer.phase("compute"):
         passed = training.train(indices, training.index_batches(len(indices), generator), generator)
     job.watch.beat(f"sharing statistics of epoch {number}")
-    book_peer(job, number, statistics_parts(share_statistics(job)))
+    book_peer(job, number, statistics_parts(share_statistics(training.layout, job.model, job.transport)))
     rows = _share_totals(job, passed, shared, number)
     books.book_steps(number, passed.num_steps, rows[:, 3:])
     return lambda metrics: _log(job, number, rows, metrics)
@@ -95,15 +97,12 @@ def _repeated(indices: Tensor, length: int) -> Tensor:
     return indices.repeat(math.ceil(length / len(indices)))[:length]
 
 
-def share_statistics(job: Job) -> int:
+def share_statistics(layout: Layout, model: nn.Module, transport: Transport) -> int:
     """Average the normalisation layers' float statistics over ranks, in rank order; return the bytes that crossed."""
-    layout = job.training.layout
-    tensors = [
-        tensor for span, tensor in zip(layout.spans, layout.tensors(job.model), strict=True) if span.role == "stats"
-    ]
-    if not tensors or job.transport.world_size == 1:
+    tensors = [tensor for span, tensor in zip(layout.spans, layout.tensors(model), strict=True) if span.role == "stats"]
+    if not tensors or transport.world_size == 1:
         return 0
-    gathered, moved = job.transport.all_gather(torch.cat([tensor.flatten().float() for tensor in tensors]))
+    gathered, moved = transport.all_gather(torch.cat([tensor.flatten().float() for tensor in tensors]))
     mean = gathered.mean(dim=0)
     for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

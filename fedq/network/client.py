@@ -1,0 +1,363 @@
+"""`fedq client`, and `join` for a model and data of one's own: connect, take part, come back after a lost link."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fedq.config import Config, validate
+from fedq.configfile import with_settings
+from fedq.data import Dataset, load_dataset
+from fedq.engines import choose_precision, make_engine
+from fedq.errors import FieldError
+from fedq.federated.client import Client, Training
+from fedq.federated.partition import partition
+from fedq.files import replace_file
+from fedq.models import is_own
+from fedq.network.certs import Identity, client_number, load_identity
+from fedq.network.link import Backoff, Link, Lost, NotWanted
+from fedq.network.member import Diverged, Member, Memory
+from fedq.network.own import OwnTraining, TrainFunction
+from fedq.network.settings import ClientConfig, check_client
+from fedq.network.site import Site
+from fedq.report import human_bytes, human_seconds, print_header
+from fedq.runtime import Runtime, distributed, from_root, local_root_first
+from fedq.trainers.build import uplink_schedule, wants_feedback
+from fedq.trainers.job import GIB, local_optimizer, local_training, make_model
+from fedq.wire import Kind, Message, read_note
+
+_PATIENCE_S = 7 * 86_400.0
+"""How long a site's other ranks wait for the next round."""
+Say = Callable[[str], None]
+
+
+def run_client(config: ClientConfig) -> dict[str, Any]:
+    """Take part in a federation, on this rank of the client, until the server says that it is over.
+
+    Returns:
+        What the server said at the end, on rank 0.
+
+    Raises:
+        FieldError: A setting that cannot be used, or a server that does not take this client.
+    """
+    check_client(config)
+    with distributed(config.device, config.threads, timeout_s=_PATIENCE_S) as runtime:
+        if not runtime.is_root:
+            _work_for_root(config, runtime)
+            return {}
+        identity, number = _who(config)
+        link = Link(config.connect, identity, number, server_name=config.server_name)
+        try:
+            federation = _describe(link, config.give_up_after)
+            from_root(runtime, federation)
+            return _take_part(config, runtime, link, federation)
+        finally:
+            link.close()
+
+
+def join(
+    connect: str,
+    *,
+    model: nn.Module,
+    train: TrainFunction,
+    num_examples: int,
+    certs: Path | str | None = None,
+    insecure: bool = False,
+    number: int | None = None,
+    uplink: str | None = None,
+    out: Path | str | None = None,
+    give_up_after: float = 600.0,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Take part in a federation with a model and data of one's own.
+
+    Args:
+        connect: The server's ``host:port``.
+        model: A module like the server's; it is trained in place and holds the final model at the end.
+        train: Trains ``model`` for a round: ``train(lr)`` returns its mean loss, or loss and accuracy, or None.
+        num_examples: This client's weight in the average.
+        certs: This client's folder of certificates.
+        insecure: No TLS; on loopback only, with ``number``.
+        number: This client's number, without TLS.
+        uplink: Codec of its updates; default: the server's.
+        out: Where residuals are kept; default: ``clients/<number>``.
+        give_up_after: Seconds without a server after which to end.
+        say: Told of progress, a line at a time.
+
+    Returns:
+        What the server said at the end: ``rounds``, ``test_accuracy``.
+
+    Raises:
+        FieldError: A setting that cannot be used, another model than the server's, or a server that refuses.
+    """
+    config = ClientConfig(
+        connect=connect,
+        certs=None if certs is None else Path(certs),
+        insecure=insecure,
+        number=number,
+        uplink=uplink,
+        out=None if out is None else Path(out),
+        give_up_after=give_up_after,
+    )
+    check_client(config)
+    identity, number = _who(config)
+    link = Link(connect, identity, number)
+    try:
+        federation = _describe(link, give_up_after)
+        settings = settings_of(federation, config, has_own_model=True)
+        training = OwnTraining(model, train)
+        member = _member(config, federation, settings, training, torch.arange(num_examples))
+        result = follow(link, member, Backoff(give_up_after), say)
+        if member.replica is not None:
+            member.layout.unflatten_(member.replica, model)
+        return result
+    finally:
+        link.close()
+
+
+def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, Any]:
+    """Hear the server and answer it until it says that it is over, through lost connections.
+
+    Raises:
+        FieldError: The server refuses this client, or could not be reached for too long.
+    """
+    while True:
+        try:
+            for message in link.follow(member.hello()):
+                backoff.succeed()
+                result = _hear(link, member, message, say)
+                if result is not None:
+                    return result
+            raise Lost("the server ended the connection")
+        except Diverged as error:
+            say(f"{error}: asking for a whole one")
+        except Lost as error:
+            seconds = backoff.wait(str(error))
+            say(f"no connection ({error}); tried again after {seconds:.1f} s")
+
+
+def settings_of(federation: dict[str, Any], config: ClientConfig, *, has_own_model: bool = False) -> Config:
+    """Return the federation's settings with this client's own.
+
+    Raises:
+        FieldError: The server's settings are none of this version, or name a model that only its owner has.
+    """
+    shared = {name: value for group in federation["settings"].values() for name, value in group.items()}
+    if has_own_model:
+        del shared["model"]
+    elif is_own(str(shared.get("model"))):  # importing what a server names would be running it
+        raise FieldError("model", shared["model"], "a model of fedq's; for another use fedq.network.join")
+    settings = with_settings(Config(), shared)
+    own = {"data_dir": str(config.data_dir), "download": config.download, "device": config.device}
+    if config.threads is not None:
+        own["threads"] = config.threads
+    uplink = "int8" if config.quantization else config.uplink
+    settings = with_settings(settings, own | ({"uplink": uplink} if uplink else {}))
+    validate(settings)
+    return settings
+
+
+# ---- this client's parts ---------------------------------------------------------------------------------------------
+
+
+def _who(config: ClientConfig) -> tuple[Identity | None, int]:
+    """Return the certificate and the number.
+
+    Raises:
+        FieldError: The certificate cannot be used, or is for another number.
+    """
+    if config.certs is None:
+        assert config.number is not None
+        return None, config.number
+    identity = load_identity(config.certs, serves=False)
+    number = client_number(identity.name)
+    if number is None or config.number not in (None, number):
+        raise FieldError("number", config.number, f"left out, or that of the certificate, {identity.name}")
+    return identity, number
+
+
+def _describe(link: Link, give_up_after: float) -> dict[str, Any]:
+    """Ask what the federation is, until the server is there."""
+    backoff = Backoff(give_up_after)
+    while True:
+        try:
+            return link.describe()
+        except Lost as error:
+            backoff.wait(str(error))
+
+
+def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: dict[str, Any]) -> dict[str, Any]:
+    settings = settings_of(federation, config)
+    number = int(federation["number"])
+    data, training, indices = _prepare(config, settings, runtime, federation)
+    member = _member(config, federation, settings, training, indices)
+    codec, where = settings.exchange.uplink, "TLS" if config.certs is not None else "no TLS"
+    ranks = f", {runtime.world_size} ranks by {config.exchange}" if runtime.world_size > 1 else ""
+    print_header(
+        [
+            f"client {number} of {federation['clients']} | {data.description} | {len(indices):,} images here",
+            f"{settings.local.model}, uplink {codec}, server {config.connect} ({where}){ranks}",
+        ]
+    )
+    say: Say = lambda line: print_header([line])  # noqa: E731
+    try:
+        result = follow(link, member, Backoff(config.give_up_after), say)
+    finally:
+        if isinstance(training, Site):
+            training.dismiss()
+    path = _save(member, member.memory.folder)
+    accuracy = result.get("test_accuracy")
+    words = "" if accuracy is None else f", test accuracy {100 * accuracy:.2f} %"
+    print_header(
+        [
+            f"finished after {result.get('rounds')} rounds{words}",
+            f"sent {human_bytes(link.sent)}, received {human_bytes(link.received)}; model in {path}",
+        ]
+    )
+    return result
+
+
+def _work_for_root(config: ClientConfig, runtime: Runtime) -> None:
+    """Train with rank 0 until it says that it is over."""
+    federation: dict[str, Any] = from_root(runtime, {})
+    _, training, _ = _prepare(config, settings_of(federation, config), runtime, federation)
+    assert isinstance(training, Site)
+    training.follow()
+
+
+def _prepare(
+    config: ClientConfig, settings: Config, runtime: Runtime, federation: dict[str, Any]
+) -> tuple[Dataset, Training, Tensor]:
+    """Load the data, and build the model as the server has built its own."""
+    wanted = settings.data
+    with local_root_first(runtime):
+        data = load_dataset(
+            wanted.dataset,
+            data_dir=wanted.data_dir,
+            download=wanted.download,
+            image_size=wanted.image_size,
+            train_examples=wanted.train_examples,
+            val_fraction=0.0 if config.own_data else wanted.val_fraction,
+            seed=settings.run.seed,
+            memory_limit_bytes=int(settings.run.memory_limit_gib * GIB),
+            progress=runtime.is_root,
+        )
+    indices = torch.arange(len(data.train)) if config.own_data else _share(settings, data, int(federation["number"]))
+    precision = choose_precision(settings.local.precision, runtime.device)
+    model = make_model(settings, settings.local.model, data, runtime.device, precision)
+    engine = make_engine(
+        "torch", model, lambda params, lr: local_optimizer(settings, params, lr), precision, settings={}
+    )
+    alone = local_training(settings, data.to(runtime.device), model, precision, lambda: None, engine)
+    if runtime.world_size == 1:
+        return data, alone, indices
+    site = Site(
+        runtime,
+        alone,
+        indices,
+        settings,
+        exchange=config.exchange,
+        uplink=config.inner_uplink,
+        downlink=config.inner_downlink,
+    )
+    return data, site, indices
+
+
+def _share(settings: Config, data: Dataset, number: int) -> Tensor:
+    """Return the images of a client's number: disjoint shares that every client works out by itself."""
+    members = settings.clients
+    parts = partition(
+        data.train.labels,
+        members.num_clients,
+        members.partition,
+        seed=settings.run.seed,
+        min_examples=members.min_examples,
+    )
+    return parts[number]
+
+
+def _member(
+    config: ClientConfig, federation: dict[str, Any], settings: Config, training: Training, indices: Tensor
+) -> Member:
+    exchange, number = settings.exchange, int(federation["number"])
+    has_feedback = wants_feedback(exchange.feedback, exchange.uplink)
+    memory = Memory(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
+    schedule = uplink_schedule(settings, training.model, exchange.uplink, feedback=has_feedback)
+    client = Client(number, indices, training, schedule, memory.feedback)
+    return Member(
+        client,
+        memory,
+        run=federation["run"],
+        uplink=exchange.uplink,
+        residual_memory=exchange.residual_memory,
+        has_own_data=config.own_data or isinstance(training, OwnTraining),
+    )
+
+
+def _save(member: Member, folder: Path) -> Path:
+    """Write the model as the client holds it."""
+    path = folder / "model.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = member.client.training.model
+    if member.replica is not None:
+        member.layout.unflatten_(member.replica, model)
+    tensors = {span.name: t for span, t in zip(member.layout.spans, member.layout.tensors(model), strict=True)}
+    replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    return path
+
+
+# ---- what the server says --------------------------------------------------------------------------------------------
+
+
+def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, Any] | None:
+    """Do what a message of the server asks; return its last words.
+
+    Raises:
+        Diverged: The model here is not the server's.
+        FieldError: A message that this version does not know.
+    """
+    if message.frame.kind in (Kind.MODEL, Kind.CHANGE):
+        member.take(message)
+        return None
+    text = read_note(message)
+    if text.get("kind") == "welcome":
+        link.opened(str(text["session"]))
+    elif text.get("kind") == "task":
+        member.arrive(text)
+        _answer(link, member, message, text, say)
+    elif text.get("kind") == "finished":
+        member.arrive(text)
+        return text
+    else:
+        raise FieldError("note", text.get("kind"), "welcome, task, finished")
+    return None
+
+
+def _answer(link: Link, member: Member, message: Message, text: dict[str, Any], say: Say) -> None:
+    began = time.perf_counter()
+    answer = member.answer(text, message.sequence)
+    trained = time.perf_counter()
+    try:
+        link.send(answer, timeout=float(text["timeout"]))
+    except NotWanted as error:
+        member.undo()
+        say(f"round {text['round'] + 1}: the server did not take the answer: {error}")
+        return
+    words = _outcome(answer)
+    say(
+        f"round {text['round'] + 1}: {words}, trained {human_seconds(trained - began)}, "
+        f"sent {human_bytes(answer.nbytes)} in {human_seconds(time.perf_counter() - trained)}"
+    )
+
+
+def _outcome(answer: Message) -> str:
+    frame = answer.frame
+    if frame.kind == Kind.UPDATE:
+        return f"loss {frame.loss:.3f}, accuracy {100 * frame.accuracy:.1f} %"
+    return "no update: " + ("training failed" if frame.kind == Kind.FAILED else "values are not finite")

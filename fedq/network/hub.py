@@ -1,0 +1,443 @@
+"""The server's side of every connection: who is there, what each is asked, and what each has answered.
+
+Everything here runs in one thread, that of the event loop, so nothing is locked; the rounds, in the main thread, call
+it through `fedq.network.service.Service`. gRPC is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedq.errors import FieldError
+from fedq.federated.accounting import framing, payload_parts, plain_model, span_sections
+from fedq.federated.client import RoundContext
+from fedq.federated.downlink import without_raw
+from fedq.federated.rounds import sample_cohort
+from fedq.layout import Layout, LayoutSchedule
+from fedq.ledger import MessageParts
+from fedq.network.offer import Offers
+from fedq.network.seat import Seat, Task
+from fedq.network.settings import NetworkConfig
+from fedq.wire import Frame, Kind, Limits, Message, note, split_body
+
+_log = logging.getLogger(__name__)
+_MOST_EXAMPLES = 1 << 40
+_ANSWERS = (Kind.UPDATE, Kind.LEFT_OUT, Kind.FAILED)
+
+
+class Refused(Exception):
+    """A client that may not take part, or a message that nobody waits for.
+
+    Args:
+        reason: In words, for both sides.
+        is_final: Whether trying again cannot help.
+    """
+
+    def __init__(self, reason: str, *, is_final: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.is_final = is_final
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What the hub must know of the job.
+
+    Args:
+        run: Name of the run, never that of another.
+        num_clients: Seats.
+        cohort_size: Clients a round.
+        min_cohort: Fewest of them that a round begins with.
+        shares: Settings that clients need, as plain values.
+        layout: Of the model in float32.
+        schedule: From an uplink's spec, and whether there is feedback, to layouts.
+        network: Timeouts and limits.
+    """
+
+    run: str
+    num_clients: int
+    cohort_size: int
+    min_cohort: int
+    shares: Mapping[str, Any]
+    layout: Layout
+    schedule: Callable[[str, bool], LayoutSchedule]
+    network: NetworkConfig
+
+    @property
+    def limits(self) -> Limits:
+        """What a client's message may be: an update of this model in float32 and a table of its tensors, at most."""
+        plain = 4 * self.layout.numel
+        header = 4096 + 1024 * len(self.layout.spans)
+        return Limits(
+            message_bytes=plain + plain // 8 + 16 * len(self.layout.spans) + header + 4096,
+            header_bytes=header,
+            tensors=len(self.layout.spans),
+            decoded_bytes=plain,
+            note_bytes=4096,
+        )
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a client is told at a time.
+
+    Args:
+        task: What it is asked; None at the end.
+        models: Messages that bring it to the newest model.
+        note: The words.
+        version: What it holds then.
+    """
+
+    task: Task | None
+    models: list[Message]
+    note: Message
+    version: int
+
+
+class Hub:
+    """The clients' seats, and one round at a time.
+
+    Args:
+        federation: The job.
+        first_sequence: Number of the first task.
+    """
+
+    def __init__(self, federation: Federation, first_sequence: int = 0) -> None:
+        self.federation = federation
+        self.offers = Offers(federation.layout)
+        self.seats: dict[int, Seat] = {}
+        self.context: RoundContext | None = None
+        """The open round's."""
+        self.result: dict[str, Any] | None = None
+        """What clients are told at the end, once it is there."""
+        self.received = 0
+        """Bytes of clients' messages."""
+        self._sequence = first_sequence
+        self._began = time.monotonic()
+        self._changed = asyncio.Event()
+        self._is_first = True
+
+    # ---- who is there ------------------------------------------------------------------------------------------------
+
+    def seat(self, number: int) -> Seat:
+        """Return the seat of a client that calls.
+
+        Args:
+            number: Its number, from its certificate.
+
+        Raises:
+            Refused: It has no seat here, has broken the rules too often, or calls too often.
+        """
+        if not 0 <= number < self.federation.num_clients:
+            raise Refused(
+                f"client {number} has no seat; the federation has clients 0 to {self.federation.num_clients - 1}"
+            )
+        seat = self.seats.setdefault(number, Seat(number))
+        if seat.offences >= self.federation.network.max_offences:
+            raise Refused(f"client {number} is shut out after {seat.offences} messages that broke the rules")
+        if not seat.joins.take():
+            raise Refused(f"client {number} connects too often", is_final=False)
+        return seat
+
+    def description(self, seat: Seat) -> Message:
+        """Return what the federation is, as a client is told before it prepares."""
+        text = {"kind": "federation", "run": self.federation.run, "number": seat.number}
+        return note(text | {"clients": self.federation.num_clients, "settings": dict(self.federation.shares)})
+
+    def admit(self, number: int, hello: Mapping[str, Any]) -> Seat:
+        """Give a client its seat, anew if it had lost its connection.
+
+        Args:
+            number: Its number, from its certificate.
+            hello: What it says of itself.
+
+        Raises:
+            Refused: It has no seat, or says what cannot be.
+        """
+        seat = self.seat(number)
+        seat.uplink = self._uplink(hello)
+        seat.num_examples = _examples(hello)
+        seat.has_own_data = hello.get("own_data") is True
+        is_ours = hello.get("run") == self.federation.run
+        seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
+        seat.session = secrets.token_hex(16)
+        for follower in seat.followers:
+            follower.cancel()
+        _log.info("client %d is here with %d examples", number, seat.num_examples)
+        return seat
+
+    def welcome(self, seat: Seat) -> Message:
+        """Return what a client is told first."""
+        return note({"kind": "welcome", "session": seat.session}, client=seat.number)
+
+    def arrived(self, seat: Seat) -> None:
+        """Note that a client follows."""
+        seat.is_connected = True
+        self._changed.set()
+
+    def left(self, seat: Seat) -> None:
+        """Note that a client's connection is gone."""
+        if seat.is_connected and not seat.followers:
+            seat.is_connected, seat.lost_at = False, time.monotonic()
+            if self.result is None:
+                _log.warning("the connection to client %d is lost", seat.number)
+            self._changed.set()
+
+    def seat_of(self, number: int, session: str) -> Seat:
+        """Return the seat of a client that sends.
+
+        Raises:
+            Refused: It has not joined, or has joined again since.
+        """
+        seat = self.seats.get(number)
+        if seat is None or not seat.session or not hmac.compare_digest(seat.session, session):
+            raise Refused(f"client {number} has not joined, or has joined again since", is_final=False)
+        return seat
+
+    # ---- what a client is told ---------------------------------------------------------------------------------------
+
+    def assignment(self, seat: Seat) -> Assignment | None:
+        """Return a client's open task with the messages that it needs for it; None if there is none."""
+        if self.context is None or not seat.has_open_task(self.context.round):
+            return None
+        assert seat.task is not None
+        assert self.offers.model is not None
+        model, context = self.offers.model, self.context
+        text = {
+            "kind": "task",
+            "round": context.round,
+            "lr": context.lr,
+            "seed": context.seed,
+            "version": model.version,
+            "checksum": model.checksum,
+            "timeout": self.federation.network.round_timeout,
+        }
+        task = note(text, round=context.round, client=seat.number, sequence=seat.task.sequence)
+        return Assignment(seat.task, self.offers.lacking(seat.version), task, model.version)
+
+    def farewell(self, seat: Seat) -> Assignment:
+        """Return the last messages: what leads to the final model, and the result."""
+        assert self.offers.model is not None
+        model, text = self.offers.model, {"kind": "finished", **(self.result or {})}
+        text |= {"version": model.version, "checksum": model.checksum}
+        return Assignment(None, self.offers.lacking(seat.version), note(text), model.version)
+
+    def sent(self, seat: Seat, message: Message, *, is_newest: bool) -> None:
+        """Note a message that a client has been sent whole; the newest change stands for a whole float32 model."""
+        parts = _parts(message)
+        seat.moved.append(("downlink", parts if is_newest else without_raw(parts)))
+
+    def caught_up(self, seat: Seat, version: int) -> None:
+        """Note what a client holds now."""
+        seat.version = version
+
+    def cut_short(self, seat: Seat, nbytes: int, direction: str) -> None:
+        """Note bytes of a message that did not arrive whole."""
+        self.received += nbytes * (direction == "uplink")
+        if nbytes:
+            seat.moved.append((direction, framing("unfinished", nbytes)))
+
+    # ---- what a client answers ---------------------------------------------------------------------------------------
+
+    def expects(self, seat: Seat) -> None:
+        """Check that an answer of a client is wanted at all, before its bytes are taken.
+
+        Raises:
+            Refused: None is.
+        """
+        if self.context is None or not seat.has_open_task(self.context.round):
+            raise Refused(f"no answer of client {seat.number} is wanted now", is_final=False)
+
+    def accept(self, seat: Seat, message: Message) -> None:
+        """Take a client's answer.
+
+        Raises:
+            Refused: The round is over, or the answer is of an earlier one.
+            FieldError: It is no answer to what was asked.
+        """
+        self.expects(seat)
+        assert seat.task is not None
+        assert self.context is not None
+        frame, task = message.frame, seat.task
+        if (frame.round, message.sequence) != (task.round, task.sequence):
+            raise FieldError(
+                "round, sequence", (frame.round, message.sequence), f"{(task.round, task.sequence)}, as in the task"
+            )
+        if frame.client != seat.number:
+            raise FieldError("client", frame.client, f"{seat.number}, as in the certificate")
+        if frame.kind not in _ANSWERS or message.exact:
+            raise FieldError("kind", frame.kind.name, "UPDATE, LEFT_OUT or FAILED")
+        task.answer = self._checked(seat, message) if frame.kind == Kind.UPDATE else message
+        self.received += message.nbytes
+        seat.moved.append(("uplink", _parts(task.answer)))
+        self._changed.set()
+
+    def _checked(self, seat: Seat, message: Message) -> Message:
+        """Return an update with our layout, which is the one that its sender has announced."""
+        assert seat.uplink is not None
+        layout = seat.uplink.at(message.frame.round)
+        if message.frame.layout_hash != layout.hash:
+            allowed = f"{layout.hash:016x}: the model of this federation in the codec that the client has announced"
+            raise FieldError("layout", f"{message.frame.layout_hash:016x}", allowed)
+        split_body(layout, message.frame.body)
+        if message.frame.weight != seat.num_examples:
+            raise FieldError("weight", message.frame.weight, f"{seat.num_examples}, as announced")
+        return replace(message, layout=layout)
+
+    def offend(self, seat: Seat, error: Exception) -> None:
+        """Note a message that broke the rules; the round goes on without this client."""
+        seat.offences += 1
+        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, error)
+        if self.context is not None and seat.has_open_task(self.context.round):
+            assert seat.task is not None
+            seat.task.reason = f"refused: {error}"
+        if seat.offences >= self.federation.network.max_offences:
+            for follower in seat.followers:
+                follower.cancel()
+        self._changed.set()
+
+    # ---- rounds ------------------------------------------------------------------------------------------------------
+
+    async def run_round(self, context: RoundContext) -> list[Message]:
+        """Ask a cohort, and return what came until all had answered or the round's time was up.
+
+        Returns:
+            One message for each client that was asked, in client order; those who did not answer have a message of
+            kind `MISSING` with the reason.
+        """
+        cohort = await self._cohort(context)
+        self.context = context
+        for number in cohort:
+            self._sequence += 1
+            self.seats[number].task = Task(context.round, self._sequence)
+            self.seats[number].told()
+        deadline = time.monotonic() + self.federation.network.round_timeout
+        while waiting := [self.seats[n] for n in cohort if self.seats[n].has_open_task(context.round)]:
+            now = time.monotonic()
+            until = [min(deadline, self._patience(seat)) for seat in waiting]
+            for seat, moment in zip(waiting, until, strict=True):
+                if now >= moment:
+                    assert seat.task is not None
+                    seat.task.reason = self._why_missing(seat)
+            await self._wait(min(until) - now)
+        self.context = None
+        return [self._close(self.seats[number], context) for number in cohort]
+
+    def present(self) -> list[int]:
+        """Return the clients that are here, in order."""
+        limit = self.federation.network.max_offences
+        return sorted(n for n, seat in self.seats.items() if seat.is_connected and seat.offences < limit)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Tell all clients that it is over."""
+        self.result = dict(result)
+        for seat in self.seats.values():
+            seat.told()
+
+    def take_moved(self) -> list[tuple[int, str, MessageParts]]:
+        """Return what crossed since the last call, in client order: client, direction, make-up."""
+        rows = []
+        for number, seat in sorted(self.seats.items()):
+            rows += [(number, direction, parts) for direction, parts in seat.moved]
+            seat.moved.clear()
+        return rows
+
+    async def _cohort(self, context: RoundContext) -> list[int]:
+        """Wait for enough clients, and return those that are asked: all that are here, or a draw of them."""
+        federation = self.federation
+        until = self._began + federation.network.join_timeout if self._is_first else 0.0
+        while True:
+            here, now = self.present(), time.monotonic()
+            wanted = federation.num_clients if now < until else max(1, federation.min_cohort)
+            if len(here) >= wanted:
+                break
+            await self._wait(max(0.05, until - now) if now < until else 3600.0)
+        self._is_first = False
+        size = min(federation.cohort_size, len(here))
+        picked = sample_cohort(len(here), size, seed=context.seed, round=context.round)
+        return [here[place] for place in picked]
+
+    async def _wait(self, seconds: float) -> None:
+        self._changed.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(0.0, seconds))
+
+    def _patience(self, seat: Seat) -> float:
+        """Return until when a client is waited for."""
+        return math.inf if seat.is_connected else seat.lost_at + self.federation.network.reconnect_grace
+
+    def _why_missing(self, seat: Seat) -> str:
+        network = self.federation.network
+        if not seat.is_connected:
+            return f"no answer: the connection was lost and not made again within {network.reconnect_grace:g} s"
+        return f"no answer within {network.round_timeout:g} s"
+
+    def _close(self, seat: Seat, context: RoundContext) -> Message:
+        """Return a client's answer, or why there is none, and let nothing more of this round in."""
+        assert seat.task is not None
+        assert seat.uplink is not None
+        for upload in seat.uploads:
+            upload.cancel()
+        if seat.task.answer is not None:
+            return seat.task.answer
+        body = torch.frombuffer(bytearray((seat.task.reason or "no answer").encode()), dtype=torch.uint8)
+        frame = Frame(
+            Kind.MISSING, context.round, seat.number, 0, 0, float(seat.num_examples), math.nan, math.nan, body
+        )
+        return Message(frame)
+
+    def _uplink(self, hello: Mapping[str, Any]) -> LayoutSchedule:
+        spec, feedback = hello.get("uplink"), hello.get("feedback")
+        if not isinstance(spec, str) or len(spec) > 256 or not isinstance(feedback, bool):
+            raise Refused("uplink and feedback must be text and true or false")
+        try:
+            return self.federation.schedule(spec, feedback)
+        except FieldError as error:
+            raise Refused(str(error)) from None
+
+
+def _examples(hello: Mapping[str, Any]) -> int:
+    """Return the number of examples that a client says it has.
+
+    Raises:
+        Refused: It is no number, or none that can be.
+    """
+    number = hello.get("num_examples")
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MOST_EXAMPLES:
+        raise Refused(f"num_examples={number!r} is not allowed; allowed: 1 or more")
+    return number
+
+
+def _parts(message: Message) -> MessageParts:
+    """Return a message's make-up for the ledger, its table and checksums among the framing."""
+    frame, layout = message.frame, message.layout
+    if layout is None or not frame.kind.has_payloads:
+        return framing("", message.nbytes)
+    if frame.kind == Kind.MODEL:
+        plain = plain_model(layout)
+        return _with_framing(plain, message.nbytes - plain.nbytes)
+    sections = span_sections(layout, split_body(layout, frame.body))
+    return payload_parts(list(zip(layout.spans, sections, strict=True)), message.nbytes)
+
+
+def _with_framing(parts: MessageParts, nbytes: int) -> MessageParts:
+    """Return the make-up with a row of framing bytes."""
+    return replace(
+        parts,
+        tensors=(*parts.tensors, ""),
+        parts=(*parts.parts, "framing"),
+        raw=np.append(parts.raw, 0),
+        payload=np.append(parts.payload, nbytes),
+    )

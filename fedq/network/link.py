@@ -1,0 +1,182 @@
+"""A client's connection: the calls, what their failures mean, and how long to wait before the next try."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from fedq.errors import FieldError
+from fedq.network.certs import Identity
+from fedq.network.service import CHANNEL_OPTIONS, DESCRIBE, FOLLOW, NUMBER, SEND, SESSION
+from fedq.network.settings import CHUNK_NBYTES
+from fedq.wire import Assembler, Limits, Message, note, read_note, unpack
+
+_FIRST_S, _LONGEST_S = 0.2, 15.0
+_DESCRIBE_S = 30.0
+_FINAL = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
+
+
+class NotWanted(Exception):
+    """An answer that the server did not take; the reason is its."""
+
+
+class Lost(Exception):
+    """The connection is gone, or was never there."""
+
+
+@dataclass
+class Backoff:
+    """Waits twice as long each time, up to a limit, with a random part so that clients do not come back in step.
+
+    Args:
+        give_up_after: Seconds without success after which there are no more tries.
+    """
+
+    give_up_after: float
+    _next: float = _FIRST_S
+    _since: float | None = None
+
+    def succeed(self) -> None:
+        """Start over."""
+        self._next, self._since = _FIRST_S, None
+
+    def wait(self, reason: str) -> float:
+        """Wait, and return how long.
+
+        Raises:
+            FieldError: There was no success for too long.
+        """
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since > self.give_up_after:
+            raise FieldError("connect", reason, f"a server that answers within {self.give_up_after:g} s")
+        seconds = self._next * random.uniform(0.5, 1.5)
+        time.sleep(seconds)
+        self._next = min(_LONGEST_S, 2 * self._next)
+        return seconds
+
+
+class Link:
+    """Calls one server.
+
+    Args:
+        address: Host and port.
+        identity: This client's certificate; None: plaintext.
+        number: This client's number; in plaintext the server believes it.
+        server_name: Name in the server's certificate, if it is not the host.
+        limits: What a message of the server may be.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        identity: Identity | None,
+        number: int,
+        *,
+        server_name: str | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.address = address
+        self.limits = limits or Limits()
+        self.received = self.sent = 0
+        """Bytes of messages so far."""
+        # Several clients in one process each have a connection of their own.
+        options: list[tuple[str, Any]] = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        if server_name is not None:
+            options.append(("grpc.ssl_target_name_override", server_name))
+        if identity is None:
+            self._channel = grpc.insecure_channel(address, options)
+        else:
+            trust = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
+            self._channel = grpc.secure_channel(address, trust, options)
+        self._metadata = ((NUMBER, str(number)),)
+        self._session = ""
+        self._describe = self._channel.unary_unary(DESCRIBE)
+        self._follow = self._channel.unary_stream(FOLLOW)
+        self._send = self._channel.stream_unary(SEND)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the server says of the federation.
+
+        Raises:
+            FieldError: It refuses this client.
+            Lost: It cannot be reached.
+        """
+        request = bytes(note({"kind": "describe"}).pack())
+        try:
+            return read_note(unpack(self._describe(request, metadata=self._metadata, timeout=_DESCRIBE_S), self.limits))
+        except grpc.RpcError as error:
+            raise self._meaning(error) from None
+
+    def follow(self, hello: Mapping[str, Any]) -> Iterator[Message]:
+        """Yield the server's messages, until it has said its last.
+
+        Raises:
+            FieldError: It refuses this client, or says what it may not.
+            Lost: The connection is gone.
+        """
+        assembler = Assembler(self.limits)
+        call = self._follow(bytes(note(hello).pack()), metadata=self._metadata)
+        try:
+            for piece in call:
+                for message in assembler.add(piece):
+                    self.received += message.nbytes
+                    yield message
+        except grpc.RpcError as error:
+            raise self._meaning(error) from None
+        finally:
+            call.cancel()
+
+    def opened(self, session: str) -> None:
+        """Note the session that answers belong to."""
+        self._session = session
+
+    def send(self, message: Message, timeout: float) -> None:
+        """Send an answer in pieces, and wait until it was taken.
+
+        Raises:
+            NotWanted: The round is over, or the server says what is wrong with it.
+            FieldError: The server refuses this client.
+            Lost: The connection is gone.
+        """
+        over = threading.Event()
+
+        def pieces() -> Iterator[bytes]:
+            for piece in message.chunks(CHUNK_NBYTES):
+                if over.is_set():
+                    return
+                self.sent += len(piece)
+                yield piece
+
+        try:
+            self._send(pieces(), metadata=(*self._metadata, (SESSION, self._session)), timeout=timeout)
+        except grpc.RpcError as error:
+            over.set()
+            code = error.code()
+            if code in (
+                grpc.StatusCode.FAILED_PRECONDITION,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                grpc.StatusCode.CANCELLED,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            ):
+                raise NotWanted(error.details() or code.name) from None
+            raise self._meaning(error) from None
+
+    def _meaning(self, error: grpc.RpcError) -> Exception:
+        """Return what a failed call means for this client."""
+        code, details = error.code(), error.details() or ""
+        if code in _FINAL:
+            return FieldError("connect", self.address, f"a server that takes this client; it says: {details}")
+        if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:
+            return FieldError("certs", self.address, f"a server that the authority in ca.pem has signed; {details}")
+        return Lost(f"{code.name.lower().replace('_', ' ')}: {details}")

@@ -1,0 +1,204 @@
+"""A client's side of the federation: it takes models and changes, and answers tasks. No connection is known here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedq.errors import FieldError
+from fedq.federated.client import Client, RoundContext
+from fedq.federated.server import apply_change
+from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
+from fedq.files import replace_file
+from fedq.layout import Layout
+from fedq.network.offer import checksum
+from fedq.wire import Kind, Message
+
+_KEPT = 3
+"""Versions of the residual on disk: a server that was restarted may ask for its last round again."""
+
+
+class Diverged(Exception):
+    """The model is not the server's: only a whole one helps."""
+
+
+class Memory:
+    """A client's residual on disk, one version for each round that it took part in.
+
+    A round that is asked again starts from the residual that the first time started from, so it ends the same.
+
+    Args:
+        folder: Where it is kept.
+        number: The client's.
+        has_feedback: Whether there is a residual at all.
+    """
+
+    def __init__(self, folder: Path, number: int, *, has_feedback: bool) -> None:
+        self.folder = folder
+        self.number = number
+        self.store = ResidualStore(folder=folder / "residuals") if has_feedback else None
+        self.feedback = NoFeedback() if self.store is None else ErrorFeedback(self.store)
+        self._version: int | None = None
+
+    def begin(self, run: str, uplink: str) -> None:
+        """Go on with what is kept of a run; what another run, or another codec, has left is deleted."""
+        file, now = self.folder / "state.json", {"run": run, "uplink": uplink}
+        before = json.loads(file.read_text()) if file.exists() else None
+        if before != now:
+            for _, path in self._versions():
+                path.unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(now).encode())
+        self._version = None
+
+    def before(self, round: int) -> int | None:
+        """Return to the residual with which a round begins; say which round left it, None if none did."""
+        if self.store is None:
+            return None
+        version = max((version for version, _ in self._versions() if version <= round), default=None)
+        if version is None or version != self._version:
+            self.store.attach({} if version is None else {self.number: version})
+            self._version = version
+        return None if version is None else version - 1
+
+    def after(self, round: int) -> None:
+        """Keep the residual that a round has left, before its answer is sent."""
+        if self.store is None:
+            return
+        if self.number in self.store.save(round + 1):
+            self._version = round + 1
+        for _, path in self._versions()[:-_KEPT]:
+            path.unlink()
+
+    def undo(self, round: int) -> None:
+        """Forget what a round has left: its answer did not count."""
+        if self.store is not None:
+            self.store.path(self.number, round + 1).unlink(missing_ok=True)
+            self._version = None
+
+    def _versions(self) -> list[tuple[int, Path]]:
+        """Return the versions on disk, oldest first."""
+        if self.store is None or self.store.folder is None:
+            return []
+        pattern = re.compile(rf"client-{self.number:06d}-(\d+)\.f32")
+        found = ((pattern.fullmatch(path.name), path) for path in self.store.folder.glob("client-*.f32"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+class Member:
+    """Takes part in a federation.
+
+    Args:
+        client: Who trains, and encodes its updates.
+        memory: Its residual.
+        run: The federation's run.
+        uplink: The codecs of its updates, as it announces them.
+        residual_memory: Share of the residual that is left after each round in which it was not asked.
+        has_own_data: Whether its examples are no share of a data set that the server knows.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        memory: Memory,
+        *,
+        run: str,
+        uplink: str,
+        residual_memory: float = 1.0,
+        has_own_data: bool = True,
+    ) -> None:
+        self.client = client
+        self.memory = memory
+        self.run = run
+        self.uplink = uplink
+        self.residual_memory = residual_memory
+        self.has_own_data = has_own_data
+        self.layout = client.training.layout
+        self.replica: Tensor | None = None
+        self.version: int | None = None
+        self._answer: Message | None = None
+        memory.begin(run, uplink)
+
+    def hello(self) -> dict[str, Any]:
+        """Return what the server must know of this client."""
+        held = {} if self.replica is None else {"version": self.version, "checksum": checksum(self.replica)}
+        return {
+            "kind": "hello",
+            "run": self.run,
+            "uplink": self.uplink,
+            "feedback": self.memory.store is not None,
+            "num_examples": len(self.client.indices),
+            "own_data": self.has_own_data,
+            **held,
+        }
+
+    def take(self, message: Message) -> None:
+        """Take the whole model, or a change of it.
+
+        Raises:
+            FieldError: It is of another model.
+            Diverged: A change, but of what is not there.
+        """
+        assert message.layout is not None
+        check_same_model(message.layout, self.layout)
+        if message.frame.kind == Kind.MODEL:
+            device = next(self.client.training.model.parameters()).device
+            self.replica = torch.zeros(self.layout.numel, device=device)
+            self.version = None
+        elif self.replica is None:
+            raise Diverged("a change came before a model")
+        body = message.frame.body.to(self.replica.device)
+        apply_change(message.layout, replace(message.frame, body=body), self.replica)
+
+    def arrive(self, text: Mapping[str, Any]) -> None:
+        """Compare the model with the server's, after all that leads to it was taken.
+
+        Raises:
+            Diverged: They differ; the one here is forgotten.
+        """
+        if self.replica is None or checksum(self.replica) != text["checksum"]:
+            self.replica = self.version = None
+            raise Diverged("the model here is not the server's")
+        self.version = int(text["version"])
+
+    def answer(self, text: Mapping[str, Any], sequence: int) -> Message:
+        """Train as a task says, from the model as it is; the same task again gets the same answer."""
+        if self._answer is None or self._answer.sequence != sequence:
+            context = RoundContext(int(text["round"]), float(text["lr"]), int(text["seed"]))
+            self._answer = self._train(context, sequence)
+        return self._answer
+
+    def undo(self) -> None:
+        """Take the last answer back: it did not count."""
+        if self._answer is not None:
+            self.memory.undo(self._answer.frame.round)
+            self._answer = None
+
+    def _train(self, context: RoundContext, sequence: int) -> Message:
+        assert self.replica is not None
+        last, client = self.memory.before(context.round), self.client
+        try:
+            trained = client.train(self.replica, context)
+        except Exception as error:
+            return Message(client.failure(error, context), sequence=sequence)
+        layout = client.uplink.at(context.round)
+        update = layout.to_sent_(trained.flat, self.replica)
+        missed = 0 if last is None else context.round - last - 1
+        frame = client.message(update, trained, context, memory=self.residual_memory**missed)
+        self.memory.after(context.round)
+        return Message(frame, layout if frame.kind.has_payloads else None, sequence)
+
+
+def check_same_model(received: Layout, own: Layout) -> None:
+    """Raise `FieldError` unless a message's tensors are those of this model, in the same order."""
+    theirs, ours = ([(s.name, s.shape) for s in layout.spans] for layout in (received, own))
+    if theirs != ours:
+        odd = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), (len(theirs), len(ours)))
+        raise FieldError("tensor", odd[0], f"{odd[1]}, as in this client's model")

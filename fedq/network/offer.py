@@ -1,0 +1,105 @@
+"""What clients need to catch up: the changes of the last rounds, and the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedq.layout import Layout
+from fedq.wire import SERVER, Frame, Kind, Message, crc32c, join_body
+
+
+@dataclass(frozen=True)
+class Model:
+    """The replica after some rounds.
+
+    Args:
+        version: Rounds that it has seen.
+        checksum: CRC32C of its float32 bytes, in the layout's order.
+        message: It, whole, in float32.
+    """
+
+    version: int
+    checksum: int
+    message: Message
+
+
+class Offers:
+    """The newest model, and what leads to it.
+
+    A client that holds an older version gets every change since, or the whole model where that is smaller; one whose
+    version is unknown, or was of another run, gets the whole model.
+
+    Args:
+        layout: Of the model in float32.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.model: Model | None = None
+        self._changes: dict[int, Message | None] = {}
+        self._checksums: dict[int, int] = {}
+
+    def publish(self, version: int, replica: Tensor, change: Message | None = None) -> None:
+        """Offer the replica of a version, and the change that made it of the one before.
+
+        Args:
+            version: Rounds that it has seen.
+            replica: Flat float32; copied.
+            change: What the round's server step sent; None if the round changed nothing.
+        """
+        follows = self.model is not None and self.model.version == version - 1
+        whole = whole_model(self.layout, replica, version)
+        self.model = Model(version, checksum(replica), whole)
+        if not follows:
+            self._changes.clear()
+            self._checksums.clear()
+        else:
+            self._changes[version - 1] = change
+        self._checksums[version] = self.model.checksum
+        self._forget()
+
+    def lacking(self, version: int | None) -> list[Message]:
+        """Return the messages that bring a holder of a version to the newest."""
+        assert self.model is not None
+        if version == self.model.version:
+            return []
+        steps = range(self.model.version if version is None else version, self.model.version)
+        if version is None or any(step not in self._changes for step in steps) or not steps:
+            return [self.model.message]
+        changes = [change for step in steps if (change := self._changes[step]) is not None]
+        return changes if _nbytes(changes) < self.model.message.nbytes else [self.model.message]
+
+    def recognise(self, version: object, checksum: object) -> int | None:
+        """Return the version that a client says it holds, if it is one of ours with the right checksum."""
+        if not isinstance(version, int) or isinstance(version, bool):
+            return None
+        return version if self._checksums.get(version) == checksum else None
+
+    def _forget(self) -> None:
+        """Drop changes that together weigh more than the whole model: nobody would fetch them."""
+        assert self.model is not None
+        while self._changes and _nbytes(list(self._changes.values())) >= self.model.message.nbytes:
+            oldest = min(self._changes)
+            del self._changes[oldest]
+            self._checksums.pop(oldest, None)
+
+
+def whole_model(layout: Layout, replica: Tensor, round: int) -> Message:
+    """Return the model in float32 as a message; the values are copied."""
+    flat = replica.detach().to("cpu", copy=True)
+    body = join_body(layout, [flat[span.slice].view(torch.uint8) for span in layout.spans])
+    frame = Frame(Kind.MODEL, round, SERVER, layout.hash, 0, 0.0, 0.0, 0.0, body)
+    return Message(frame, layout)
+
+
+def checksum(replica: Tensor) -> int:
+    """Return CRC32C of a flat float32 model's bytes."""
+    return crc32c(replica.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _nbytes(messages: Sequence[Message | None]) -> int:
+    return sum(message.nbytes for message in messages if message is not None)

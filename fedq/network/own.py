@@ -1,0 +1,51 @@
+"""A model and a training loop of the user's own, as a client's training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedq.federated.client import Trained
+from fedq.layout import Layout
+
+TrainFunction = Callable[..., "float | Sequence[float] | None"]
+"""``train(lr)``: trains the model in place; returns its mean loss, or loss and accuracy, or nothing."""
+
+
+class OwnTraining:
+    """Trains by a function of the user's.
+
+    Args:
+        model: What the function trains.
+        train: The function.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainFunction) -> None:
+        self.model = model
+        self.train = train
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The model's layout."""
+        return Layout.of(self.model, "fp32")
+
+    def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
+        """Write the flat model into the module, and train it; the seed is set for torch's own random numbers."""
+        self.layout.unflatten_(start, self.model)
+        torch.manual_seed(seed)
+        self.model.train()
+        told = self.train(lr)
+        loss, accuracy = _measures(told)
+        return Trained(self.layout.flatten(self.model), loss, accuracy, 0)
+
+
+def _measures(told: float | Sequence[float] | None) -> tuple[float, float]:
+    if told is None:
+        return math.nan, math.nan
+    if isinstance(told, Sequence):
+        return float(told[0]), float(told[1])
+    return float(told), math.nan

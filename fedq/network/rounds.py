@@ -1,0 +1,84 @@
+"""Federated rounds whose clients are across a network: the same server, averages and books as over a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedq.federated.client import RoundContext
+from fedq.federated.rounds import FederatedRounds, RoundResult
+from fedq.federated.server import apply_change
+from fedq.layout import Layout
+from fedq.network.hub import Hub
+from fedq.network.service import Service
+from fedq.wire import Frame, Message
+
+
+class NetworkRounds(FederatedRounds):
+    """Runs rounds; messages come from a service instead of ranks.
+
+    Args:
+        parts: As for `FederatedRounds`.
+    """
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._service: Service | None = None
+        self._layouts: dict[int, Layout] = {}
+        self.count_received: Callable[[int], None] = lambda nbytes: None
+
+    def serve_by(self, service: Service, version: int) -> None:
+        """Begin with the replica as it is, which has seen so many rounds."""
+        self._service = service
+        replica = self.replica
+        service.do(lambda: self._hub.offers.publish(version, replica))
+
+    @property
+    def _hub(self) -> Hub:
+        assert self._service is not None
+        return self._service.hub
+
+    def run(self, context: RoundContext) -> RoundResult:
+        """Ask clients, average what they answer, and offer the change to all."""
+        assert self._service is not None
+        self.beat(f"waiting for clients in round {context.round}")
+        with self.timer.phase("exchange"):
+            messages = self._service.call(self._hub.run_round(context), self._alive)
+        self._layouts = {m.frame.layout_hash: m.layout for m in messages if m.layout is not None}
+        result, change = self._serve([(0, message.frame) for message in messages], context)
+        self._apply(change, context)
+        self.book(context.round)
+        return result
+
+    def book(self, round: int) -> None:
+        """Book what crossed since the last time."""
+        assert self._service is not None
+        moved, received = self._service.do(lambda: (self._hub.take_moved(), self._hub.received))
+        for client, direction, parts in moved:
+            self.ledger.record(
+                round=round, client=client, direction=direction, parts=parts, payload_times=1, wire_times=1
+            )
+        self.count_received(received)
+
+    def with_own_data(self) -> list[int]:
+        """Return the clients whose examples are no share of the server's data set."""
+        assert self._service is not None
+        hub = self._hub
+        return self._service.do(lambda: [number for number, seat in hub.seats.items() if seat.has_own_data])
+
+    def _others(self, context: RoundContext) -> dict[int, Layout]:
+        return self._layouts
+
+    def _apply(self, change: Frame | None, context: RoundContext) -> None:
+        """Apply the change to the replica, and offer it to the clients."""
+        if change is not None:
+            with self.timer.phase("decode"):
+                apply_change(self.downlink, change, self.replica)
+        message = Message(change, self.downlink) if change is not None else None
+        assert self._service is not None
+        hub, replica, version = self._hub, self.replica, context.round + 1
+        with self.timer.phase("exchange"):
+            self._service.do(lambda: hub.offers.publish(version, replica, message))
+
+    def _alive(self) -> None:
+        self.beat("waiting for clients")

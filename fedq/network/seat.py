@@ -1,0 +1,98 @@
+"""What the server knows of one client: where it is, what it holds, what it was asked, how it behaved."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from fedq.layout import LayoutSchedule
+from fedq.ledger import MessageParts
+from fedq.wire import Message
+
+_BURST, _PER_S = 10.0, 1.0
+
+
+class RateLimit:
+    """A token bucket: so many at once, so many a second.
+
+    Args:
+        burst: Most tokens.
+        per_s: Tokens that come back each second.
+    """
+
+    def __init__(self, burst: float = _BURST, per_s: float = _PER_S) -> None:
+        self.burst, self.per_s = burst, per_s
+        self._tokens, self._seen = burst, time.monotonic()
+
+    def take(self) -> bool:
+        """Take a token; say whether there was one."""
+        now = time.monotonic()
+        self._tokens = min(self.burst, self._tokens + (now - self._seen) * self.per_s)
+        self._seen = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+@dataclass
+class Task:
+    """What a client was asked in a round, and what became of it.
+
+    Args:
+        round: Number, from 0.
+        sequence: Number that its answer repeats; no two tasks of a run have the same.
+    """
+
+    round: int
+    sequence: int
+    answer: Message | None = None
+    reason: str | None = None
+    """Why there is no answer."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer is still wanted."""
+        return self.answer is None and self.reason is None
+
+
+@dataclass
+class Seat:
+    """A client's place.
+
+    Args:
+        number: From 0.
+    """
+
+    number: int
+    session: str = ""
+    """Word that the client's messages repeat; a new one with each connection."""
+    uplink: LayoutSchedule | None = None
+    """Layouts of its updates."""
+    num_examples: int = 0
+    has_own_data: bool = False
+    """Whether its examples are no share of the server's data set."""
+    version: int | None = None
+    """Rounds that the model it holds has seen; None: it has none, or one that is not ours."""
+    is_connected: bool = False
+    lost_at: float = 0.0
+    """When its connection was lost."""
+    task: Task | None = None
+    offences: int = 0
+    joins: RateLimit = field(default_factory=RateLimit)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when there is something to tell it."""
+    followers: set[asyncio.Task[None]] = field(default_factory=set)
+    """What is telling it; one, or two for a moment while it reconnects."""
+    uploads: set[asyncio.Task[None]] = field(default_factory=set)
+    moved: list[tuple[str, MessageParts]] = field(default_factory=list)
+    """Direction and make-up of what crossed since it was last booked."""
+
+    def told(self) -> None:
+        """Wake whoever tells it."""
+        self.news.set()
+
+    def has_open_task(self, round: int) -> bool:
+        """Whether its answer of a round is still wanted."""
+        return self.task is not None and self.task.round == round and self.task.is_open

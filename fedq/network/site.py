@@ -1,0 +1,160 @@
+"""A site of several ranks that is one client: how they train together, in every step or in a round of their own.
+
+Rank 0 speaks with the server; the others wait for what it is asked. What moves between the ranks moves by the
+collectives of every other job and is not the server's business: it is counted for the site alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedq.collectives import Transport
+from fedq.config import Config
+from fedq.federated.client import Client, LocalTraining, Passed, RoundContext, Trained, counters_restored, seeded
+from fedq.federated.downlink import DownlinkCost
+from fedq.federated.optim import server_optimizer
+from fedq.federated.rounds import FederatedRounds
+from fedq.federated.server import Server
+from fedq.feedback import NoFeedback
+from fedq.hooks import StepExchange
+from fedq.kernels import derive_seed
+from fedq.layout import Layout, LayoutSchedule
+from fedq.ledger import Ledger
+from fedq.runtime import Runtime, from_root
+from fedq.trainers.stepwise import share_statistics
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all ranks of a site do next: train the client's examples from a model that rank 0 has."""
+
+    lr: float
+    seed: int
+
+
+class Site:
+    """The ranks of one client; stands where `LocalTraining` does on rank 0.
+
+    Args:
+        runtime: This rank.
+        training: How this rank trains alone.
+        indices: The client's examples; each rank takes its share of them.
+        config: Settings of the federation.
+        exchange: ``step``: gradients are averaged in every step. ``round``: each rank trains on its share, and the
+            models are averaged, weighted by examples, at the end.
+        uplink: Codec towards the average.
+        downlink: Codec from the average.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        training: LocalTraining,
+        indices: Tensor,
+        config: Config,
+        *,
+        exchange: str,
+        uplink: str,
+        downlink: str,
+    ) -> None:
+        self.runtime = runtime
+        self.training = training
+        self.indices = indices
+        self.transport = Transport(runtime.device)
+        self._shared: StepExchange | None = None
+        self._rounds: FederatedRounds | None = None
+        if exchange == "step":
+            options = {"spec": uplink, "second": downlink, "seed": derive_seed(config.run.seed, "gradients")}
+            self._shared = training.steps_by.share_gradients(options)
+        else:
+            self._rounds = self._make_rounds(uplink, downlink)
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self.training.model
+
+    @property
+    def layout(self) -> Layout:
+        """Its layout."""
+        return self.training.layout
+
+    def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
+        """Train with all ranks, on rank 0; ``indices`` are the client's, which every rank knows."""
+        from_root(self.runtime, Order(lr, seed))
+        return self._train(start.clone(), lr, seed)
+
+    def follow(self) -> None:
+        """Do what rank 0 is asked, on the other ranks, until it says that it is over."""
+        while (order := from_root(self.runtime, None)) is not None:
+            start = torch.empty(self.layout.numel, device=self.runtime.device)
+            self._train(start, order.lr, order.seed)
+
+    def dismiss(self) -> None:
+        """Let the other ranks go."""
+        if self.runtime.world_size > 1:
+            from_root(self.runtime, None)
+
+    def _train(self, start: Tensor, lr: float, seed: int) -> Trained:
+        self.transport.share(start)
+        if self._rounds is not None:
+            return self._train_round(self._rounds, start, lr, seed)
+        with counters_restored(self.model):
+            return self._train_steps(start, lr, seed)
+
+    def _train_steps(self, start: Tensor, lr: float, seed: int) -> Trained:
+        training, rank, world_size = self.training, self.transport.rank, self.transport.world_size
+        self.layout.unflatten_(start, self.model)
+        training.steps_by.start(lr)
+        order = torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(seed))
+        each = math.ceil(len(order) / world_size)
+        own = self.indices[order.repeat(2)[: each * world_size][rank::world_size]]
+        generator = seeded(derive_seed(seed, "rank", rank))
+        passed = training.train(own, training.index_batches(len(own), generator), generator)
+        training.steps_by.finish()
+        share_statistics(self.layout, self.model, self.transport)
+        return self._trained(self.layout.flatten(self.model), passed)
+
+    def _train_round(self, rounds: FederatedRounds, start: Tensor, lr: float, seed: int) -> Trained:
+        rounds.replica.copy_(start)
+        if rounds.server is not None:
+            rounds.server.start(start)
+        result = rounds.run(RoundContext(0, lr, seed))
+        if self.transport.rank == 0 and result.left_out:
+            raise RuntimeError(f"ranks failed: {result.left_out}")
+        return Trained(rounds.replica.clone(), result.train_loss, result.train_accuracy, 0)
+
+    def _trained(self, flat: Tensor, passed: Passed) -> Trained:
+        own = (passed.loss_sum, passed.num_correct, passed.num_seen, passed.num_steps)
+        rows, _ = self.transport.all_gather(torch.tensor(own, dtype=torch.float64))
+        loss_sum, num_correct, num_seen, _ = rows.sum(dim=0).tolist()
+        return Trained(flat, loss_sum / max(1, num_seen), num_correct / max(1, num_seen), passed.num_steps)
+
+    def _make_rounds(self, uplink: str, downlink: str) -> FederatedRounds:
+        """Return rounds in which every rank is a client, and rank 0 averages."""
+        world_size = self.transport.world_size
+        up = LayoutSchedule.of(self.model, uplink, feedback=False)
+        down = Layout.of(self.model, downlink)
+        replica = torch.zeros(down.numel, device=self.runtime.device)
+        clients = {
+            rank: Client(rank, self.indices[rank::world_size], self.training, up, NoFeedback())
+            for rank in range(world_size)
+        }
+        ledger = Ledger()
+        is_root = self.transport.rank == 0
+        return FederatedRounds(
+            transport=self.transport,
+            clients=clients,
+            server=Server(replica, down, lambda params: server_optimizer("fedavg", params)) if is_root else None,
+            uplink=up,
+            downlink=down,
+            replica=replica,
+            ledger=ledger,
+            downlink_cost=DownlinkCost(ledger, down, "cohort", world_size),
+            cohort_size=world_size,
+            sticky=True,
+        )

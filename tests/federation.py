@@ -1,0 +1,183 @@
+"""A server and clients across the loopback interface, for tests: processes, and clients that do not behave."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from launched import environ, free_ports, until
+from torch import nn
+
+from fedq.federated.client import Client, Trained
+from fedq.feedback import NoFeedback
+from fedq.layout import Layout, LayoutSchedule
+from fedq.models import build_model
+from fedq.network.link import Link
+from fedq.network.member import Member, Memory
+from fedq.wire import Message, read_note
+
+# Digits come with scikit-learn; one thread, so that sums have one order wherever the job runs.
+JOB = (
+    *("--dataset", "digits", "--train-examples", "200", "--model", "cnn62k", "--local-steps", "2"),
+    *("--batch-size", "16", "--lr", "0.05", "--precision", "fp32", "--device", "cpu", "--threads", "1"),
+)
+OWN = ("--threads", "1", "--device", "cpu")
+LIMIT_S = 120
+
+
+class Party:
+    """A process with its output in a file."""
+
+    def __init__(self, log: Path, *command: str) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environ(), cwd=log.parent
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def until_it_says(self, words: str) -> None:
+        until(lambda: words in self.said or self.process.poll() is not None, f"{words!r} in {self.log.name}", LIMIT_S)
+        assert words in self.said, self.said
+
+    def ends_well(self) -> str:
+        assert self.process.wait(LIMIT_S) == 0, self.said
+        return self.said
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Federation:
+    """Starts a server and clients in a folder; ends what is left at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_ports()
+        self.address = f"localhost:{self.port}"
+        self.run = folder / "run"
+        self._parties: list[Party] = []
+
+    def server(self, *flags: str, trust: tuple[str, ...] = ("--insecure",), resume: bool = False) -> Party:
+        what = ("--resume", str(self.run)) if resume else (*JOB, "--out", str(self.run))
+        log = self.folder / f"server{len(self._parties)}.log"
+        return self._start(log, "-m", "fedq", "server", "--bind", self.address, *trust, *what, *flags)
+
+    def client(self, number: int, *flags: str, trust: tuple[str, ...] | None = None) -> Party:
+        trust = ("--insecure", "--number", str(number)) if trust is None else trust
+        log = self.folder / f"client{number}-{len(self._parties)}.log"
+        own = ("--out", str(self.folder / f"client{number}"))
+        return self._start(log, "-m", "fedq", "client", "--connect", self.address, *trust, *own, *OWN, *flags)
+
+    def end(self) -> None:
+        for party in self._parties:
+            if party.process.poll() is None:
+                party.kill()
+
+    def _start(self, log: Path, *command: str) -> Party:
+        party = Party(log, *command)
+        self._parties.append(party)
+        return party
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what clients.parquet has of each client and round."""
+        return pq.read_table(self.run / "clients.parquet").to_pylist()
+
+    def statuses(self) -> dict[tuple[int, int], str]:
+        return {(row["round"], row["client"]): row["status"] for row in self.rows()}
+
+
+@contextmanager
+def federation(folder: Path) -> Iterator[Federation]:
+    fed = Federation(folder)
+    try:
+        yield fed
+    finally:
+        fed.end()
+
+
+class AddOne:
+    """Trains by adding a constant to every parameter, at once."""
+
+    def __init__(self, model: nn.Module, step: float = 0.0) -> None:
+        self.model = model
+        self.layout = Layout.of(model, "fp32")
+        self.step = step
+
+    def run(self, start: torch.Tensor, indices: torch.Tensor, *, lr: float, seed: int) -> Trained:
+        return Trained(start + self.step, 1.0, 0.5, 1)
+
+
+Act = Callable[[Link, Member, Message, dict[str, Any]], None]
+
+
+class Puppet(threading.Thread):
+    """A client in a thread of the test: it trains at once, and answers its tasks in its own way.
+
+    Args:
+        fed: The federation.
+        number: Its number.
+        act: Answers a task; default: properly.
+        model: Its model, if not the federation's.
+    """
+
+    def __init__(
+        self,
+        fed: Federation,
+        number: int,
+        act: Act | None = None,
+        *,
+        model: nn.Module | None = None,
+        uplink: str = "fp32",
+    ) -> None:
+        super().__init__(daemon=True)
+        self.fed, self.number, self.act = fed, number, act or answer_properly
+        self.model = model or build_model("cnn62k")
+        self.uplink = uplink
+        self.outcome: Any = None
+        self.start()
+
+    def run(self) -> None:
+        link = Link(self.fed.address, None, self.number)
+        try:
+            self.outcome = self._take_part(link)
+        except Exception as error:
+            self.outcome = error
+        finally:
+            link.close()
+
+    def _take_part(self, link: Link) -> dict[str, Any]:
+        described = link.describe()
+        training = AddOne(self.model)
+        schedule = LayoutSchedule.of(self.model, self.uplink, feedback=False)
+        client = Client(self.number, torch.arange(50), training, schedule, NoFeedback())
+        memory = Memory(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
+        member = Member(client, memory, run=described["run"], uplink=self.uplink)
+        for message in link.follow(member.hello()):
+            if message.frame.kind.has_payloads:
+                member.take(message)
+                continue
+            text = read_note(message)
+            if text["kind"] == "welcome":
+                link.opened(text["session"])
+            elif text["kind"] == "task":
+                member.arrive(text)
+                self.act(link, member, message, text)
+            else:
+                return text
+        return {}
+
+
+def answer_properly(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
+    link.send(member.answer(text, message.sequence), timeout=60)
