@@ -34,6 +34,8 @@ from fedq.wire import Frame, Kind, Limits, Message, note, split_body
 
 _log = logging.getLogger(__name__)
 _MOST_EXAMPLES = 1 << 40
+Moved = tuple[int, str, MessageParts]
+"""Client, direction and make-up of a message."""
 _ANSWERS = (Kind.UPDATE, Kind.LEFT_OUT, Kind.FAILED)
 
 
@@ -128,6 +130,9 @@ class Hub:
         self._began = time.monotonic()
         self._changed = asyncio.Event()
         self._is_first = True
+        self.own_data: frozenset[int] = frozenset()
+        """Clients whose examples are no share of the server's data set; never changed, only replaced."""
+        self._makeups: dict[tuple[int, Kind, int], MessageParts] = {}
 
     # ---- who is there ------------------------------------------------------------------------------------------------
 
@@ -169,7 +174,8 @@ class Hub:
         seat = self.seat(number)
         seat.uplink = self._uplink(hello)
         seat.num_examples = _examples(hello)
-        seat.has_own_data = hello.get("own_data") is True
+        if hello.get("own_data") is True:
+            self.own_data |= {number}
         is_ours = hello.get("run") == self.federation.run
         seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         seat.session = secrets.token_hex(16)
@@ -236,7 +242,7 @@ class Hub:
 
     def sent(self, seat: Seat, message: Message, *, is_newest: bool) -> None:
         """Note a message that a client has been sent whole; the newest change stands for a whole float32 model."""
-        parts = _parts(message)
+        parts = self._makeup(message)
         seat.moved.append(("downlink", parts if is_newest else without_raw(parts)))
 
     def caught_up(self, seat: Seat, version: int) -> None:
@@ -281,7 +287,7 @@ class Hub:
             raise FieldError("kind", frame.kind.name, "UPDATE, LEFT_OUT or FAILED")
         task.answer = self._checked(seat, message) if frame.kind == Kind.UPDATE else message
         self.received += message.nbytes
-        seat.moved.append(("uplink", _parts(task.answer)))
+        seat.moved.append(("uplink", self._makeup(task.answer)))
         self._changed.set()
 
     def _checked(self, seat: Seat, message: Message) -> Message:
@@ -346,8 +352,8 @@ class Hub:
         for seat in self.seats.values():
             seat.told()
 
-    def take_moved(self) -> list[tuple[int, str, MessageParts]]:
-        """Return what crossed since the last call, in client order: client, direction, make-up."""
+    def take_moved(self) -> list[Moved]:
+        """Return what crossed since the last call, in client order."""
         rows = []
         for number, seat in sorted(self.seats.items()):
             rows += [(number, direction, parts) for direction, parts in seat.moved]
@@ -397,6 +403,16 @@ class Hub:
             Kind.MISSING, context.round, seat.number, 0, 0, float(seat.num_examples), math.nan, math.nan, body
         )
         return Message(frame)
+
+    def _makeup(self, message: Message) -> MessageParts:
+        """Return a message's make-up; that of codecs of fixed size is the same for every message of a layout."""
+        layout = message.layout
+        if layout is None or layout.fixed_nbytes is None:
+            return _parts(message)
+        key = (layout.hash, message.frame.kind, message.nbytes)
+        if key not in self._makeups:
+            self._makeups[key] = _parts(message)
+        return self._makeups[key]
 
     def _uplink(self, hello: Mapping[str, Any]) -> LayoutSchedule:
         spec, feedback = hello.get("uplink"), hello.get("feedback")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.layout import Layout
-from fedq.wire import SERVER, Frame, Kind, Message, crc32c, join_body
+from fedq.wire import SERVER, Frame, Kind, Message, crc32c
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ class Offers:
 
 def whole_model(layout: Layout, replica: Tensor, round: int) -> Message:
     """Return the model in float32 as a message; the values are copied."""
-    flat = replica.detach().to("cpu", copy=True)
-    body = join_body(layout, [flat[span.slice].view(torch.uint8) for span in layout.spans])
+    body = replica.detach().to("cpu", copy=True).view(torch.uint8)  # spans lie one after another, as in a body
     frame = Frame(Kind.MODEL, round, SERVER, layout.hash, 0, 0.0, 0.0, 0.0, body)
     return Message(frame, layout)
 

@@ -9,7 +9,7 @@ from fedq.federated.client import RoundContext
 from fedq.federated.rounds import FederatedRounds, RoundResult
 from fedq.federated.server import apply_change
 from fedq.layout import Layout
-from fedq.network.hub import Hub
+from fedq.network.hub import Hub, Moved
 from fedq.network.service import Service
 from fedq.wire import Frame, Message
 
@@ -47,13 +47,14 @@ class NetworkRounds(FederatedRounds):
         self._layouts = {m.frame.layout_hash: m.layout for m in messages if m.layout is not None}
         result, change = self._serve([(0, message.frame) for message in messages], context)
         self._apply(change, context)
-        self.book(context.round)
         return result
 
     def book(self, round: int) -> None:
         """Book what crossed since the last time."""
         assert self._service is not None
-        moved, received = self._service.do(lambda: (self._hub.take_moved(), self._hub.received))
+        self._book(round, *self._service.do(lambda: (self._hub.take_moved(), self._hub.received)))
+
+    def _book(self, round: int, moved: list[Moved], received: int) -> None:
         for client, direction, parts in moved:
             self.ledger.record(
                 round=round, client=client, direction=direction, parts=parts, payload_times=1, wire_times=1
@@ -62,23 +63,27 @@ class NetworkRounds(FederatedRounds):
 
     def with_own_data(self) -> list[int]:
         """Return the clients whose examples are no share of the server's data set."""
-        assert self._service is not None
-        hub = self._hub
-        return self._service.do(lambda: [number for number, seat in hub.seats.items() if seat.has_own_data])
+        return sorted(self._hub.own_data)
 
     def _others(self, context: RoundContext) -> dict[int, Layout]:
         return self._layouts
 
     def _apply(self, change: Frame | None, context: RoundContext) -> None:
-        """Apply the change to the replica, and offer it to the clients."""
+        """Apply the change to the replica, offer it to the clients, and book what crossed."""
         if change is not None:
             with self.timer.phase("decode"):
                 apply_change(self.downlink, change, self.replica)
         message = Message(change, self.downlink) if change is not None else None
         assert self._service is not None
         hub, replica, version = self._hub, self.replica, context.round + 1
+
+        def publish() -> tuple[list[Moved], int]:
+            hub.offers.publish(version, replica, message)
+            return hub.take_moved(), hub.received
+
         with self.timer.phase("exchange"):
-            self._service.do(lambda: hub.offers.publish(version, replica, message))
+            moved, received = self._service.do(publish)
+        self._book(context.round, moved, received)
 
     def _alive(self) -> None:
         self.beat("waiting for clients")

@@ -71,8 +71,6 @@ class Seat:
     uplink: LayoutSchedule | None = None
     """Layouts of its updates."""
     num_examples: int = 0
-    has_own_data: bool = False
-    """Whether its examples are no share of the server's data set."""
     version: int | None = None
     """Rounds that the model it holds has seen; None: it has none, or one that is not ours."""
     is_connected: bool = False

@@ -11,7 +11,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -149,7 +149,7 @@ class Service(grpc.GenericRpcHandler):
     async def _tell(self, seat: Seat, context: grpc.aio.ServicerContext) -> None:
         """Tell a client what it is asked, until the end."""
         hub, asked = self.hub, -1
-        await self._write(seat, context, hub.welcome(seat))
+        await self._write(seat, context, [hub.welcome(seat)])
         while hub.result is None:
             seat.news.clear()
             assignment = hub.assignment(seat)
@@ -161,24 +161,22 @@ class Service(grpc.GenericRpcHandler):
         await self._assign(seat, context, hub.farewell(seat))
 
     async def _assign(self, seat: Seat, context: grpc.aio.ServicerContext, assignment: Assignment) -> None:
-        for number, message in enumerate(assignment.models, start=1):
-            await self._write(seat, context, message, is_newest=number == len(assignment.models))
+        await self._write(seat, context, [*assignment.models, assignment.note])
         self.hub.caught_up(seat, assignment.version)
-        await self._write(seat, context, assignment.note)
 
-    async def _write(
-        self, seat: Seat, context: grpc.aio.ServicerContext, message: Message, *, is_newest: bool = True
-    ) -> None:
-        """Send a message in pieces, at the client's pace, and note what was sent."""
+    async def _write(self, seat: Seat, context: grpc.aio.ServicerContext, messages: Sequence[Message]) -> None:
+        """Send messages in pieces, at the client's pace, and note what was sent."""
         done = 0
         try:
-            for piece in message.chunks(CHUNK_NBYTES):
+            for piece in pieces_of(messages):
                 await context.write(piece)
                 done += len(piece)
         except BaseException:
             self.hub.cut_short(seat, done, "downlink")
             raise
-        self.hub.sent(seat, message, is_newest=is_newest)
+        with_payloads = [message for message in messages if message.layout is not None]
+        for message in messages:
+            self.hub.sent(seat, message, is_newest=message in with_payloads[-1:])
 
     async def _send(self, pieces: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         metadata = dict(context.invocation_metadata() or ())
@@ -278,6 +276,21 @@ class Service(grpc.GenericRpcHandler):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def pieces_of(messages: Sequence[Message]) -> Iterator[bytes]:
+    """Yield messages one after another in pieces of at most 1 MiB; a small one shares a piece with its neighbours."""
+    held = b""
+    for message in messages:
+        for piece in message.chunks(CHUNK_NBYTES):
+            if len(held) + len(piece) <= CHUNK_NBYTES:
+                held += piece
+                continue
+            if held:
+                yield held
+            held = piece
+    if held:
+        yield held
 
 
 def _ack(task: Task | None) -> bytes:
