@@ -72,6 +72,19 @@ def test_over_tls_a_run_is_that_of_train_py_bit_for_bit(fed: Federation, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_first_model_from_the_seed_is_not_sent(fed: Federation, tmp_path: Path) -> None:
+    flags = ("--num-clients", "2", "--rounds", "2", "--uplink", "sign", "--downlink", "int4", "--start", "seed")
+    alone = _train_py(tmp_path / "alone", *flags)
+    server = fed.server(*flags)
+    clients = [fed.client(0), fed.client(1)]
+    server.ends_well()
+    for client in clients:
+        client.ends_well()
+    assert (fed.run / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    assert summary(fed.run)["downlink_bytes"] < 2 * 2 * 62_006 * 0.6  # two changes of four bits for two clients
+
+
+@pytest.mark.slow
 def test_a_server_that_is_killed_goes_on_as_if_it_had_not_been(fed: Federation, tmp_path: Path) -> None:
     flags = ("--num-clients", "2", "--rounds", "6", "--uplink", "sign", "--server", "fedadam:lr=0.01")
     alone = _train_py(tmp_path / "alone", *flags)

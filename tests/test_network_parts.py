@@ -403,7 +403,6 @@ def test_settings_of_a_server_are_checked() -> None:
     for section, values in (
         ("exchange", {"exchange": "none"}),
         ("exchange", {"aggregate": "two_phase"}),
-        ("exchange", {"start": "seed"}),
         ("exchange", {"uplink": "auto"}),
         ("run", {"chaos": "nan=0.1"}),
         ("local", {"side_by_side": 2}),

@@ -138,8 +138,8 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
         except Diverged as error:
             say(f"{error}: asking for a whole one")
         except Lost as error:
-            seconds = backoff.wait(str(error))
-            say(f"no connection ({error}); tried again after {seconds:.1f} s")
+            say(f"no connection: {error}; next try in {backoff.next_s:.1f} s")
+            backoff.wait(str(error))
 
 
 def settings_of(federation: dict[str, Any], config: ClientConfig, *, has_own_model: bool = False) -> Config:
@@ -297,6 +297,7 @@ def _member(
         uplink=exchange.uplink,
         residual_memory=exchange.residual_memory,
         has_own_data=config.own_data or isinstance(training, OwnTraining),
+        has_start=exchange.start == "seed" and not isinstance(training, OwnTraining),
     )
 
 

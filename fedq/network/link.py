@@ -6,7 +6,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -30,7 +29,6 @@ class Lost(Exception):
     """The connection is gone, or was never there."""
 
 
-@dataclass
 class Backoff:
     """Waits twice as long each time, up to a limit, with a random part so that clients do not come back in step.
 
@@ -38,16 +36,17 @@ class Backoff:
         give_up_after: Seconds without success after which there are no more tries.
     """
 
-    give_up_after: float
-    _next: float = _FIRST_S
-    _since: float | None = None
+    def __init__(self, give_up_after: float) -> None:
+        self.give_up_after = give_up_after
+        self.succeed()
 
     def succeed(self) -> None:
         """Start over."""
-        self._next, self._since = _FIRST_S, None
+        self._since: float | None = None
+        self._plan(_FIRST_S)
 
-    def wait(self, reason: str) -> float:
-        """Wait, and return how long.
+    def wait(self, reason: str) -> None:
+        """Wait for `next_s` seconds.
 
         Raises:
             FieldError: There was no success for too long.
@@ -56,10 +55,12 @@ class Backoff:
         self._since = now if self._since is None else self._since
         if now - self._since > self.give_up_after:
             raise FieldError("connect", reason, f"a server that answers within {self.give_up_after:g} s")
-        seconds = self._next * random.uniform(0.5, 1.5)
-        time.sleep(seconds)
-        self._next = min(_LONGEST_S, 2 * self._next)
-        return seconds
+        time.sleep(self.next_s)
+        self._plan(min(_LONGEST_S, 2 * self._usual_s))
+
+    def _plan(self, seconds: float) -> None:
+        self._usual_s = seconds
+        self.next_s = seconds * random.uniform(0.5, 1.5)
 
 
 class Link:
@@ -179,4 +180,6 @@ class Link:
             return FieldError("connect", self.address, f"a server that takes this client; it says: {details}")
         if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:
             return FieldError("certs", self.address, f"a server that the authority in ca.pem has signed; {details}")
-        return Lost(f"{code.name.lower().replace('_', ' ')}: {details}")
+        if code == grpc.StatusCode.UNAVAILABLE:
+            details = details.partition("; last error")[2].strip(": ") or details
+        return Lost(f"{self.address}: {details or code.name.lower()}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedq.errors import FieldError
 from fedq.federated.client import Client, RoundContext
@@ -102,6 +101,7 @@ class Member:
         uplink: The codecs of its updates, as it announces them.
         residual_memory: Share of the residual that is left after each round in which it was not asked.
         has_own_data: Whether its examples are no share of a data set that the server knows.
+        has_start: Whether the module is the federation's first model already, drawn from its seed.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Member:
         uplink: str,
         residual_memory: float = 1.0,
         has_own_data: bool = True,
+        has_start: bool = False,
     ) -> None:
         self.client = client
         self.memory = memory
@@ -121,8 +122,8 @@ class Member:
         self.residual_memory = residual_memory
         self.has_own_data = has_own_data
         self.layout = client.training.layout
-        self.replica: Tensor | None = None
-        self.version: int | None = None
+        self.replica = self.layout.flatten(client.training.model) if has_start else None
+        self.version = 0 if has_start else None
         self._answer: Message | None = None
         memory.begin(run, uplink)
 

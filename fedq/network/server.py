@@ -80,7 +80,9 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
         rounds.serve_by(service, state.so_far.num_rounds)
         print_header([_listening(config, service.port)])
         results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
-        service.say_goodbye({"rounds": results["rounds"], "test_accuracy": results["test_accuracy"]})
+        job.watch.beat("telling clients the end")
+        last_words = {"rounds": results["rounds"], "test_accuracy": results["test_accuracy"]}
+        service.say_goodbye(last_words, config.network.round_timeout, job.watch.beat)
         rounds.book(results["rounds"] - 1)
         results["interface"] = traffic.total(job.ledger.since_start().wire)
         return finish(

@@ -65,6 +65,7 @@ class Service(grpc.GenericRpcHandler):
         self.identity = identity
         self.port = 0
         """The port that is listened on."""
+        self._grace_s: float | None = None  # what was said last may still be on its way
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fedq-network", daemon=True)
 
@@ -79,7 +80,7 @@ class Service(grpc.GenericRpcHandler):
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.call(self._server.stop(grace=None))
+            self.call(self._server.stop(grace=self._grace_s))
         finally:
             self._end()
 
@@ -105,16 +106,23 @@ class Service(grpc.GenericRpcHandler):
 
         return self.call(run())
 
-    def say_goodbye(self, result: Mapping[str, Any]) -> None:
-        """Tell all clients the result, and wait until those that are here have heard it, or ten seconds."""
+    def say_goodbye(self, result: Mapping[str, Any], timeout_s: float, beat: Callable[[], None]) -> None:
+        """Tell all clients the result with the final model, and wait until those that are here have it.
+
+        Args:
+            result: What they are told.
+            timeout_s: Longest wait: a model takes its time through a slow link.
+            beat: Called as a sign of life.
+        """
 
         async def goodbye() -> None:
             self.hub.finish(result)
             followers = [follower for seat in self.hub.seats.values() for follower in seat.followers]
             if followers:
-                await asyncio.wait(followers, timeout=_GOODBYE_S)
+                await asyncio.wait(followers, timeout=timeout_s)
 
-        self.call(goodbye())
+        self.call(goodbye(), beat)
+        self._grace_s = _GOODBYE_S
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """Return the handler of a method, as gRPC asks; messages stay bytes."""

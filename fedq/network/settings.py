@@ -120,7 +120,6 @@ def check_server(config: ServerConfig) -> None:
             ("max_offences", network.max_offences, network.max_offences >= 1, "1 or more"),
             ("exchange", exchange.exchange, exchange.exchange == "round", "round, across a network"),
             ("aggregate", exchange.aggregate, exchange.aggregate == "rooted", "rooted, across a network"),
-            ("start", exchange.start, exchange.start == "sent", "sent, across a network"),
             ("uplink", exchange.uplink, exchange.uplink != "auto", "a codec, across a network"),
             ("algorithm", config.personal.algorithm, config.personal.algorithm == "fedavg", "fedavg, across a network"),
             ("chaos", config.run.chaos, not config.run.chaos, "left out, across a network"),
