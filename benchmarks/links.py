@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK, UNLIMITED = "none", "unlimited"
 _BUCKET = "burst 256kb latency 50ms"
 """Below a burst of about a frame's worth a rate is not reached; latency is what may queue."""
+_COUNTED = "pfifo limit 100000"
+"""A queue that never fills: it only counts frames."""
 
 
 class LinksUnavailable(RuntimeError):
@@ -47,49 +50,131 @@ class LinksUnavailable(RuntimeError):
 # ---- the parent ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def links(num: int, rate: str) -> Iterator[list[list[str]]]:
-    """Make a link for each rank; yield the commands' prefixes that start a process on it.
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that have crossed one end of a link, seen from there.
 
     Args:
-        num: Ranks.
+        sent: As the interface counts them. What the kernel hands over in one piece has one header there.
+        received: Likewise.
+        sent_frames: As frames of at most 1,500 bytes with their headers, which is what a real wire carries; 0 on an
+            unlimited link that does not count them.
+        received_frames: Likewise.
+    """
+
+    sent: int
+    received: int
+    sent_frames: int
+    received_frames: int
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        return Traffic(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a star of links, for one process or several.
+
+    Args:
+        address: By which the others reach it.
+        namespace: Its network namespace; none on loopback.
+        switch: The namespace of the bridge in the middle.
+        port: Its port there.
+    """
+
+    address: str
+    namespace: str = ""
+    switch: str = ""
+    port: str = ""
+
+    @property
+    def prefix(self) -> list[str]:
+        """What goes before a command that is to run here."""
+        return ["ip", "netns", "exec", self.namespace] if self.namespace else []
+
+    def traffic(self) -> Traffic | None:
+        """Return what has crossed; None on loopback, where everybody's bytes are in one count."""
+        if not self.namespace:
+            return None
+        (found,) = _asked(f"ip -n {self.namespace} -s -j link show veth0")
+        sent, received = (found["stats64"][way]["bytes"] for way in ("tx", "rx"))
+        queues = [_asked(f"tc -n {ns} -s -j qdisc show dev {device}") for ns, device in _ends(self)]
+        return Traffic(sent, received, *(queue[0]["bytes"] for queue in queues))
+
+
+def _ends(end: End) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return namespace and device of the two interfaces of a link: where its end sends, and where the bridge does."""
+    return (end.namespace, "veth0"), (end.switch, end.port)
+
+
+def _asked(command: str) -> list[dict[str, Any]]:
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def star(num: int, rate: str, *, counts_frames: bool = False) -> Iterator[list[End]]:
+    """Make links from so many ends to one bridge.
+
+    Args:
+        num: Ends.
         rate: ``100mbit``, ``unlimited``, ``none`` and so on, in each direction of each link.
+        counts_frames: Give unlimited links a queue too, as frames are counted in queues.
 
     Raises:
         LinksUnavailable: Not root, no iproute2, or a kernel that refuses.
     """
     if rate == LOOPBACK:
-        yield [[] for _ in range(num)]
+        yield [End("127.0.0.1")] * num
         return
     switch, *names = (f"fedq{os.getpid()}-{name}" for name in ("sw", *range(num)))
-    try:
-        _build(switch, names, rate)
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        with _uninterrupted():
-            for name in (*names, switch):
-                subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
+    ends = [End(f"10.77.0.{rank + 1}", name, switch, f"p{rank}") for rank, name in enumerate(names)]
+    with _terminated_as_interrupted():
+        try:
+            _build(switch, ends, _queue(rate, counts_frames=counts_frames))
+            yield ends
+        finally:
+            with _uninterrupted():
+                for name in (*names, switch):
+                    subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
 
 
-def _build(switch: str, names: Sequence[str], rate: str) -> None:
+@contextlib.contextmanager
+def links(num: int, rate: str) -> Iterator[list[list[str]]]:
+    """Make a link for each rank; yield the commands' prefixes that start a process on it.
+
+    Raises:
+        LinksUnavailable: See `star`, as for the arguments.
+    """
+    with star(num, rate) as ends:
+        yield [end.prefix for end in ends]
+
+
+def _queue(rate: str, *, counts_frames: bool) -> str | None:
+    if rate == UNLIMITED:
+        return _COUNTED if counts_frames else None
+    return f"tbf rate {rate} {_BUCKET}"
+
+
+def _build(switch: str, ends: Sequence[End], queue: str | None) -> None:
     if os.geteuid():
         raise LinksUnavailable("this needs root")
     if not (shutil.which("ip") and shutil.which("tc")):
         raise LinksUnavailable("`ip` and `tc` are missing (package iproute2)")
     commands = [f"ip netns add {switch}", f"ip -n {switch} link add br0 type bridge", f"ip -n {switch} link set br0 up"]
-    for rank, name in enumerate(names):
+    for end in ends:
+        name, port = end.namespace, end.port
         commands += [
             f"ip netns add {name}",
-            f"ip link add veth0 netns {name} type veth peer name p{rank} netns {switch}",
-            f"ip -n {name} addr add 10.77.0.{rank + 1}/24 dev veth0",
-            f"ip -n {switch} link set p{rank} master br0",
+            f"ip link add veth0 netns {name} type veth peer name {port} netns {switch}",
+            f"ip -n {name} addr add {end.address}/24 dev veth0",
+            f"ip -n {switch} link set {port} master br0",
             f"ip -n {name} link set lo up",
             f"ip -n {name} link set veth0 up",
-            f"ip -n {switch} link set p{rank} up",
+            f"ip -n {switch} link set {port} up",
         ]
-        if rate != UNLIMITED:
-            ends = ((name, "veth0"), (switch, f"p{rank}"))
-            commands += [f"tc -n {space} qdisc add dev {end} root tbf rate {rate} {_BUCKET}" for space, end in ends]
+        if queue is not None:
+            commands += [f"tc -n {space} qdisc add dev {device} root {queue}" for space, device in _ends(end)]
     for command in commands:
         done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
         if done.returncode:
@@ -115,33 +200,62 @@ def run_ranks(script: Path, num: int, rate: str, settings: dict[str, Any], limit
     device = "lo" if rate == LOOPBACK else "veth0"
     environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": device, "WORLD_SIZE": str(num)}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ranks: list[subprocess.Popen] = []
-    with tempfile.TemporaryDirectory() as folder, _terminated_as_interrupted(), links(num, rate) as prefixes:
+    with tempfile.TemporaryDirectory() as folder, links(num, rate) as prefixes:
         Path(folder, "settings.json").write_text(json.dumps(settings))
         command = [sys.executable, "-W", "ignore", str(script), "--rank-of", folder]
-        try:
-            for rank, prefix in enumerate(prefixes):  # sessions of their own: an interrupt is this process's to handle
-                environment = environ | {"RANK": str(rank)}
-                ranks.append(subprocess.Popen([*prefix, *command], env=environment, start_new_session=True))
-            _wait(ranks, limit_s)
-        finally:
-            with _uninterrupted():
-                for process in ranks:
-                    process.kill()
-                    process.wait()
+        run_together(
+            [[*prefix, *command] for prefix in prefixes],
+            [environ | {"RANK": str(rank)} for rank in range(num)],
+            limit_s,
+        )
         return json.loads(Path(folder, "result.json").read_text())
 
 
-def _wait(ranks: Sequence[subprocess.Popen], limit_s: float) -> None:
+def run_together(
+    commands: Sequence[Sequence[str]],
+    environs: Sequence[Mapping[str, str]],
+    limit_s: float,
+    logs: Sequence[Path] = (),
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Run processes until all have ended; when one fails, or an interrupt comes, the others are killed.
+
+    Args:
+        commands: Their command lines.
+        environs: Their environments.
+        limit_s: Processes that take longer are killed.
+        logs: Take their output; without, it goes where this process's goes.
+        beat: Called ten times a second.
+
+    Raises:
+        RuntimeError: One failed or took too long.
+    """
+    processes: list[subprocess.Popen] = []
+    with _terminated_as_interrupted(), contextlib.ExitStack() as files:
+        outputs: list[Any] = [files.enter_context(path.open("wb")) for path in logs] or [None] * len(commands)
+        try:
+            for command, environ, output in zip(commands, environs, outputs, strict=True):
+                processes.append(  # in sessions of their own: an interrupt is this process's to handle
+                    subprocess.Popen(command, env=environ, start_new_session=True, stdout=output, stderr=output)
+                )
+            _wait(processes, limit_s, beat)
+        finally:
+            with _uninterrupted():
+                for process in processes:
+                    process.kill()
+                    process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen], limit_s: float, beat: Callable[[], None]) -> None:
     end = time.monotonic() + limit_s
-    while any(process.poll() is None for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll()]
-        if failed or time.monotonic() > end:
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes) or time.monotonic() > end:
             break
+        beat()
         time.sleep(0.1)
-    codes = [process.poll() for process in ranks]
+    codes = [process.poll() for process in processes]
     if any(code != 0 for code in codes):
-        raise RuntimeError(f"ranks ended with {codes} (None: still ran and was killed)")
+        raise RuntimeError(f"processes ended with {codes} (None: still ran and was killed)")
 
 
 @contextlib.contextmanager
