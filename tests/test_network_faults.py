@@ -194,7 +194,7 @@ class _SlowReader(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        hello = {"run": "", "uplink": "fp32", "feedback": False, "num_examples": 50}
+        hello = {"run": "", "uplink": "fp32", "feedback": False, "num_examples": 50, "own_data": True}
         call = self.link._follow(bytes(note(hello).pack()), metadata=self.link._metadata)
         next(call)  # the welcome; the model, of several megabytes, stays where it is
         self.done.wait(100)
@@ -249,6 +249,7 @@ def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
         ({"uplink": "int8", "feedback": True, "num_examples": -5}, "num_examples=-5"),
         ({"uplink": "int8", "feedback": True, "num_examples": 10**30}, "not a greeting"),
         ({"uplink": "int8"}, "uplink and feedback"),
+        ({"uplink": "int8", "feedback": True, "num_examples": 5}, "100, its share"),
     ):
         with pytest.raises(FieldError, match=words):
             next(iter(link.follow({"run": described["run"], **hello})))

@@ -114,6 +114,7 @@ def _federation(**network: Any) -> Federation:
         cohort_size=3,
         min_cohort=1,
         shares={},
+        shares_held=[5, 5, 7],
         layout=FP32,
         schedule=lambda spec, feedback: LayoutSchedule.of(_model(), spec, feedback=feedback),
         network=NetworkConfig(**{"round_timeout": 0.5, "join_timeout": 0.2, "reconnect_grace": 0.1, **network}),
@@ -131,10 +132,14 @@ def _hub(**network: Any) -> Hub:
 
 def test_only_those_with_a_seat_are_admitted() -> None:
     hub = _hub()
-    assert hub.admit(2, HELLO).num_examples == 5
+    assert hub.admit(1, HELLO).num_examples == 5
     for number in (3, -1, 10**9):
         with pytest.raises(Refused, match="no seat"):
             hub.admit(number, HELLO)
+    with pytest.raises(Refused, match="7, its share"):
+        hub.admit(2, HELLO)
+    assert hub.admit(2, {**HELLO, "own_data": True}).num_examples == 5
+    assert hub.own_data == {2}
     for odd in ({"uplink": "int99"}, {"uplink": 5}, {"feedback": "yes"}, {"num_examples": True}, {"num_examples": 0}):
         with pytest.raises(Refused):
             hub.admit(0, {**HELLO, **odd})
@@ -172,7 +177,7 @@ def test_a_round_closes_with_those_who_answered() -> None:
     hub = _hub()
 
     async def play() -> list[Message]:
-        seats = [hub.admit(number, HELLO) for number in range(3)]
+        seats = [hub.admit(number, {**HELLO, "own_data": True}) for number in range(3)]
         for seat in seats:
             hub.arrived(seat)
         running = asyncio.create_task(hub.run_round(RoundContext(0, 0.1, 0)))

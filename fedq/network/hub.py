@@ -13,7 +13,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ class Federation:
         cohort_size: Clients a round.
         min_cohort: Fewest of them that a round begins with.
         shares: Settings that clients need, as plain values.
+        shares_held: Examples of each client's share of the server's data set.
         layout: Of the model in float32.
         schedule: From an uplink's spec, and whether there is feedback, to layouts.
         network: Timeouts and limits.
@@ -73,6 +74,7 @@ class Federation:
     cohort_size: int
     min_cohort: int
     shares: Mapping[str, Any]
+    shares_held: Sequence[int]
     layout: Layout
     schedule: Callable[[str, bool], LayoutSchedule]
     network: NetworkConfig
@@ -173,9 +175,9 @@ class Hub:
         """
         seat = self.seat(number)
         seat.uplink = self._uplink(hello)
-        seat.num_examples = _examples(hello)
-        if hello.get("own_data") is True:
-            self.own_data |= {number}
+        has_own_data = hello.get("own_data") is True
+        seat.num_examples = _examples(hello, None if has_own_data else self.federation.shares_held[number])
+        self.own_data = self.own_data | {number} if has_own_data else self.own_data - {number}
         is_ours = hello.get("run") == self.federation.run
         seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         seat.session = secrets.token_hex(16)
@@ -424,8 +426,12 @@ class Hub:
             raise Refused(str(error)) from None
 
 
-def _examples(hello: Mapping[str, Any]) -> int:
+def _examples(hello: Mapping[str, Any], share: int | None) -> int:
     """Return the number of examples that a client says it has.
+
+    Args:
+        hello: What it says.
+        share: How many its share of the server's data set has; None: it has data of its own, and is believed.
 
     Raises:
         Refused: It is no number, or none that can be.
@@ -433,6 +439,8 @@ def _examples(hello: Mapping[str, Any]) -> int:
     number = hello.get("num_examples")
     if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MOST_EXAMPLES:
         raise Refused(f"num_examples={number!r} is not allowed; allowed: 1 or more")
+    if share not in (None, number):
+        raise Refused(f"num_examples={number} is not allowed; allowed: {share}, its share; or --own-data")
     return number
 
 

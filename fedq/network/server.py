@@ -119,6 +119,7 @@ def _federation(job: Job, config: ServerConfig) -> Federation:
         cohort_size=config.cohort_size,
         min_cohort=config.clients.min_cohort,
         shares=shared_settings(config),
+        shares_held=[len(part) for part in job.parts],
         layout=Layout.of(job.model, "fp32"),
         schedule=schedule,
         network=config.network,
