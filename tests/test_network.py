@@ -65,6 +65,7 @@ def test_over_tls_a_run_is_that_of_train_py_bit_for_bit(fed: Federation, tmp_pat
     (payload, framing), (alone_payload, _) = _uplink(fed.run), _uplink(alone)
     assert payload == alone_payload
     assert 0 < framing < 6 * 1000
+    assert "unfinished" not in {row["tensor"] for row in pq.read_table(fed.run / "ledger.parquet").to_pylist()}
     for number in (0, 1):  # everybody ends with the server's model
         theirs = load_file(tmp_path / f"client{number}" / "model.safetensors")
         ours = load_file(fed.run / "model.safetensors")

@@ -127,17 +127,21 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
     Raises:
         FieldError: The server refuses this client, or could not be reached for too long.
     """
+    result: dict[str, Any] | None = None
     while True:
         try:
+            # To the end also after the last words, so that the server knows that they were heard.
             for message in link.follow(member.hello()):
                 backoff.succeed()
-                result = _hear(link, member, message, say)
-                if result is not None:
-                    return result
+                result = _hear(link, member, message, say) or result
+            if result is not None:
+                return result
             raise Lost("the server ended the connection")
         except Diverged as error:
             say(f"{error}: asking for a whole one")
         except Lost as error:
+            if result is not None:
+                return result
             say(f"no connection: {error}; next try in {backoff.next_s:.1f} s")
             backoff.wait(str(error))
 
