@@ -28,11 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import replace_section
 from flower_runs import Engine, Prefix, deployment, simulation
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from links import ROOT, UNLIMITED, LinksUnavailable, about_run, links
+from links import ROOT, UNLIMITED, LinksUnavailable, about_run, links, report
 
 from fedq.flower.accounting import message_nbytes
 from fedq.models import build_model
@@ -95,12 +94,7 @@ def main() -> None:
             path.write_text(json.dumps(measured(setting, args.arms, args.links), indent=1))
         rows += json.loads(path.read_text())
     text = section(rows, settings, args.engines)
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    if args.table:
-        replace_section(args.table, TITLE, text)
-    else:
-        print(text)
+    report(rows, TITLE, text, args)
 
 
 def arguments() -> argparse.Namespace:

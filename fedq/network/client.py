@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 
 from fedq.config import Config, validate
 from fedq.configfile import with_settings
-from fedq.data import Dataset, load_dataset
+from fedq.data import Dataset
 from fedq.engines import choose_precision, make_engine
 from fedq.errors import FieldError
 from fedq.federated.client import Client, Training
-from fedq.federated.partition import partition
 from fedq.files import replace_file
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
@@ -27,9 +27,9 @@ from fedq.network.own import OwnTraining, TrainFunction
 from fedq.network.settings import ClientConfig, check_client
 from fedq.network.site import Site
 from fedq.report import human_bytes, human_seconds, print_header
-from fedq.runtime import Runtime, distributed, from_root, local_root_first
+from fedq.runtime import Runtime, distributed, from_root
 from fedq.trainers.build import uplink_schedule, wants_feedback
-from fedq.trainers.job import GIB, local_optimizer, local_training, make_model
+from fedq.trainers.job import client_parts, load_data, local_optimizer, local_training, make_model
 from fedq.wire import Kind, Message, read_note
 
 _PATIENCE_S = 7 * 86_400.0
@@ -239,20 +239,11 @@ def _prepare(
     config: ClientConfig, settings: Config, runtime: Runtime, federation: dict[str, Any]
 ) -> tuple[Dataset, Training, Tensor]:
     """Load the data, and build the model as the server has built its own."""
-    wanted = settings.data
-    with local_root_first(runtime):
-        data = load_dataset(
-            wanted.dataset,
-            data_dir=wanted.data_dir,
-            download=wanted.download,
-            image_size=wanted.image_size,
-            train_examples=wanted.train_examples,
-            val_fraction=0.0 if config.own_data else wanted.val_fraction,
-            seed=settings.run.seed,
-            memory_limit_bytes=int(settings.run.memory_limit_gib * GIB),
-            progress=runtime.is_root,
-        )
-    indices = torch.arange(len(data.train)) if config.own_data else _share(settings, data, int(federation["number"]))
+    if config.own_data:  # nothing is held out: the server has images of its own to test with
+        settings = replace(settings, data=replace(settings.data, val_fraction=0.0))
+    data = load_data(settings, runtime)
+    parts = [torch.arange(len(data.train))] if config.own_data else client_parts(settings, data.train.labels)
+    indices = parts[0 if config.own_data else int(federation["number"])]
     precision = choose_precision(settings.local.precision, runtime.device)
     model = make_model(settings, settings.local.model, data, runtime.device, precision)
     engine = make_engine(
@@ -271,19 +262,6 @@ def _prepare(
         downlink=config.inner_downlink,
     )
     return data, site, indices
-
-
-def _share(settings: Config, data: Dataset, number: int) -> Tensor:
-    """Return the images of a client's number: disjoint shares that every client works out by itself."""
-    members = settings.clients
-    parts = partition(
-        data.train.labels,
-        members.num_clients,
-        members.partition,
-        seed=settings.run.seed,
-        min_examples=members.min_examples,
-    )
-    return parts[number]
 
 
 def _member(

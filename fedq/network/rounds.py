@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fedq.federated.client import RoundContext
@@ -25,7 +24,6 @@ class NetworkRounds(FederatedRounds):
         super().__init__(**parts)
         self._service: Service | None = None
         self._layouts: dict[int, Layout] = {}
-        self.count_received: Callable[[int], None] = lambda nbytes: None
 
     def serve_by(self, service: Service, version: int) -> None:
         """Begin with the replica as it is, which has seen so many rounds."""
@@ -59,7 +57,7 @@ class NetworkRounds(FederatedRounds):
             self.ledger.record(
                 round=round, client=client, direction=direction, parts=parts, payload_times=1, wire_times=1
             )
-        self.count_received(received)
+        self.transport.received = received
 
     def with_own_data(self) -> list[int]:
         """Return the clients whose examples are no share of the server's data set."""

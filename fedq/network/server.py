@@ -69,7 +69,6 @@ def _speak() -> None:
 def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[str, Any]:
     rounds = build_rounds(job, None, rounds=NetworkRounds)
     assert isinstance(rounds, NetworkRounds)
-    rounds.count_received = lambda nbytes: _count_received(job, nbytes)
     state = RunState(job, rounds, Progress(), None)
     if not (config.run.resume and state.go_on()):
         rounds.share_start()
@@ -93,10 +92,6 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
             offences={str(seat.number): seat.offences for seat in hub.seats.values() if seat.offences},
             **results,
         )
-
-
-def _count_received(job: Job, nbytes: int) -> None:
-    job.transport.received = nbytes
 
 
 def _run_round(job: Job, rounds: NetworkRounds, state: RunState, number: int) -> Log:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedq.runtime.interfaces import interface_bytes, network_identity
+from fedq.runtime.interfaces import interface_bytes, interfaces_used, network_identity
 
 _LOOPBACK = "lo"
 
@@ -23,11 +23,7 @@ class InterfaceTraffic:
         Args:
             counted: Bytes of messages, sent and received, since this was made.
         """
-        used = {}
-        for name, now in interface_bytes().items():
-            sent, received = (a - b for a, b in zip(now, self._before.get(name, (0, 0)), strict=True))
-            if sent or received:
-                used[name] = {"sent": sent, "received": received}
+        used = interfaces_used(self._before, interface_bytes())
         total = sum(one["sent"] + (name != _LOOPBACK) * one["received"] for name, one in used.items())
         if not total:
             return None

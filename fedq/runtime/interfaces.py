@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
+Counts = Mapping[str, tuple[int, int]]
+"""Bytes sent and received by interface."""
 _NET = Path("/sys/class/net")
 _INFINIBAND = Path("/sys/class/infiniband")
 _WORD = 4  # InfiniBand's data counters count words
@@ -32,6 +35,16 @@ def interface_bytes(net: Path = _NET, infiniband: Path = _INFINIBAND) -> dict[st
             if sent.exists():
                 found[f"{device.name}/{port.name}"] = (_WORD * _number(sent), _WORD * _number(received))
     return found
+
+
+def interfaces_used(before: Counts, now: Counts) -> dict[str, dict[str, int]]:
+    """Return the bytes ``sent`` and ``received`` between two counts, of the interfaces that moved any."""
+    used = {}
+    for name, (sent, received) in now.items():
+        sent_before, received_before = before.get(name, (0, 0))
+        if (sent, received) != (sent_before, received_before):
+            used[name] = {"sent": sent - sent_before, "received": received - received_before}
+    return used
 
 
 def network_identity() -> str:

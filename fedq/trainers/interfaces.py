@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedq.collectives import Transport
-from fedq.runtime.interfaces import interface_bytes, network_identity
+from fedq.runtime.interfaces import interface_bytes, interfaces_used, network_identity
 
 _RECORD = 512  # what a rank tells is padded to this, so that a run's bytes do not depend on how long its numbers are
 
@@ -40,11 +40,7 @@ class InterfaceCount:
         if self._transport.world_size == 1:
             return None, 0
         self._transport.barrier()  # what is in a socket's buffer has not been sent yet
-        used = {}
-        for name, (sent, received) in interface_bytes().items():
-            before = self._before.get(name, (0, 0))
-            if (sent, received) != before:
-                used[name] = {"sent": sent - before[0], "received": received - before[1]}
+        used = interfaces_used(self._before, interface_bytes())
         own = json.dumps({"host": network_identity(), "rank": self._transport.rank, "interfaces": used})
         padded = own.encode().ljust(-(-len(own.encode()) // _RECORD) * _RECORD)
         message = torch.frombuffer(bytearray(padded), dtype=torch.uint8)

@@ -154,7 +154,7 @@ def open_job(config: Config) -> Iterator[Job]:
         start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
         farewell = partial(_farewell, config, runtime, path)
         with folder, Watch(runtime.rank, run.timeout, farewell) as watch:
-            dataset = _load(config, runtime)
+            dataset = load_data(config, runtime)
             if runtime.is_root:
                 kernels = implementation(runtime.device)
                 slow = " (slow: see fedq doctor)" if kernels == "reference" else ""
@@ -242,7 +242,8 @@ def _name(config: Config) -> str:
     return config.run.name or re.sub(r"[ :]", "-", name)
 
 
-def _load(config: Config, runtime: Runtime) -> Dataset:
+def load_data(config: Config, runtime: Runtime) -> Dataset:
+    """Load the data set of the settings; the first rank of a machine goes first."""
     data = config.data
     with local_root_first(runtime):
         return load_dataset(
@@ -272,9 +273,7 @@ def _job(
     if config.exchange.exchange == "step":  # every rank is a client
         clients = replace(clients, num_clients=runtime.world_size)
         config = replace(config, clients=clients)
-    parts = partition(
-        labels, clients.num_clients, clients.partition, seed=config.run.seed, min_examples=clients.min_examples
-    )
+    parts = client_parts(config, labels)
     if runtime.is_root:
         _report_small_clients(parts, config.local.batch_size)
     on_device = data.to(runtime.device) if _fits(data, config) else data
@@ -315,6 +314,14 @@ def _job(
         timer=timer,
         trace=trace,
         interfaces=InterfaceCount(transport),
+    )
+
+
+def client_parts(config: Config, labels: Tensor) -> list[Tensor]:
+    """Return every client's training examples, disjoint; whoever has the same labels gets the same."""
+    clients = config.clients
+    return partition(
+        labels, clients.num_clients, clients.partition, seed=config.run.seed, min_examples=clients.min_examples
     )
 
 
