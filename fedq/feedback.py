@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq import kernels
 from fedq.codecs import Payload
 from fedq.errors import FieldError, one_of
 from fedq.files import replace_file
@@ -69,14 +68,7 @@ class ErrorFeedback:
         residual = self.store.get(owner, layout.num_params).to(flat.device)
         if memory != 1.0:
             residual.mul_(memory)
-        payloads = []
-        for i, span in enumerate(layout.spans):
-            x, span_seed = flat[span.slice].view(span.shape), kernels.span_seed(seed, i)
-            if span.role == "stats" or span.sent == "values":
-                payloads.append(span.codec.encode(x, seed=span_seed))
-                continue
-            old = residual[span.slice].view(span.shape)
-            payloads.append(span.codec.encode_with_residual(x, old, seed=span_seed))
+        payloads = layout.encode(flat, seed=seed, residual=residual)
         self.store.put(owner, residual)
         return payloads
 

@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ def exempt_codec(chosen: Codec) -> Codec:
     return chosen if isinstance(chosen, Cast) else Cast("bf16")
 
 
+@lru_cache(1 << 14)  # every round asks for the same ones
 def plain_name(name: str) -> str:
     """Return a tensor's name without torch's parametrizations: ``conv1.weight``, and ``conv1.weight_scale``.
 
@@ -76,6 +77,27 @@ class Span:
     def slice(self) -> slice:
         """Place in the flat buffer."""
         return slice(self.offset, self.offset + self.numel)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours that are coded in one call: several of the same cast, or one span.
+
+    Args:
+        members: The spans' places in the layout.
+        place: Their elements in the flat buffer.
+        data: Their bytes in an encoded model; None where a codec's size depends on the values.
+        codec: What encodes them.
+        shape: As it is told to the codec.
+        has_residual: Whether what their codec loses is kept.
+    """
+
+    members: range
+    place: slice
+    data: slice | None
+    codec: Codec
+    shape: tuple[int, ...]
+    has_residual: bool
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,9 @@ class Layout:
     def __getitem__(self, name: str) -> Span:
         return self._by_name[name]
 
+    def __hash__(self) -> int:
+        return self.hash
+
     @cached_property
     def numbers(self) -> tuple[int, ...]:
         """Place of each span in the whole layout."""
@@ -181,11 +206,16 @@ class Layout:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     @cached_property
-    def fixed_nbytes(self) -> int | None:
-        """Bytes of an encoded model, or None if a codec's size depends on the values."""
+    def payload_nbytes(self) -> tuple[int, ...] | None:
+        """Bytes of each span's payload, or None if a codec's size depends on the values."""
         if not all(span.codec.fixed_size for span in self.spans):
             return None
-        return sum(span.codec.payload_nbytes(span.shape) for span in self.spans)
+        return tuple(span.codec.payload_nbytes(span.shape) for span in self.spans)
+
+    @cached_property
+    def fixed_nbytes(self) -> int | None:
+        """Bytes of an encoded model, or None if a codec's size depends on the values."""
+        return None if self.payload_nbytes is None else sum(self.payload_nbytes)
 
     # ---- tensors <-> flat buffer ---------------------------------------------------------------------------------
 
@@ -244,17 +274,64 @@ class Layout:
 
     # ---- flat buffer <-> payloads --------------------------------------------------------------------------------
 
-    def encode(self, flat: Tensor, *, seed: int) -> list[Payload]:
-        """Encode every span; the i-th of the whole layout takes ``span_seed(seed, i)``."""
+    def encode(self, flat: Tensor, *, seed: int, residual: Tensor | None = None) -> list[Payload]:
+        """Encode every span; the i-th of the whole layout takes ``span_seed(seed, i)``.
+
+        On a CPU, payloads of fixed size lie one after another in one buffer, as in a message's body.
+
+        Args:
+            flat: The values.
+            seed: The message's.
+            residual: Flat float32 of the parameters, added to them and replaced in place by what their codecs lose;
+                statistics, and spans whose values travel, have none.
+        """
+        body = None
+        if self.fixed_nbytes is not None and flat.device.type == "cpu":
+            body = torch.empty(self.fixed_nbytes, dtype=torch.uint8)
+        payloads: list[Payload] = []
+        for run in self._runs:
+            x, first = flat[run.place].view(run.shape), kernels.span_seed(seed, self.numbers[run.members.start])
+            out = None if body is None else body[run.data]
+            if residual is not None and run.has_residual:
+                old = residual[run.place].view(run.shape)
+                payload = run.codec.encode_with_residual(x, old, seed=first, out=out)
+            else:
+                payload = run.codec.encode(x, seed=first, out=out)
+            payloads += [payload] if len(run.members) == 1 else self._members(run, payload, seed)
+        return payloads
+
+    def _members(self, run: _Run, payload: Payload, seed: int) -> list[Payload]:
+        """Return the payloads of a run's spans, views of the run's."""
+        sizes = [run.codec.payload_nbytes(self.spans[i].shape) for i in run.members]
         return [
-            span.codec.encode(flat[span.slice].view(span.shape), seed=kernels.span_seed(seed, i))
-            for i, span in zip(self.numbers, self.spans, strict=True)
+            replace(payload, data=data, shape=self.spans[i].shape, seed=kernels.span_seed(seed, self.numbers[i]))
+            for i, data in zip(run.members, payload.data.split(sizes), strict=True)
         ]
+
+    @cached_property
+    def _runs(self) -> tuple[_Run, ...]:
+        """The spans in as few calls of a codec as there can be: a cast of neighbours is the cast of all of them."""
+
+        def same_call(number: int) -> tuple[object, ...]:
+            span = self.spans[number]
+            has_residual = span.role != "stats" and span.sent == "change"
+            return span.codec, has_residual, None if isinstance(span.codec, Cast) else number
+
+        starts = [0, *accumulate(self.payload_nbytes)] if self.payload_nbytes is not None else []
+        runs = []
+        for (code, has_residual, _), group in groupby(range(len(self.spans)), key=same_call):
+            numbers = list(group)
+            members, first, last = range(numbers[0], numbers[-1] + 1), self.spans[numbers[0]], self.spans[numbers[-1]]
+            place = slice(first.offset, last.offset + last.numel)
+            shape = first.shape if len(members) == 1 else (place.stop - place.start,)
+            data = slice(starts[members.start], starts[members.stop]) if starts else None
+            assert isinstance(code, Codec)
+            runs.append(_Run(members, place, data, code, shape, bool(has_residual)))
+        return tuple(runs)
 
     def payloads(self, datas: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Span, Payload]]:
         """Pair the spans with payloads made of received bytes, in order."""
-        if len(datas) != len(self.spans):
-            raise FieldError("payloads", len(datas), f"{len(self.spans)}, one for each tensor of the layout")
+        self._check_number(datas)
         for i, span, data in zip(self.numbers, self.spans, datas, strict=True):
             yield span, Payload(data, span.codec, span.shape, torch.float32, kernels.span_seed(seed, i))
 
@@ -265,15 +342,54 @@ class Layout:
 
         The same floats as `decode_add` of each message to zeros, but the buffer passes through memory once.
         """
-        rows = [self.payloads(datas, seed=seed) for datas, seed in zip(messages, seeds, strict=True)]
-        for span, *column in zip(self.spans, *rows, strict=True):
-            payloads = [payload for _, payload in column]
-            span.codec.decode_sum(payloads, weights, out[span.slice].view(span.shape))
+        rows = [self._run_payloads(datas, seed=seed) for datas, seed in zip(messages, seeds, strict=True)]
+        for run, *payloads in zip(self._runs, *rows, strict=True):
+            run.codec.decode_sum(payloads, weights, out[run.place].view(run.shape))
 
     def decode_add(self, datas: Sequence[Tensor], out: Tensor, *, seed: int, weight: float = 1.0) -> None:
         """Add ``weight · decoded`` to a flat float32 buffer in place."""
-        for span, payload in self.payloads(datas, seed=seed):
-            span.codec.decode_add(payload, out[span.slice].view(span.shape), weight)
+        for run, payload in zip(self._runs, self._run_payloads(datas, seed=seed), strict=True):
+            run.codec.decode_add(payload, out[run.place].view(run.shape), weight)
+
+    def check(self, datas: Sequence[Tensor]) -> None:
+        """Raise `FieldError` unless each span's bytes decode, without decoding them."""
+        for run, payload in zip(self._runs, self._run_payloads(datas, seed=0), strict=True):
+            run.codec.check(payload.data, run.shape)
+
+    def _run_payloads(self, datas: Sequence[Tensor], *, seed: int) -> list[Payload]:
+        """Return a payload for each run."""
+        self._check_number(datas)
+        return [
+            Payload(
+                end_to_end(datas[run.members.start : run.members.stop]),
+                run.codec,
+                run.shape,
+                torch.float32,
+                kernels.span_seed(seed, self.numbers[run.members.start]),
+            )
+            for run in self._runs
+        ]
+
+    def _check_number(self, datas: Sequence[Tensor]) -> None:
+        if len(datas) != len(self.spans):
+            raise FieldError("payloads", len(datas), f"{len(self.spans)}, one for each tensor of the layout")
+
+
+def end_to_end(datas: Sequence[Tensor]) -> Tensor:
+    """Return the bytes of all, one after another: a view where they lie so in memory already, otherwise a copy.
+
+    Args:
+        datas: At least one, flat uint8.
+    """
+    first, stop = datas[0], 0
+    if len(datas) == 1:
+        return first
+    memory, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    for data in datas:
+        if data.untyped_storage().data_ptr() != memory or data.storage_offset() != start + stop or data.stride(0) != 1:
+            return torch.cat(tuple(datas))
+        stop += data.numel()
+    return first.as_strided((stop,), (1,), start)
 
 
 @dataclass(frozen=True)

@@ -458,7 +458,7 @@ def test_a_model_is_added_up_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernels, "decode", spy)
     out = torch.ones(layout.numel)
     layout.decode_add(datas, out, seed=5, weight=0.3)
-    assert weights == [0.3] * len(layout.spans)
+    assert weights == [0.3] * 3  # the coded weights, the exempt parameters together, the statistics together
     assert torch.equal(out, expected)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from fedq import kernels
 from fedq.codecs import codec
 from fedq.errors import FieldError
-from fedq.layout import Layout
+from fedq.layout import Layout, end_to_end
 from fedq.models import build_model
 
 
@@ -137,6 +137,50 @@ def test_encode_and_decode_add_go_span_by_span(spec: str) -> None:
     if layout.fixed_nbytes is not None:
         assert layout.fixed_nbytes == sum(p.nbytes for p in payloads)
     assert (layout.fixed_nbytes is None) is spec.startswith("threshold")
+
+
+@pytest.mark.parametrize("spec", ["fp32", "bf16", "int4", "threshold:value=0.1"])
+@pytest.mark.parametrize("sends_values", [False, True])
+def test_neighbours_of_one_cast_are_coded_as_each_alone(spec: str, sends_values: bool) -> None:
+    layout = Layout.of(small_model(), spec)
+    if sends_values:  # in the middle of the exempt ones, and without a residual
+        layout = layout.with_values({layout.spans[3].name: codec("bf16")})
+    generator = torch.Generator().manual_seed(3)
+    flat, residual = (torch.randn(n, generator=generator) for n in (layout.numel, layout.num_params))
+    expected = residual.clone()
+    payloads = layout.encode(flat, seed=5, residual=residual)
+    for i, (span, payload) in enumerate(zip(layout.spans, payloads, strict=True)):
+        x, seed = flat[span.slice].view(span.shape), kernels.span_seed(5, i)
+        if span.role == "stats" or span.sent == "values":
+            alone = span.codec.encode(x, seed=seed)
+        else:
+            alone = span.codec.encode_with_residual(x, expected[span.slice].view(span.shape), seed=seed)
+        assert torch.equal(payload.data, alone.data)
+        assert (payload.shape, payload.seed, payload.codec) == (span.shape, seed, span.codec)
+    assert torch.equal(residual, expected)
+    datas = [payload.data for payload in payloads]
+    for given in (datas, [data.clone() for data in datas]):  # one after another in one buffer, and not
+        layout.check(given)
+        out = torch.ones(layout.numel)
+        layout.decode_add(given, out, seed=5, weight=0.5)
+        total = torch.empty(layout.numel)
+        layout.decode_sum([given, given], total, seeds=[5, 5], weights=[0.5, 0.25])
+        for span, payload in layout.payloads(given, seed=5):
+            decoded = payload.decode().view(-1)
+            assert torch.equal(out[span.slice], 1 + 0.5 * decoded)
+            assert torch.equal(total[span.slice], 0.5 * decoded + 0.25 * decoded)
+
+
+def test_what_lies_end_to_end_is_not_copied() -> None:
+    memory = torch.arange(20, dtype=torch.uint8)
+    parts = list(memory[2:].split([3, 0, 10, 5]))
+    joined = end_to_end(parts)
+    assert joined.tolist() == list(range(2, 20))
+    assert joined.data_ptr() == memory[2:].data_ptr()
+    for apart in ([parts[0], parts[3]], [parts[2], parts[0]], [parts[0], parts[2].clone()], [memory[::2], memory[:3]]):
+        copied = end_to_end(apart)
+        assert copied.tolist() == [value for part in apart for value in part.tolist()]
+        assert copied.data_ptr() != apart[0].data_ptr()
 
 
 def test_payloads_are_counted() -> None:

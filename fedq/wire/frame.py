@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedq.codecs import Payload
 from fedq.errors import FieldError
-from fedq.layout import Layout
+from fedq.layout import Layout, end_to_end
 
 MAGIC = b"FQ"
 VERSION = 1
@@ -146,7 +146,12 @@ def join_payloads(layout: Layout, payloads: Sequence[Payload]) -> Tensor:
 
 
 def join_body(layout: Layout, datas: Sequence[Tensor]) -> Tensor:
-    """Return the body made of each span's bytes; empty, and on the CPU, for a layout without spans."""
+    """Return the body made of each span's bytes; empty, and on the CPU, for a layout without spans.
+
+    What `Layout.encode` has put one after another already is not copied.
+    """
+    if layout.fixed_nbytes is not None:
+        return end_to_end(datas) if datas else torch.empty(0, dtype=torch.uint8)
     device = datas[0].device if datas else None
     sizes = [data.numel() for data, span in zip(datas, layout.spans, strict=True) if not span.codec.fixed_size]
     table = torch.tensor(sizes, dtype=torch.int64, device=device).view(torch.uint8)
@@ -159,6 +164,10 @@ def split_body(layout: Layout, body: Tensor) -> list[Tensor]:
     Raises:
         FieldError: The body has another size than the layout calls for.
     """
+    if layout.payload_nbytes is not None:
+        if layout.fixed_nbytes != body.numel():
+            raise FieldError("frame body bytes", body.numel(), f"{layout.fixed_nbytes} for this layout")
+        return list(body.split(list(layout.payload_nbytes))) if layout.spans else []
     num_sizes = sum(not span.codec.fixed_size for span in layout.spans)
     if body.numel() < 8 * num_sizes:
         raise FieldError("frame body bytes", body.numel(), f"at least {8 * num_sizes}")
