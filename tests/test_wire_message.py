@@ -341,6 +341,29 @@ def test_what_does_not_go_together() -> None:
         replace(sent, sequence=-1).pack()
 
 
+def test_tables_are_read_once_and_judged_by_each_receiver() -> None:
+    layout = layout_of("int4")
+    frame = replace(message_of(layout).frame, weight=1.0)
+    data = [Message(replace(frame, round=number), layout).pack() for number in (1, 2)]
+    first, second = (unpack(message) for message in data)
+    assert first.layout is second.layout
+    assert second.frame.round == 2
+    with pytest.raises(FieldError, match="decoded bytes"):
+        unpack(data[0], Limits(decoded_bytes=4 * layout.numel - 1))
+    other = layout_of("int2")
+    assert (
+        unpack(
+            Message(
+                replace(
+                    frame, layout_hash=other.hash, body=join_payloads(other, other.encode(values_of(other), seed=1))
+                ),
+                other,
+            ).pack()
+        ).layout
+        == other
+    )
+
+
 def test_scalars_and_empty_tensors() -> None:
     spans = (
         Span("scalar", (), 0, Cast("fp32"), "coded"),

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -241,7 +242,7 @@ class Codec(ABC):
         elif data.numel():
             raise FieldError(f"{self.spec}:payload bytes", data.numel(), f"none for shape {tuple(shape)}")
 
-    @property
+    @cached_property
     def spec(self) -> str:
         """The codec as a spec string: its name and the options that differ from their defaults."""
         options = [

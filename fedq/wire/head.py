@@ -69,6 +69,8 @@ _CODEC = struct.Struct("<H")
 _TENSOR = struct.Struct("<HHBBB")
 _EXACT = struct.Struct("<HBB")
 _CHECKSUM = struct.Struct("<I")
+_REMEMBERED_NBYTES = 64 << 10
+"""Largest tables whose reading is remembered: what a sender can make a receiver keep is bounded."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -174,6 +176,12 @@ def pack_tables(spans: Sequence[Span], exact: Sequence[Exact]) -> tuple[bytes, i
     return b"".join(parts), len(specs)
 
 
+@lru_cache(16)
+def pack_layout(layout: Layout) -> tuple[bytes, int]:
+    """Return the tables of a layout alone, made once for all its messages, and how many codecs they name."""
+    return pack_tables(layout.spans, ())
+
+
 def _pack_shape(shape: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(shape)}Q", *shape)
 
@@ -236,16 +244,28 @@ def read_head(data: memoryview, limits: Limits) -> Head:
     _check(found == checksum, "head checksum", f"{found:08x}", f"{checksum:08x}, as the head says")
     fixed = Fixed._make(FIXED.unpack(data[: FIXED.size]))
     _check_fixed(fixed, limits)
-    tables = _Tables(data[FIXED.size : end], limits)
-    has_layout = Kind(fixed.kind).has_payloads
-    layout = tables.layout(fixed.num_codecs, fixed.num_tensors) if has_layout else None
-    exact = tables.exact(fixed.num_exact, fixed.payload_nbytes, layout)
-    tables.check_end()
+    tables = bytes(data[FIXED.size : end])
+    read = _read_tables if len(tables) <= _REMEMBERED_NBYTES else _read_tables.__wrapped__
+    layout, exact = read(
+        tables, limits, fixed.kind, fixed.num_codecs, fixed.num_tensors, fixed.num_exact, fixed.payload_nbytes
+    )
     if layout is not None:
         _check_layout(fixed, layout)
     stop = exact[-1].stop if exact else fixed.payload_nbytes
     _check(stop == fixed.body_nbytes, "body bytes", fixed.body_nbytes, f"{stop}, as the tables say")
     return Head(fixed, layout, exact)
+
+
+@lru_cache(8)  # round after round the same tables come, of a model in one codec or a few
+def _read_tables(
+    data: bytes, limits: Limits, kind: int, num_codecs: int, num_tensors: int, num_exact: int, payload_nbytes: int
+) -> tuple[Layout | None, tuple[Exact, ...]]:
+    """Return what tables say, of a head with these numbers."""
+    tables = _Tables(memoryview(data), limits)
+    layout = tables.layout(num_codecs, num_tensors) if Kind(kind).has_payloads else None
+    exact = tables.exact(num_exact, payload_nbytes, layout)
+    tables.check_end()
+    return layout, exact
 
 
 def _check_fixed(fixed: Fixed, limits: Limits) -> None:

@@ -32,6 +32,7 @@ from fedq.wire.head import (
     exact_places,
     head_nbytes,
     pack_head,
+    pack_layout,
     pack_tables,
     read_head,
 )
@@ -118,6 +119,8 @@ class Message:
 
     @cached_property
     def _tables(self) -> tuple[bytes, int]:
+        if self.layout is not None and not self.exact:
+            return pack_layout(self.layout)
         return pack_tables(self.layout.spans if self.layout else (), self._places)
 
     @cached_property
@@ -235,8 +238,7 @@ def _message(head: Head, body: Tensor, checksum: int) -> Message:
         raise FieldError("message body checksum", f"{checksum:08x}", f"{fixed.body_checksum:08x}, as its head says")
     payloads = body[: fixed.payload_nbytes]
     if head.layout is not None:
-        for span, data in zip(head.layout.spans, split_body(head.layout, payloads), strict=True):
-            span.codec.check(data, span.shape)
+        head.layout.check(split_body(head.layout, payloads))
     at = fixed.payload_nbytes
     for place in head.exact:
         if body[at : place.start].any():
