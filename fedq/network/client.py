@@ -28,6 +28,7 @@ from fedq.network.settings import ClientConfig, check_client
 from fedq.network.site import Site
 from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
+from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.build import uplink_schedule, wants_feedback
 from fedq.trainers.job import client_parts, load_data, local_optimizer, local_training, make_model
 from fedq.wire import Kind, Message, read_note
@@ -47,6 +48,7 @@ def run_client(config: ClientConfig) -> dict[str, Any]:
         FieldError: A setting that cannot be used, or a server that does not take this client.
     """
     check_client(config)
+    keep_freed_memory(of_any_size=True)
     with distributed(config.device, config.threads, timeout_s=_PATIENCE_S) as runtime:
         if not runtime.is_root:
             _work_for_root(config, runtime)
@@ -77,6 +79,8 @@ def join(
 ) -> dict[str, Any]:
     """Take part in a federation with a model and data of one's own.
 
+    The process keeps the memory that it frees, where malloc is glibc's: rounds take and free the same buffers.
+
     Args:
         connect: The server's ``host:port``.
         model: A module like the server's; it is trained in place and holds the final model at the end.
@@ -106,6 +110,7 @@ def join(
         give_up_after=give_up_after,
     )
     check_client(config)
+    keep_freed_memory(of_any_size=True)
     identity, number = _who(config)
     link = Link(connect, identity, number)
     try:

@@ -23,6 +23,7 @@ from fedq.network.service import Service
 from fedq.network.settings import ServerConfig, check_address
 from fedq.network.traffic import InterfaceTraffic
 from fedq.report import NETWORK_SERVER, print_header, print_summary
+from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.build import build_rounds, uplink_schedule
 from fedq.trainers.federated import show_replica
 from fedq.trainers.job import Job, open_job
@@ -47,6 +48,7 @@ def run_server(config: ServerConfig) -> dict[str, Any]:
     """
     network = config.network
     _speak()
+    keep_freed_memory(of_any_size=True)
     identity = load_identity(network.certs, serves=True) if network.certs is not None else None
     with open_job(config) as job:
         summary = _serve(job, config, identity)
