@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
-from fedq.federated.client import Trained
+from fedq.federated.client import Trained, seed_torch
 from fedq.layout import Layout
 
 TrainFunction = Callable[..., "float | Sequence[float] | None"]
@@ -36,7 +35,7 @@ class OwnTraining:
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Write the flat model into the module, and train it; the seed is set for torch's own random numbers."""
         self.layout.unflatten_(start, self.model)
-        torch.manual_seed(seed)
+        seed_torch(seed)
         self.model.train()
         told = self.train(lr)
         loss, accuracy = _measures(told)
