@@ -7,7 +7,6 @@ it through `fedq.network.service.Service`. gRPC is not known here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import math
@@ -378,9 +377,13 @@ class Hub:
         return [here[place] for place in picked]
 
     async def _wait(self, seconds: float) -> None:
+        """Wait until something has changed, at most so long; without a task of its own, as `asyncio.wait_for` has."""
         self._changed.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), max(0.0, seconds))
+        alarm = asyncio.get_running_loop().call_later(max(0.0, seconds), self._changed.set)
+        try:
+            await self._changed.wait()
+        finally:
+            alarm.cancel()
 
     def _patience(self, seat: Seat) -> float:
         """Return until when a client is waited for."""

@@ -101,6 +101,7 @@ class Link:
         self._describe = self._channel.unary_unary(DESCRIBE)
         self._follow = self._channel.unary_stream(FOLLOW)
         self._send = self._channel.stream_unary(SEND)
+        self._send_piece = self._channel.unary_unary(SEND)  # the same to a server, and no thread here that feeds it
 
     def close(self) -> None:
         """Close the connection."""
@@ -151,6 +152,7 @@ class Link:
             Lost: The connection is gone.
         """
         over = threading.Event()
+        metadata = (*self._metadata, (SESSION, self._session))
 
         def pieces() -> Iterator[bytes]:
             for piece in message.chunks(CHUNK_NBYTES):
@@ -160,7 +162,11 @@ class Link:
                 yield piece
 
         try:
-            self._send(pieces(), metadata=(*self._metadata, (SESSION, self._session)), timeout=timeout)
+            if message.nbytes > CHUNK_NBYTES:
+                self._send(pieces(), metadata=metadata, timeout=timeout)
+            else:
+                (piece,) = pieces()
+                self._send_piece(piece, metadata=metadata, timeout=timeout)
         except grpc.RpcError as error:
             over.set()
             code = error.code()

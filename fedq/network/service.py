@@ -100,11 +100,16 @@ class Service(grpc.GenericRpcHandler):
 
     def do(self, action: Callable[[], T]) -> T:
         """Call a function in the service's thread and wait for it."""
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-        async def run() -> T:
-            return action()
+        def run() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:
+                done.set_exception(error)
 
-        return self.call(run())
+        self._loop.call_soon_threadsafe(run)
+        return done.result()
 
     def say_goodbye(self, result: Mapping[str, Any], timeout_s: float, beat: Callable[[], None]) -> None:
         """Tell all clients the result with the final model, and wait until those that are here have it.
