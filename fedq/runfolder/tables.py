@@ -38,6 +38,7 @@ class ParquetRows:
         self._path = path
         self._schema = schema
         self._tables: list[pa.Table] = []
+        self._rows: list[dict[str, Any]] = []  # since the file was written
         self._stale = not path.exists() and not is_optional
         if path.exists():
             import pyarrow.parquet as pq
@@ -46,8 +47,6 @@ class ParquetRows:
 
     def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows; refuse an unknown column, or None where the column is not nullable, with a `FieldError`."""
-        import pyarrow as pa
-
         required = [field.name for field in self._schema if not field.nullable]
         for row in rows:
             for key in row:
@@ -56,32 +55,38 @@ class ParquetRows:
             for key in required:
                 if row.get(key) is None:
                     raise FieldError(key, None, f"a value in every row of {self._path.name}")
-        self._tables.append(pa.Table.from_pylist([dict(row) for row in rows], schema=self._schema))
+        self._rows += [dict(row) for row in rows]
         self._stale = True
 
     def keep_before(self, round: int) -> None:
         """Drop the rows of a round and of later ones."""
-        import pyarrow as pa
         import pyarrow.compute as pc
 
         if not self._tables and not self._stale:
             return
-        table = pa.concat_tables([self._schema.empty_table(), *self._tables])
+        table = self._table()
         self._tables = [table.filter(pc.less(table["round"], round))]
         self._stale = True
 
     def flush(self) -> None:
         """Rewrite the file, whole and atomically, if there is anything new."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not self._stale:
             return
-        table = pa.concat_tables([self._schema.empty_table(), *self._tables]).combine_chunks()
+        table = self._table().combine_chunks()
         with replacing(self._path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
         self._tables = [table]
         self._stale = False
+
+    def _table(self) -> pa.Table:
+        """Return all rows."""
+        import pyarrow as pa
+
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
+        return pa.concat_tables(self._tables)
 
 
 def client_schema() -> pa.Schema:
