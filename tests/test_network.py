@@ -14,6 +14,7 @@ import torch
 from federation import JOB, OWN, Federation, federation
 from launched import environ, execute, summary
 from safetensors.numpy import load_file
+from test_data_sources import random_images, write_parquet
 from torch import nn
 
 from fedq.cli import main
@@ -160,6 +161,29 @@ def test_a_site_of_two_ranks_is_one_client(fed: Federation, tmp_path: Path) -> N
         alone.ends_well()
         assert summary(fed.run)["left_out"] == []
         assert [row["num_examples"] for row in fed.rows()][:2] == [100, 100]
+
+
+@pytest.mark.slow
+def test_a_client_trains_on_data_of_its_own(fed: Federation, tmp_path: Path) -> None:
+    for name, num in (("servers", 80), ("own", 24)):
+        for split in ("train", "test"):
+            labels = [7] * num if name == "own" else [0, 9] * (num // 2)
+            write_parquet(tmp_path / name / "mnist" / f"{split}.parquet", random_images(num, 28, 28), labels)
+    servers, own = (("--data-dir", str(tmp_path / name)) for name in ("servers", "own"))
+    server = fed.server(
+        *TWO, "--dataset", "mnist", "--val-fraction", "0.1", "--train-examples", "60", *servers, "--local-steps", "6"
+    )
+    clients = [fed.client(0, *servers), fed.client(1, "--own-data", *own)]
+    server.ends_well()
+    assert "30 images here" in clients[0].ends_well()  # half of 60: the share that the server has dealt it
+    assert f"{tmp_path / 'own'}" in clients[1].ends_well()
+    assert "24 images here" in clients[1].said  # all: nothing is held out where the server tests
+    rows = {row["client"]: row for row in fed.rows() if row["round"] == 0}
+    assert {row["status"] for row in fed.rows()} == {"ok"}
+    assert [rows[n]["num_examples"] for n in (0, 1)] == [30, 24]
+    assert sum(rows[0]["label_counts"]) == 30
+    assert not any(rows[1]["label_counts"])  # nobody but the client knows them
+    assert rows[1]["train_accuracy"] > 0.8 > rows[0]["train_accuracy"]  # all of its images are sevens
 
 
 @pytest.mark.slow

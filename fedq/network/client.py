@@ -244,8 +244,8 @@ def _prepare(
     config: ClientConfig, settings: Config, runtime: Runtime, federation: dict[str, Any]
 ) -> tuple[Dataset, Training, Tensor]:
     """Load the data, and build the model as the server has built its own."""
-    if config.own_data:  # nothing is held out: the server has images of its own to test with
-        settings = replace(settings, data=replace(settings.data, val_fraction=0.0))
+    if config.own_data:  # all of it is for training: the server has images of its own to test with
+        settings = replace(settings, data=replace(settings.data, val_fraction=0.0, train_examples=None))
     data = load_data(settings, runtime)
     parts = [torch.arange(len(data.train))] if config.own_data else client_parts(settings, data.train.labels)
     indices = parts[0 if config.own_data else int(federation["number"])]
