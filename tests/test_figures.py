@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import run_group
 from jobs import small_config
+from safetensors.torch import load_file
 from test_resume import run_jobs
 
 from fedq.cli import main
 from fedq.errors import FieldError
 from fedq.report.arms import Run, group, read_runs
+from fedq.report.deployed import deployed_models
 from fedq.report.figures import KINDS, write_figures
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -98,6 +100,43 @@ def test_histograms_are_those_of_deployed_weights(drawn: tuple[Path, list[str]])
         assert sum(float(row["share"]) for row in bins) == pytest.approx(1)
         used = sum(float(row["share"]) > 0 for row in bins)
         assert used == 2 if arm in ("one", "mixed") else used > 2
+
+
+def test_clients_own_models_are_shown_as_they_are_deployed(tmp_path: Path) -> None:
+    flags = {"num_clients": 4, "cohort": None, "local_steps": 1, "rounds": 2, "partition": "shards:classes=3"}
+    personal = {"algorithm": "quped", "client_bits": "1,2,32", "freeze_at": 0.5, "val_fraction": 0.05}
+    alone = {"algorithm": "quped", "exchange": "none", "client_bits": "1", "freeze_at": 0.5, "rounds": 2}
+    paths = [tmp_path / "personal", tmp_path / "alone"]
+    configs = [small_config(paths[0], **flags | personal), small_config(paths[1], num_clients=1, cohort=None, **alone)]
+    run_group(1, run_jobs, [(config, None) for config in configs])
+    write_figures(paths, tmp_path / "figures")
+    by_arm: dict[str, list[dict[str, str]]] = {}
+    for row in rows((tmp_path / "figures", []), "weight_histograms"):
+        by_arm.setdefault(row["arm"], []).append(row)
+    files = {
+        "personal: client 0, 1 bit": paths[0] / "personal" / "client-000000.safetensors",
+        "personal: client 1, 2 bits": paths[0] / "personal" / "client-000001.safetensors",
+        "personal: client 2, float": paths[0] / "personal" / "client-000002.safetensors",
+        "alone": paths[1] / "model.safetensors",
+    }
+    assert set(by_arm) == set(files)
+    for arm, file in files.items():
+        tensors = load_file(file)
+        (tensor,) = {row["tensor"] for row in by_arm[arm]}
+        assert tensor == [name for name in tensors if tensors[name].dim() == 4][1]
+        values = tensors[tensor].unique().tolist()
+        shown = [(float(row["from"]), float(row["to"])) for row in by_arm[arm] if float(row["share"]) > 0]
+        assert all(any(low <= value <= high for low, high in shown) for value in values)
+        assert len(shown) <= len(values)
+        assert sum(float(row["share"]) for row in by_arm[arm]) == pytest.approx(1)
+    assert len({row["from"] for row in by_arm["alone"] if float(row["share"]) > 0}) == 2
+    (paths[1] / "model.safetensors").unlink()
+    assert {model.path for path in paths for model in deployed_models(read_runs([path])[0])} == {
+        file for arm, file in files.items() if arm != "alone"
+    }
+    files["personal: client 0, 1 bit"].write_bytes(b"cut short")
+    with pytest.raises(FieldError, match="a model's file"):
+        write_figures(paths, tmp_path / "figures")
 
 
 def test_figures_without_data_are_left_out_and_say_why(runs: list[Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedq.errors import FieldError
 from fedq.report.arms import FLOAT_BITS, Arm, Run, group, read_runs
+from fedq.report.deployed import deployed_models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,24 +243,35 @@ def _draw_bytes(rows: Rows) -> Figure:
 
 
 def _histogram_rows(arms: Sequence[Arm]) -> Rows:
-    """Return the bins of one convolution's weights as they are deployed, after the last round logged, an arm each."""
-    tables = [arm.first.table("histograms") for arm in arms]
+    """Return the bins of one convolution's weights as they are deployed, of each arm's first seed.
+
+    From the histograms that were logged last, or from the models that a run has left: clients' own, and those of runs
+    that log no histograms.
+    """
+    tables = [[] if arm.first.table("personal") else arm.first.table("histograms") for arm in arms]
     tensor = _one_tensor(tables)
     rows = []
     for arm, table in zip(arms, tables, strict=True):
         logged = [row for row in table if row["tensor"] == tensor]
         stages = {row["stage"]: row for row in sorted(logged, key=lambda row: row["round"])}
         chosen = stages.get("deployed") or stages.get("weight")
-        if chosen is None:
+        if chosen is not None:
+            shares = [count / chosen["num"] for count in chosen["counts"]]
+            bins = list(zip(chosen["edges"], chosen["edges"][1:], shares, strict=False))
+            rows += _bin_rows(arm.name, arm.first.bits, tensor, chosen["round"], bins)
             continue
-        for low, high, count in zip(chosen["edges"], chosen["edges"][1:], chosen["counts"], strict=False):
-            share = count / chosen["num"]
-            bits = arm.first.bits
-            rows.append(
-                {"arm": arm.name, "bits": bits, "tensor": tensor, "round": chosen["round"] + 1}
-                | {"from": low, "to": high, "share": share}
-            )
+        for model in deployed_models(arm.first):
+            name, bins = model.histogram()
+            title = ": ".join(filter(None, (arm.name, model.words)))
+            rows += _bin_rows(title, model.bits, name, model.round, bins)
     return rows
+
+
+def _bin_rows(
+    arm: str, bits: float | None, tensor: str, round: int, bins: Sequence[tuple[float, float, float]]
+) -> Rows:
+    place = {"arm": arm, "bits": bits, "tensor": tensor, "round": round + 1}
+    return [place | {"from": low, "to": high, "share": share} for low, high, share in bins]
 
 
 def _one_tensor(tables: Sequence[Rows]) -> str:
@@ -284,9 +296,10 @@ def _draw_histograms(rows: Rows) -> Figure:
         edges = [row["from"] for row in own]
         axes.bar(edges, [row["share"] for row in own], width=[row["to"] - row["from"] for row in own], align="edge")
         axes.set_title(name, fontsize=9)
-    for axes in list(grid.flat)[len(names) :]:
-        axes.set_visible(False)
-    figure.supxlabel(f"weights of {rows[0]['tensor']}, as deployed")
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(names))
+        axes.tick_params(labelbottom=number + width >= len(names))  # of the last one shown in each column
+    figure.supxlabel(f"weights of {', '.join(dict.fromkeys(row['tensor'] for row in rows))}, as deployed")
     figure.supylabel("share")
     return figure
 
@@ -361,7 +374,7 @@ def _draw_clients(rows: Rows) -> Figure:
 KINDS = (
     _Kind("accuracy_by_bits", _bits_rows, _draw_bits, "runs of at least two bit widths"),
     _Kind("accuracy_by_megabytes", _bytes_rows, _draw_bytes, "runs that exchange something"),
-    _Kind("weight_histograms", _histogram_rows, _draw_histograms, "runs with histograms of weights"),
+    _Kind("weight_histograms", _histogram_rows, _draw_histograms, "runs with histograms of weights, or their models"),
     _Kind("centres", _centre_rows, _draw_centres, "runs with learned centres (--algorithm quped)"),
     _Kind("client_accuracy", _client_rows, _draw_clients, "runs in which clients are tested one by one"),
 )
