@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedq.errors import FieldError
-from fedq.federated.accounting import framing, payload_parts, plain_model, span_sections
+from fedq.federated.accounting import framing, payload_parts, span_sections
 from fedq.federated.client import RoundContext
 from fedq.federated.downlink import without_raw
 from fedq.federated.rounds import sample_cohort
@@ -452,19 +451,5 @@ def _parts(message: Message) -> MessageParts:
     frame, layout = message.frame, message.layout
     if layout is None or not frame.kind.has_payloads:
         return framing("", message.nbytes)
-    if frame.kind == Kind.MODEL:
-        plain = plain_model(layout)
-        return _with_framing(plain, message.nbytes - plain.nbytes)
     sections = span_sections(layout, split_body(layout, frame.body))
     return payload_parts(list(zip(layout.spans, sections, strict=True)), message.nbytes)
-
-
-def _with_framing(parts: MessageParts, nbytes: int) -> MessageParts:
-    """Return the make-up with a row of framing bytes."""
-    return replace(
-        parts,
-        tensors=(*parts.tensors, ""),
-        parts=(*parts.parts, "framing"),
-        raw=np.append(parts.raw, 0),
-        payload=np.append(parts.payload, nbytes),
-    )
