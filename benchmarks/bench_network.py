@@ -110,8 +110,10 @@ def parse_args() -> argparse.Namespace:
     trained = parser.add_argument_group("accuracy and links")
     trained.add_argument("--codecs", nargs="+", default=["fp32", "int8", "int4", "sign"], metavar="SPEC")
     trained.add_argument("--clients", nargs="+", type=int, default=[2, 5, 10])
-    trained.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="fp32 and int8 at the fewest clients")
-    trained.add_argument("--rounds", nargs="+", default=["2:6", "5:8", "10:10"], metavar="CLIENTS:ROUNDS")
+    trained.add_argument(
+        "--seeds", nargs="+", type=int, default=list(range(10)), help="fp32 and int8 at the fewest clients"
+    )
+    trained.add_argument("--rounds", nargs="+", default=["2:6", "5:12", "10:28"], metavar="CLIENTS:ROUNDS")
     trained.add_argument("--batch-size", type=int, default=16)
     trained.add_argument("--lr", type=float, default=0.015)
     trained.add_argument("--train-examples", type=int, help="fewer training images, to try it out")

@@ -46,7 +46,7 @@ def main() -> None:
     if failed:
         sys.exit(f"{len(failed)} of {len(plan.tasks)} runs are not finished")
     command = f"python benchmarks/evidence.py benchmarks/{args.plan.name} --data-dir DIR --work DIR "
-    command += "--table docs/results.md"
+    command += f'--data-note "{args.data_note}" ' * bool(args.data_note) + "--table docs/results.md"
     section = markdown(plan, finished_runs(plan, args.work), data_note=args.data_note, command=command)
     if args.table:
         replace_section(args.table, plan.title, section)
