@@ -221,6 +221,8 @@ def _bytes_rows(arms: Sequence[Arm]) -> Rows:
 
 
 def _draw_bytes(rows: Rows) -> Figure:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = figure_axes()
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         own = [row for row in rows if row["arm"] == arm and row["megabytes"] > 0]
@@ -230,10 +232,9 @@ def _draw_bytes(rows: Rows) -> Figure:
         axes.plot(x, mean, color=colour, linestyle=line, marker=".", label=arm)
         low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=[])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set(xlabel="megabytes up and down, all clients", ylabel="validation accuracy, %")
     axes.legend(fontsize=8)
     return figure
