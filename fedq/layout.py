@@ -331,7 +331,7 @@ class Layout:
 
     def payloads(self, datas: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Span, Payload]]:
         """Pair the spans with payloads made of received bytes, in order."""
-        self._check_number(datas)
+        self.check_number(datas)
         for i, span, data in zip(self.numbers, self.spans, datas, strict=True):
             yield span, Payload(data, span.codec, span.shape, torch.float32, kernels.span_seed(seed, i))
 
@@ -358,7 +358,7 @@ class Layout:
 
     def _run_payloads(self, datas: Sequence[Tensor], *, seed: int) -> list[Payload]:
         """Return a payload for each run."""
-        self._check_number(datas)
+        self.check_number(datas)
         return [
             Payload(
                 end_to_end(datas[run.members.start : run.members.stop]),
@@ -370,7 +370,8 @@ class Layout:
             for run in self._runs
         ]
 
-    def _check_number(self, datas: Sequence[Tensor]) -> None:
+    def check_number(self, datas: Sequence[Tensor]) -> None:
+        """Raise `FieldError` unless there are as many payloads as spans."""
         if len(datas) != len(self.spans):
             raise FieldError("payloads", len(datas), f"{len(self.spans)}, one for each tensor of the layout")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedq.errors import FieldError
 from fedq.layout import Layout
-from fedq.wire import HEADER_NBYTES, Frame, Kind, check_layout, join_payloads, split_body
+from fedq.wire import HEADER_NBYTES, Frame, Kind, check_layout, join_body, join_payloads, split_body
 
 SPECS = ["fp32", "int4", "int8:rounding=stochastic", "sign", "ternary", "topk:density=0.1,bits=4"]
 SPECS += ["blocktopk:k=1,block=64,bits=2", "randk:density=0.1,bits=32", "threshold:value=0.1,bits=3"]
@@ -135,6 +135,9 @@ def test_bodies_of_the_wrong_size() -> None:
             split_body(layout, broken)
     with pytest.raises(FieldError, match="for this layout"):
         split_body(layout_of("int4"), body)
+    for spec in ("int4", "threshold:value=0.1"):
+        with pytest.raises(FieldError, match=r"payloads=1 is not allowed"):
+            join_body(layout_of(spec), [body[:8]])
     parts = split_body(layout, body)
     parts[0] = damaged(parts[0], 0, struct.pack("<q", 2**60))
     with pytest.raises(FieldError, match=r"threshold:count=.*allowed: 0 to 600"):

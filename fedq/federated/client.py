@@ -211,7 +211,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def seed_torch(seed: int) -> None:
-    """Set the seed of torch's own random numbers, as `torch.manual_seed`, which takes a millisecond without a GPU."""
+    """Set the seed of torch's own random numbers, as `torch.manual_seed`, which asks in vain for GPUs every time."""
     if _has_accelerator():
         torch.manual_seed(seed)
     else:

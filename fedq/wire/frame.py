@@ -149,7 +149,11 @@ def join_body(layout: Layout, datas: Sequence[Tensor]) -> Tensor:
     """Return the body made of each span's bytes; empty, and on the CPU, for a layout without spans.
 
     What `Layout.encode` has put one after another already is not copied.
+
+    Raises:
+        FieldError: More or fewer than there are spans.
     """
+    layout.check_number(datas)
     if layout.fixed_nbytes is not None:
         return end_to_end(datas) if datas else torch.empty(0, dtype=torch.uint8)
     device = datas[0].device if datas else None
