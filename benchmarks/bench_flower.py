@@ -53,6 +53,7 @@ class Setting:
         rounds: Rounds.
         train_examples: Training images of all clients.
         seeds: Paired.
+        data_note: What a reader must know of the images.
     """
 
     engine: str
@@ -61,6 +62,7 @@ class Setting:
     rounds: int
     train_examples: int
     seeds: Sequence[int]
+    data_note: str
 
     def config(self, arm: str, seed: int, report: Path, ledger: Path) -> dict[str, object]:
         """Return the app's settings."""
@@ -84,8 +86,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, too
     args.work.mkdir(parents=True, exist_ok=True)
     settings = {
-        "simulation": Setting("simulation", args.data_dir, args.clients, args.rounds, args.examples, range(args.seeds)),
-        "deployment": Setting("deployment", args.data_dir, 2, 4, 400, [0]),
+        "simulation": Setting(
+            "simulation", args.data_dir, args.clients, args.rounds, args.examples, range(args.seeds), args.data_note
+        ),
+        "deployment": Setting("deployment", args.data_dir, 2, 4, 400, [0], args.data_note),
     }
     rows: list[dict[str, Any]] = []
     for name in args.engines:
@@ -100,6 +104,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data-note", default="MNIST-10k", help="what a reader must know of these files")
     parser.add_argument("--work", type=Path, required=True, help="keeps what was measured")
     parser.add_argument("--engines", nargs="+", default=["simulation", "deployment"])
     parser.add_argument("--arms", nargs="+", default=[PLAIN, "int8/int8", "int4/int8", "sign/int8"])
@@ -220,7 +225,7 @@ def simulated(rows: Sequence[dict[str, Any]], setting: Setting) -> str:
     plain = {row["seed"]: row for row in rows if row["arm"] == PLAIN}
     lines = [
         f"In Flower's simulation: {setting.num_clients} clients, {setting.rounds} rounds of one epoch, "
-        f"{len(setting.seeds)} paired seeds, {rows[0]['data']}; {rows[0]['hardware']}, {rows[0]['date']}. Bytes are "
+        f"{len(setting.seeds)} paired seeds, {setting.data_note}: {rows[0]['data'].partition(': ')[2]}; {rows[0]['hardware']}, {rows[0]['date']}. Bytes are "
         "those of Flower's serialized messages, the first round's whole model in float32 among them.\n",
         "| up/down | test accuracy, % | difference to plain | MB up | MB down | of plain: up | down | s a round |",
         "|---|---|---|---|---|---|---|---|",
