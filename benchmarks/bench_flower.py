@@ -225,7 +225,8 @@ def simulated(rows: Sequence[dict[str, Any]], setting: Setting) -> str:
     plain = {row["seed"]: row for row in rows if row["arm"] == PLAIN}
     lines = [
         f"In Flower's simulation: {setting.num_clients} clients, {setting.rounds} rounds of one epoch, "
-        f"{len(setting.seeds)} paired seeds, {setting.data_note}: {rows[0]['data'].partition(': ')[2]}; {rows[0]['hardware']}, {rows[0]['date']}. Bytes are "
+        f"{len(setting.seeds)} paired seeds, {setting.data_note}: {rows[0]['data'].partition(': ')[2]}; "
+        f"{rows[0]['hardware']}, {rows[0]['date']}. Bytes are "
         "those of Flower's serialized messages, the first round's whole model in float32 among them.\n",
         "| up/down | test accuracy, % | difference to plain | MB up | MB down | of plain: up | down | s a round |",
         "|---|---|---|---|---|---|---|---|",
