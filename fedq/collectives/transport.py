@@ -150,7 +150,7 @@ class Transport:
             return values.unsqueeze(0), Moved()
         flat = values.contiguous().to(self.wire_device).view(-1).view(torch.uint8)
         out = self._empty(self.world_size * flat.numel())
-        dist.all_gather_into_tensor(out, flat, group=self.group)
+        _all_gather(out, flat, self.group)
         crossed = flat.numel() * self.world_size * (self.world_size - 1)
         self.received += out.numel() - flat.numel()
         shaped = out.view(values.dtype).view(self.world_size, *values.shape)
@@ -164,6 +164,12 @@ class Transport:
 
     def _empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.wire_device)
+
+
+def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Gather every rank's flat buffer; newer torch has another name for it and warns of the old one."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, own, group=group)
 
 
 def _wait(work: dist.Work | None) -> None:
