@@ -78,6 +78,11 @@ class Span:
         """Place in the flat buffer."""
         return slice(self.offset, self.offset + self.numel)
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether error feedback keeps what its codec loses: of parameters' changes, not of values or statistics."""
+        return self.role != "stats" and self.sent == "change"
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -87,6 +92,7 @@ class _Run:
         members: The spans' places in the layout.
         place: Their elements in the flat buffer.
         data: Their bytes in an encoded model; None where a codec's size depends on the values.
+        sizes: Bytes of each span's payload, of several spans.
         codec: What encodes them.
         shape: As it is told to the codec.
         has_residual: Whether what their codec loses is kept.
@@ -95,6 +101,7 @@ class _Run:
     members: range
     place: slice
     data: slice | None
+    sizes: tuple[int, ...]
     codec: Codec
     shape: tuple[int, ...]
     has_residual: bool
@@ -297,15 +304,14 @@ class Layout:
                 payload = run.codec.encode_with_residual(x, old, seed=first, out=out)
             else:
                 payload = run.codec.encode(x, seed=first, out=out)
-            payloads += [payload] if len(run.members) == 1 else self._members(run, payload, seed)
+            payloads += self._members(run, payload, seed) if run.sizes else [payload]
         return payloads
 
     def _members(self, run: _Run, payload: Payload, seed: int) -> list[Payload]:
         """Return the payloads of a run's spans, views of the run's."""
-        sizes = [run.codec.payload_nbytes(self.spans[i].shape) for i in run.members]
         return [
             replace(payload, data=data, shape=self.spans[i].shape, seed=kernels.span_seed(seed, self.numbers[i]))
-            for i, data in zip(run.members, payload.data.split(sizes), strict=True)
+            for i, data in zip(run.members, payload.data.split(list(run.sizes)), strict=True)
         ]
 
     @cached_property
@@ -314,19 +320,20 @@ class Layout:
 
         def same_call(number: int) -> tuple[object, ...]:
             span = self.spans[number]
-            has_residual = span.role != "stats" and span.sent == "change"
-            return span.codec, has_residual, None if isinstance(span.codec, Cast) else number
+            return span.codec, span.has_residual, None if isinstance(span.codec, Cast) else number
 
         starts = [0, *accumulate(self.payload_nbytes)] if self.payload_nbytes is not None else []
         runs = []
-        for (code, has_residual, _), group in groupby(range(len(self.spans)), key=same_call):
+        for _, group in groupby(range(len(self.spans)), key=same_call):
             numbers = list(group)
-            members, first, last = range(numbers[0], numbers[-1] + 1), self.spans[numbers[0]], self.spans[numbers[-1]]
+            spans = [self.spans[number] for number in numbers]
+            members, first, last = range(numbers[0], numbers[-1] + 1), spans[0], spans[-1]
             place = slice(first.offset, last.offset + last.numel)
-            shape = first.shape if len(members) == 1 else (place.stop - place.start,)
             data = slice(starts[members.start], starts[members.stop]) if starts else None
-            assert isinstance(code, Codec)
-            runs.append(_Run(members, place, data, code, shape, bool(has_residual)))
+            several = len(spans) > 1
+            shape = (place.stop - place.start,) if several else first.shape
+            sizes = tuple(first.codec.payload_nbytes(span.shape) for span in spans) if several else ()
+            runs.append(_Run(members, place, data, sizes, first.codec, shape, first.has_residual))
         return tuple(runs)
 
     def payloads(self, datas: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Span, Payload]]:

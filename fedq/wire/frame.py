@@ -154,12 +154,10 @@ def join_body(layout: Layout, datas: Sequence[Tensor]) -> Tensor:
         FieldError: More or fewer than there are spans.
     """
     layout.check_number(datas)
-    if layout.fixed_nbytes is not None:
-        return end_to_end(datas) if datas else torch.empty(0, dtype=torch.uint8)
-    device = datas[0].device if datas else None
     sizes = [data.numel() for data, span in zip(datas, layout.spans, strict=True) if not span.codec.fixed_size]
-    table = torch.tensor(sizes, dtype=torch.int64, device=device).view(torch.uint8)
-    return torch.cat((table, *datas))
+    table = [torch.tensor(sizes, dtype=torch.int64, device=datas[0].device).view(torch.uint8)] if sizes else []
+    parts = [*table, *datas]
+    return end_to_end(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def split_body(layout: Layout, body: Tensor) -> list[Tensor]:
@@ -168,22 +166,17 @@ def split_body(layout: Layout, body: Tensor) -> list[Tensor]:
     Raises:
         FieldError: The body has another size than the layout calls for.
     """
-    if layout.payload_nbytes is not None:
-        if layout.fixed_nbytes != body.numel():
-            raise FieldError("frame body bytes", body.numel(), f"{layout.fixed_nbytes} for this layout")
-        return list(body.split(list(layout.payload_nbytes))) if layout.spans else []
-    num_sizes = sum(not span.codec.fixed_size for span in layout.spans)
-    if body.numel() < 8 * num_sizes:
-        raise FieldError("frame body bytes", body.numel(), f"at least {8 * num_sizes}")
-    table = iter(body[: 8 * num_sizes].clone().view(torch.int64).tolist())
-    sizes = [s.codec.payload_nbytes(s.shape) if s.codec.fixed_size else next(table) for s in layout.spans]
-    if min(sizes, default=0) < 0 or 8 * num_sizes + sum(sizes) != body.numel():
-        raise FieldError("frame body bytes", body.numel(), f"{8 * num_sizes + sum(sizes)} for this layout")
-    datas, start = [], 8 * num_sizes
-    for size in sizes:
-        datas.append(body[start : start + size])
-        start += size
-    return datas
+    sizes, start = layout.payload_nbytes, 0
+    if sizes is None:
+        start = 8 * sum(not span.codec.fixed_size for span in layout.spans)
+        if body.numel() < start:
+            raise FieldError("frame body bytes", body.numel(), f"at least {start}")
+        table = iter(body[:start].clone().view(torch.int64).tolist())
+        spans = layout.spans
+        sizes = tuple(s.codec.payload_nbytes(s.shape) if s.codec.fixed_size else next(table) for s in spans)
+    if min(sizes, default=0) < 0 or start + sum(sizes) != body.numel():
+        raise FieldError("frame body bytes", body.numel(), f"{start + sum(sizes)} for this layout")
+    return list(body[start:].split(list(sizes))) if sizes else []
 
 
 def check_layout(frame: Frame, layout: Layout) -> None:
