@@ -17,7 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 
 from fedq.data import crop_and_flip, draw_crops, normalize
-from fedq.federated.client import LocalTraining, Trained, Training
+from fedq.federated.client import LocalTraining, Trained, Training, seed_torch
 from fedq.layout import plain_name
 
 Named = dict[str, Tensor]
@@ -52,7 +52,7 @@ def train_stacked(
         seeds: A seed for each client, as in `LocalTraining.run`.
     """
     plans = [list(_steps(training, part, seed)) for part, seed in zip(parts, seeds, strict=True)]
-    torch.manual_seed(seeds[0])  # dropout
+    seed_torch(seeds[0])  # dropout
     return _Stack(training, start, len(parts), lr).run(plans)
 
 
