@@ -19,8 +19,8 @@ def keep_freed_memory(*, of_any_size: bool = False) -> bool:
 
     Args:
         of_any_size: Also above 32 MiB, and of threads other than the first. A round of `fedq server` with a model of
-            45 MB takes and frees ten buffers of that size, and faulting them in is half of its time; training gains
-            nothing by it, and its peak may grow by a twentieth.
+            45 MB takes and frees ten buffers of that size, and faulting them in is two thirds of its arithmetic;
+            training gains nothing by it, and its peak may grow by a twentieth.
 
     Returns:
         Whether all of it was accepted.
