@@ -30,6 +30,7 @@ from fedq.phases import PhaseTimer, Timer
 
 Key = tuple[int, int]
 Leg = Literal["first", "second"]
+_TWO_LEGS = ("two_phase", "hierarchical")
 _SMALL = 4096
 """Elements up to which casts travel together, at the cost of a copy."""
 
@@ -125,6 +126,8 @@ class MeanExchange:
         self.sent = Sent()
         self.timer: Timer = PhaseTimer()
         """Told what each part of a run takes."""
+        self.numel = sum(segment.numel for segment in self.segments)
+        """Elements of the flat buffer."""
         self._ranks_per_node = ranks_per_node
 
     def run(self, flat: Tensor, *, seed: int, residuals: Residuals | None = None) -> None:
@@ -143,6 +146,15 @@ class MeanExchange:
             "two_phase": self._two_phase,
             "hierarchical": self._hierarchical,
         }[self.schedule](flat, seed, residuals)
+
+    def with_residual(self, leg: Leg) -> list[Segment]:
+        """Return the segments of which this rank keeps a residual on a leg, where there is error feedback."""
+        segments = [s for s in self.segments if _codec_of(s, leg).wants_feedback]
+        if self.schedule == "hierarchical" and leg == "first":
+            return [s for s in segments if (s.owner - self.peers.rank) % self._ranks_per_node == 0]
+        if leg == "first":
+            return segments
+        return [s for s in segments if s.owner == self.peers.rank] if self.schedule in _TWO_LEGS else []
 
     # ---- schedules -----------------------------------------------------------------------------------------------
 
@@ -273,19 +285,40 @@ def encode(segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, resid
         leg: ``first`` or ``second``: which of the segments' codecs.
         flat: The buffer they lie in.
         seed: Seed of the message.
-        residuals: Error feedback, replaced in place and begun where there is none; None: encode and forget.
+        residuals: Error feedback, replaced in place and begun where there is none; None: encode and forget. A segment
+            of zeros travels as zeros and leaves its residual alone: nobody may apply it (a branch without a gradient
+            on any rank has none after DDP either), so it waits for the next value.
     """
     buffer = torch.empty(_nbytes(segments, leg), dtype=torch.uint8, device=flat.device)
     parts = _parts(segments, leg)
     for part, out in zip(parts, _cut(parts, leg, buffer), strict=True):
         segment, chosen = part[0], _codec_of(part[0], leg)
+        x = flat[segment.slice] if len(part) == 1 else torch.cat([flat[s.slice] for s in part])
+        own_seed = segment.seed(seed)
         if residuals is None or not chosen.wants_feedback:
-            x = flat[segment.slice] if len(part) == 1 else torch.cat([flat[s.slice] for s in part])
-            chosen.encode(x, seed=segment.seed(seed), out=out)
+            chosen.encode(x, seed=own_seed, out=out)
+        elif x.device.type != "cpu":
+            encode_unless_zero(chosen, x, residuals.of(leg, segment, x.device), seed=own_seed, out=out)
+        elif is_zero(x):
+            chosen.encode(x, seed=own_seed, out=out)
         else:
-            residual = residuals.of(leg, segment, flat.device)
-            chosen.encode_with_residual(flat[segment.slice], residual, seed=segment.seed(seed), out=out)
+            chosen.encode_with_residual(x, residuals.of(leg, segment, x.device), seed=own_seed, out=out)
     return buffer
+
+
+def is_zero(x: Tensor) -> bool:
+    """Return whether a flat tensor on the CPU has zeros only; mostly its first element tells."""
+    if not x.numel() or x[0]:
+        return not x.numel()
+    return not (x.numpy().any() if x.dtype in (torch.float32, torch.float64) else x.any())
+
+
+def encode_unless_zero(chosen: Codec, x: Tensor, residual: Tensor, *, seed: int, out: Tensor) -> None:
+    """Encode ``x + residual`` as `Codec.encode_with_residual` does, zeros if ``x`` is zero; nothing waits for a GPU."""
+    old, has_values = residual.clone(), x.any()
+    residual.mul_(has_values)
+    chosen.encode_with_residual(x, residual, seed=seed, out=out)
+    residual.copy_(torch.where(has_values, residual, old))
 
 
 def _parts(segments: Sequence[Segment], leg: Leg) -> list[list[Segment]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fedq.errors import FieldError
 
 _PIECE = 1 << 20
 """Bytes in flight at a time and direction on Gloo: larger ones run half duplex."""
@@ -14,6 +17,8 @@ _PIECE = 1 << 20
 
 class Peers:
     """A process group, or some ranks of one, as equal partners.
+
+    A copy (by `copy.deepcopy` or pickle) leaves the process group out: it knows who took part, and sends nothing.
 
     Args:
         group: Default: all ranks, or this process alone if there is no process group.
@@ -29,6 +34,15 @@ class Peers:
         self.rank = self.members.index(me)
         self.size = len(self.members)
         self.is_nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
+        self.is_copy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"group": None, "is_copy": True}
+
+    @property
+    def wire_device(self) -> torch.device:
+        """Where the process group takes buffers from."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.is_nccl else torch.device("cpu")
 
     def split(self, ranks_per_node: int) -> tuple[Peers, Peers]:
         """Return this rank's node, and the ranks of the other nodes in the same place as this one."""
@@ -42,7 +56,11 @@ class Peers:
         Args:
             sends: One for each member.
             sizes: Bytes that come from each member.
+
+        Raises:
+            FieldError: This is a copy.
         """
+        self.check_original()
         device = sends[self.rank].device
         wire = device if self.is_nccl else torch.device("cpu")
         received = [torch.empty(size, dtype=torch.uint8, device=wire) for size in sizes]
@@ -64,12 +82,30 @@ class Peers:
         return [buffer.to(device) for buffer in received]
 
     def all_reduce(self, values: Tensor) -> int:
-        """Sum values over the group in place; return the bytes that a ring sends from each rank."""
+        """Sum values over the group in place; return the bytes that a ring sends from each rank.
+
+        Raises:
+            FieldError: This is a copy.
+        """
+        self.check_original()
         on_wire = values if self.is_nccl else values.cpu()
         dist.all_reduce(on_wire, group=self.group)
         if on_wire is not values:
             values.copy_(on_wire)
         return 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return every member's text, in their order; every member must call it."""
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.wire_device)
+        size = torch.tensor([own.numel()], device=self.wire_device).view(torch.uint8)
+        sizes = [int(found.view(torch.int64)) for found in self.exchange([size] * self.size, [8] * self.size)]
+        return [data.cpu().numpy().tobytes().decode() for data in self.exchange([own] * self.size, sizes)]
+
+    def check_original(self) -> None:
+        """Raise `FieldError` if this is a copy, which has no process group."""
+        if self.is_copy:
+            allowed = "what register or step_state returned; a copy leaves process group and thread out"
+            raise FieldError("exchange", "a copy", allowed)
 
     def _parts(self, buffer: Tensor) -> Sequence[Tensor]:
         if not buffer.numel():
