@@ -121,6 +121,12 @@ def _call(sender: Connection, body: Callable, arguments: tuple) -> None:
     sender.send(message)
 
 
+def own_state(state: Any) -> dict[str, Any]:
+    """What a rank's `StepExchange` keeps, without the key that names the rank."""
+    (kept,) = state.state_dict().values()
+    return kept
+
+
 _NOT_COUNTED = (
     "allreduce_coalesced",
     "allgather",

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_group
+from distributed import own_state, run_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fedq import hooks
-from fedq.collectives.peers import Peers
-from fedq.errors import FieldError
 from fedq.hooks.flat import gradient_runs
 
 STEPS = 4
@@ -58,13 +56,13 @@ def _beside_ddp(rank: int, spec: str, kind: dict[str, Any], limit_bytes: int) ->
     hooked = hooks.register(ddp, spec, seed=3)
     expected = train(ddp, rank)
     plain = TwoHeads().to(**kind)
-    state = hooks.step_state(plain, Peers(), spec, seed=3)
+    state = hooks.step_state(plain, spec, seed=3)
     if limit_bytes:
-        state._runs = gradient_runs(list(plain.parameters()), limit_bytes)  # type: ignore[attr-defined]
+        state._runs = gradient_runs(dict(enumerate(plain.parameters())), limit_bytes)  # type: ignore[attr-defined]
     assert np.array_equal(train(plain, rank, state=state), expected)
     assert state.sent == hooked.sent
     assert state.sent.first
-    ours, theirs = state.state_dict(), hooked.state_dict()
+    ours, theirs = own_state(state), own_state(hooked)
     assert ours["step"] == theirs["step"] == STEPS
     for leg in ("first", "second"):
         assert ours[leg].keys() == theirs[leg].keys()
@@ -87,12 +85,12 @@ def test_it_equals_the_ddp_hook(world_size: int, spec: str, kind: dict, limit_by
 
 def _scaled(rank: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     module = nn.Linear(40, 30).to(dtype)
-    state = hooks.step_state(module, Peers(), "sign", grad_scaler=lambda: 2.0**14)
+    state = hooks.step_state(module, "sign", grad_scaler=lambda: 2.0**14)
     for param in module.parameters():
         # unscaled below the smallest float16
         param.grad = torch.full_like(param, 2.0**-14 * (1 + rank))
     state.average_gradients()
-    return module.weight.grad.numpy(), state.state_dict()["first"]["weight/0"].numpy()
+    return module.weight.grad.numpy(), own_state(state)["first"]["weight/0"].numpy()
 
 
 def test_a_scale_may_come_from_a_function_and_spares_float16() -> None:
@@ -106,7 +104,7 @@ def test_runs_keep_to_the_limit_and_to_one_type() -> None:
     params = [
         nn.Parameter(torch.zeros(n, dtype=torch.bfloat16 if i == 4 else torch.float32)) for i, n in enumerate(sizes)
     ]
-    runs = gradient_runs(params, limit_bytes=80)
+    runs = gradient_runs(dict(enumerate(params)), limit_bytes=80)
     assert [run.numbers for run in runs] == [[0, 1], [2], [3], [4], [5]]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -114,21 +112,9 @@ def test_runs_keep_to_the_limit_and_to_one_type() -> None:
     assert runs[0].load().data_ptr() == runs[2].load().data_ptr(), "small ones share a buffer"
 
 
-def _sparse(rank: int) -> None:
-    module = nn.Embedding(20, 4, sparse=True)
-    state = hooks.step_state(module, Peers(), "int4")
-    module(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(FieldError, match="dense"):
-        state.average_gradients()
-
-
-def test_sparse_gradients_are_refused() -> None:
-    run_group(2, _sparse)
-
-
 def test_one_rank_keeps_its_gradients() -> None:
     module = nn.Linear(4, 3)
-    state = hooks.step_state(module, Peers(), "sign")
+    state = hooks.step_state(module, "sign")
     module.weight.grad = torch.randn(3, 4)
     before = module.weight.grad.clone()
     state.average_gradients()

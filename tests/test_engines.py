@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_group
+from distributed import own_state, run_group
 from torch import nn
 from torch.nn import functional
 
@@ -208,7 +208,7 @@ def _shared(rank: int, name: str, precision: str, spec: str) -> tuple[str, int, 
         step(steps_by, x, y, factor=float("inf") if precision == "fp16" and number == 3 and rank == 1 else 1.0)
     for buffer in statistics.values():  # the trainer shares these
         buffer.zero_()
-    left = sum(float(value.abs().sum()) for value in state.state_dict()["first"].values())
+    left = sum(float(value.abs().sum()) for value in own_state(state)["first"].values())
     return digest(steps_by), state.sent.first, left
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_group
+import torch.distributed as dist
+from distributed import own_state, run_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,7 +68,13 @@ def _exact(rank: int) -> None:
             state = hooks.register(hooked, "fp32")
             for ddp in (plain, hooked):
                 train(ddp, rank, range(STEPS), accumulate=accumulate)
-            assert np.array_equal(flat_of(hooked), flat_of(plain)), (options, accumulate)
+            ours, ddps = flat_of(hooked), flat_of(plain)
+            if dist.get_world_size() == 2:  # a sum of two is the same in either order
+                assert np.array_equal(ours, ddps), (options, accumulate)
+            else:
+                # Gloo sums in an order that is its own business; gradients are below 1, so each of the steps may round
+                # a parameter otherwise by some 2^-24 times the learning rate, and the next gradients follow from it.
+                np.testing.assert_allclose(ours, ddps, rtol=0, atol=STEPS * 2.0**-22)
             assert state.step == STEPS
 
 
@@ -127,7 +134,7 @@ def _telescoping(rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         own = own + torch.cat([p.grad.reshape(-1) for p in alone.parameters()])
         _backward(ddp, *batch(rank, step))
         applied = applied + torch.cat([p.grad.reshape(-1) for p in ddp.parameters()])
-    named = state.state_dict()["first"]
+    named = own_state(state)["first"]
     residual = torch.cat(
         [named.get(f"{n}/0", torch.zeros(p.numel())).reshape(-1) for n, p in ddp.module.named_parameters()]
     )
@@ -167,16 +174,17 @@ def _states(rank: int) -> dict[str, Any]:
     ddp = wrapped()
     state = hooks.register(ddp, "sign", schedule="two_phase")
     train(ddp, rank, range(3))
-    saved = state.state_dict()
+    saved = own_state(state)
     return {leg: {key: value.numpy() for key, value in saved[leg].items()} for leg in ("first", "second")}
 
 
 def _fewer(rank: int, old: list[dict]) -> None:
-    states = [{"step": 3, **{leg: _tensors(s[leg]) for leg in ("first", "second")}} for s in old]
+    kept = [{"schema_version": 2, "step": 3, **{leg: _tensors(s[leg]) for leg in ("first", "second")}} for s in old]
+    states = [{f"rank{rank}of{len(old)}": one} for rank, one in enumerate(kept)]
     ddp = wrapped()
     state = hooks.register(ddp, "sign", schedule="two_phase")
     state.load_state_dict(*states)
-    for key, value in state.state_dict()["first"].items():
+    for key, value in own_state(state)["first"].items():
         expected = np.mean([s["first"][key] for s in old], axis=0)
         np.testing.assert_allclose(value.numpy(), expected, atol=1e-7)
     train(ddp, rank, range(3, STEPS))
@@ -223,7 +231,7 @@ def _overflow(rank: int) -> None:
         scaler.step(optimizer)
         scaler.update()
         assert np.array_equal(flat_of(ddp), before) == (step == 2), "an overflow skips the step on every rank"
-        kept = state.state_dict()
+        kept = own_state(state)
         assert all(value.isfinite().all() for leg in ("first", "second") for value in kept[leg].values())
     assert scaler.get_scale() == 2.0**9
 
@@ -237,7 +245,7 @@ def _unscaled(rank: int, scale: float) -> dict[str, np.ndarray]:
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     state = hooks.register(ddp, "sign", grad_scaler=scaler)
     scaler.scale(nn.functional.cross_entropy(ddp(batch(rank, 0)[0]), batch(rank, 0)[1])).backward()
-    return {key: value.numpy() for key, value in state.state_dict()["first"].items()}
+    return {key: value.numpy() for key, value in own_state(state)["first"].items()}
 
 
 def test_residuals_are_kept_unscaled() -> None:
@@ -258,8 +266,9 @@ def _refused(rank: int) -> None:
     with pytest.raises(FieldError, match="threshold"):
         hooks.register(wrapped(), "threshold:value=0.1")
     state = hooks.register(wrapped(), "int4")
+    kept = own_state(state) | {"first": {"nowhere/0": torch.zeros(2)}}
     with pytest.raises(FieldError, match="residual of='nowhere'"):
-        state.load_state_dict({"step": 1, "first": {"nowhere/0": torch.zeros(2)}, "second": {}})
+        state.load_state_dict({f"rank{rank}of2": kept})
 
 
 def test_wrong_codecs_and_states_are_refused() -> None:

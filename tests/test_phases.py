@@ -180,7 +180,7 @@ def test_a_rank_that_waits_for_another_says_so(spec: str) -> None:
 
 def times_without_ddp(rank: int) -> dict[str, Spent]:
     module, timer = nn.Linear(64, 64), PhaseTimer()
-    state = hooks.step_state(module, spec="int4", timer=timer)
+    state = hooks.step_state(module, "int4", timer=timer)
     with timer.phase("compute"):
         module(torch.randn(4, 64)).sum().backward()
         if rank == 0:

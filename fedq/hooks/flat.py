@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
+from fedq.hooks.parameters import as_real
 
 RUN_BYTES = 25 << 20
 """Size of a flat buffer, as of DDP's buckets; a larger parameter has one of its own."""
@@ -17,13 +18,14 @@ RUN_BYTES = 25 << 20
 class GradientRun:
     """Parameters of one type and device whose gradients lie one after another in a buffer that is reused.
 
-    A parameter without a gradient counts as zeros, and has one afterwards.
+    A parameter without a gradient counts as zeros, and has one afterwards. Complex ones lie there as real and imaginary
+    parts, in turn.
 
     Args:
         numbers: Of the parameters in their model.
         params: The parameters.
-        buffer: Flat, as many elements as the parameters have together; None: the one parameter's gradient is averaged
-            in place where it is contiguous.
+        buffer: Flat, as many real numbers as the parameters have together; None: the one parameter's gradient is
+            averaged in place where it is contiguous.
         keep_strides: Whether a parameter's elements lie in the order in which they lie in memory, as in DDP's buckets,
             or in row-major order.
     """
@@ -45,15 +47,13 @@ class GradientRun:
 
     def load(self) -> Tensor:
         """Return the gradients, flat."""
-        grads = [param.grad for param in self.params]
-        if any(grad is not None and grad.layout != torch.strided for grad in grads):
-            raise FieldError("gradient", "sparse", "dense gradients")
+        grads = [None if param.grad is None else _as_real_gradient(param.grad) for param in self.params]
         if not self.views:
-            (only,) = grads
-            (param,) = self.params
-            if only is not None and only.is_contiguous() and param.is_contiguous() and only.dtype == param.dtype:
+            (only,), (param,) = grads, self.params
+            real = as_real(param.detach())
+            if only is not None and _lies_like(only, real) and not param.grad.is_conj():  # type: ignore[union-attr]
                 return only.view(-1)
-            self._use(torch.empty(param.numel(), dtype=param.dtype, device=param.device))
+            self._use(torch.empty(real.numel(), dtype=real.dtype, device=real.device))
         places, present = [], []
         for view, grad in zip(self.views, grads, strict=True):
             if grad is None:
@@ -71,9 +71,9 @@ class GradientRun:
             return
         grads = []
         for param in self.params:
-            if param.grad is None:
+            if param.grad is None or param.grad.is_conj():
                 param.grad = torch.empty_like(param)
-            grads.append(param.grad)
+            grads.append(as_real(param.grad))
         torch._foreach_copy_(grads, self.views)
 
     def _use(self, buffer: Tensor) -> None:
@@ -81,11 +81,12 @@ class GradientRun:
         self.views = views_of(buffer, self.params, keep_strides=self.keep_strides)
 
 
-def views_of(buffer: Tensor, params: Sequence[nn.Parameter], *, keep_strides: bool) -> list[Tensor]:
-    """Return each parameter's place in a flat buffer, in the parameter's shape; see `GradientRun`."""
-    offsets = accumulate((param.numel() for param in params), initial=0)
+def views_of(buffer: Tensor, params: Sequence[Tensor], *, keep_strides: bool) -> list[Tensor]:
+    """Return each parameter's place in a flat buffer, in the parameter's shape as real numbers; see `GradientRun`."""
+    reals = [as_real(param.detach()) for param in params]
+    offsets = accumulate((real.numel() for real in reals), initial=0)
     views = []
-    for param, offset in zip(params, offsets, strict=False):
+    for param, offset in zip(reals, offsets, strict=False):
         if keep_strides and _is_dense(param):
             views.append(buffer.as_strided(param.shape, param.stride(), offset))
         else:
@@ -93,18 +94,28 @@ def views_of(buffer: Tensor, params: Sequence[nn.Parameter], *, keep_strides: bo
     return views
 
 
+def _as_real_gradient(grad: Tensor) -> Tensor:
+    if grad.layout != torch.strided:
+        raise FieldError("gradient", "sparse", "dense gradients")
+    return as_real(grad)
+
+
+def _lies_like(grad: Tensor, param: Tensor) -> bool:
+    return grad.is_contiguous() and param.is_contiguous() and grad.dtype == param.dtype
+
+
 def _is_dense(param: Tensor) -> bool:
     """Return whether a tensor's elements fill a stretch of memory, in whatever order: what `empty_like` can imitate."""
     return torch.empty_like(param, device="meta").stride() == param.stride()
 
 
-def gradient_runs(params: Sequence[nn.Parameter], limit_bytes: int = RUN_BYTES) -> list[GradientRun]:
-    """Divide parameters, in order, into runs of one type and device of at most ``limit_bytes``.
+def gradient_runs(params: Mapping[int, nn.Parameter], limit_bytes: int = RUN_BYTES) -> list[GradientRun]:
+    """Divide parameters, given by number and in order, into runs of one type and device of at most ``limit_bytes``.
 
     Runs of one type and device share a buffer: they are averaged one after another.
     """
     groups: list[list[int]] = []
-    for number, param in enumerate(params):
+    for number, param in params.items():
         last = [params[i] for i in groups[-1]] if groups else []
         if last and _kind(last[0]) == _kind(param) and sum(map(_nbytes, [*last, param])) <= limit_bytes:
             groups[-1].append(number)
@@ -115,15 +126,16 @@ def gradient_runs(params: Sequence[nn.Parameter], limit_bytes: int = RUN_BYTES) 
     for group in groups:
         members = [params[number] for number in group]
         kind, nbytes = _kind(members[0]), sum(map(_nbytes, members))
+        dtype, device = kind
         if kind not in buffers:
-            buffers[kind] = torch.empty(limit_bytes // members[0].element_size(), dtype=kind[0], device=kind[1])
-        numel = nbytes // members[0].element_size()
+            buffers[kind] = torch.empty(limit_bytes // dtype.itemsize, dtype=dtype, device=device)
+        numel = nbytes // dtype.itemsize
         runs.append(GradientRun(group, members, buffers[kind][:numel] if nbytes <= limit_bytes else None))
     return runs
 
 
 def _kind(param: Tensor) -> tuple[torch.dtype, torch.device]:
-    return param.dtype, param.device
+    return param.dtype.to_real(), param.device
 
 
 def _nbytes(param: Tensor) -> int:

@@ -21,16 +21,17 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_p
 from torch.futures import Future
 
 from fedq.collectives import Sent
-from fedq.collectives.mean import Leg
+from fedq.collectives.mean import Leg, is_zero
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
-from fedq.hooks.exchange import GradScale, StepExchange, mean_of
+from fedq.hooks.exchange import StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, views_of
+from fedq.hooks.grad_scale import GradScale
 from fedq.hooks.lane import Promise
+from fedq.hooks.parameters import as_real, check_bucket, in_words
 from fedq.hooks.powersgd_options import PowerSGDOptions
 from fedq.phases import PhaseTimer, Timer
 
-SCHEMA_VERSION = 1
 _MIN_SAVING = 2  # torch's default: a matrix that would not shrink at least so much travels as it is
 _EPSILON = 1e-20  # turns the direction of a zero column into zeros instead of NaN, and rounds away from any other
 _ONLY = 0  # index of the one bucket
@@ -63,7 +64,10 @@ class PowerSGDExchange(StepExchange):
 
     A step whose gradients are not finite leaves error memory and Q as they were, so a gradient scaler can skip it; and
     a column of Q that became zero (a layer without a gradient) keeps its old direction, which PyTorch's hook would
-    never find again.
+    never find again. A matrix whose gradient is zero on this rank sends zeros and keeps its error for the next one:
+    where no rank has a gradient, nobody applies what was sent.
+
+    The parameters are those that are trained at registration. One that is frozen later travels on as zeros.
 
     Args:
         module: The module inside DDP.
@@ -88,19 +92,40 @@ class PowerSGDExchange(StepExchange):
     ) -> None:
         super().__init__(module, peers, grad_scaler, timer)
         self.options = options
+        self._numbers = list(self.parameters.trained)
         self._seed = seed % 2**32
         self._sent = Sent()
-        self._torch = torch_powersgd.PowerSGDState(
-            peers.group,
-            matrix_approximation_rank=options.rank,
-            start_powerSGD_iter=options.start,
+        self._torch = self._torch_state(peers.group)
+        found = {n: _matrix(self._names[n], as_real(self.parameters[n].detach()), options.rank) for n in self._numbers}
+        self._matrices = {matrix.name: matrix for matrix in found.values() if matrix is not None}
+        self._buckets: list[_Part] = []
+
+    def _torch_state(self, group: dist.ProcessGroup | None) -> torch_powersgd.PowerSGDState:
+        return torch_powersgd.PowerSGDState(
+            group,
+            matrix_approximation_rank=self.options.rank,
+            start_powerSGD_iter=self.options.start,
             min_compression_rate=_MIN_SAVING,
             orthogonalization_epsilon=_EPSILON,
             random_seed=self._seed,
         )
-        matrices = [_matrix(name, param, options.rank) for name, param in self._params.items()]
-        self._matrices = {matrix.name: matrix for matrix in matrices if matrix is not None}
-        self._buckets: list[_Part] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        memory = {name: getattr(self._torch, name) for name in self._torch.__slots__ if name != "process_group"}
+        state = super().__getstate__() | {"_torch": memory, "_buckets": [], "_sent": Sent()}
+        return {name: value for name, value in state.items() if name not in ("_run", "_places", "_whole")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        memory, self._torch = state["_torch"], self._torch_state(None)
+        for name, value in memory.items():
+            setattr(self._torch, name, value)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, by the names of the options."""
+        given = "None" if self.grad_scaler is None else "given"
+        spec = f"powersgd:rank={self.options.rank},start={self.options.start}"
+        return {"spec": spec, "seed": self._seed, "grad_scaler": given}
 
     @property
     def step(self) -> int:
@@ -115,7 +140,7 @@ class PowerSGDExchange(StepExchange):
     def makeup(self, leg: Leg) -> list[tuple[str, str, int]]:
         """Return parameter, part and bytes of what travels once compression has started: P and Q are ``codes``."""
         rows = []
-        for name, numel in self.numels.items():
+        for name, numel in zip(self._own_names, self._numels, strict=True):
             matrix = self._matrices.get(name)
             if matrix is not None:
                 rows.append((name, "codes", 4 * matrix.rank * (matrix.rows if leg == "first" else matrix.cols)))
@@ -129,9 +154,14 @@ class PowerSGDExchange(StepExchange):
         """Return the bucket's mean over all ranks as a future, which waits for the last bucket of the step."""
         if bucket.index() == 0:
             self._buckets = []  # what a backward pass that raised has left
-        numbers = [self._number[param] for param in bucket.parameters()]
-        grads = dict(zip(numbers, bucket.gradients(), strict=True))
-        part = _Part(bucket.buffer(), grads, Promise(bucket.buffer().device))
+        numbers, params, buffer = self._numbers_in(bucket), bucket.parameters(), bucket.buffer()
+        if buffer.layout != torch.strided or buffer.numel() != sum(as_real(p.detach()).numel() for p in params):
+            check_bucket(buffer, params, [self._names[number] for number in numbers])
+        if bucket.is_last():
+            self._check_ddp()
+        # Not the bucket's own list, which is wrong for complex parameters.
+        views = views_of(buffer, params, keep_strides=True)
+        part = _Part(buffer, dict(zip(numbers, views, strict=True)), Promise(buffer.device))
         self._buckets.append(part)
         self.beside.submitted(is_first=bucket.index() == 0, is_last=bucket.is_last())
         if bucket.is_last():
@@ -139,12 +169,27 @@ class PowerSGDExchange(StepExchange):
             self._enqueue(lambda: self._mean_of_buckets(parts), [p.promise for p in parts], part.buffer.device)
         return part.promise.future
 
+    def _check_ddp(self) -> None:
+        super()._check_ddp()
+        self._refuse_unfrozen()
+
+    def _refuse_unfrozen(self) -> None:
+        """Refuse a parameter that was frozen at registration and is trained now.
+
+        Raises:
+            FieldError: There is one.
+        """
+        if new := [self._names[n] for n in self.parameters.trained if n not in self._places]:
+            allowed = "those trained at registration: register or step_state called again, and load_state_dict"
+            raise FieldError("parameters", in_words(new), f"{allowed}, under powersgd")
+
     def _mean_of_buckets(self, parts: Sequence[_Part]) -> list[Tensor]:
-        grads = {number: grad for part in parts for number, grad in part.grads.items()}
-        for number, place in enumerate(self._run.views):
+        # A parameter that was frozen between DDP and registration is in a bucket, with zeros, and has no place here.
+        grads = {n: grad for part in parts for n, grad in part.grads.items() if n in self._places}
+        for number, place in self._places.items():
             if number not in grads:
                 place.zero_()
-        places = [self._run.views[number] for number in grads]
+        places = [self._places[number] for number in grads]
         torch._foreach_copy_(places, list(grads.values()))
         self._mean(self._run.buffer, self.beside)
         torch._foreach_copy_(list(grads.values()), places)
@@ -154,6 +199,9 @@ class PowerSGDExchange(StepExchange):
     @torch.no_grad()
     def average_gradients(self) -> None:
         """Replace the ``.grad`` of all trainable parameters by their means over all ranks; see `StepExchange`."""
+        if self.parameters.changed():
+            self._refuse_unfrozen()
+        self._look_at_scalers()
         if self.peers.size == 1:
             self._torch.iter += 1
             return
@@ -161,11 +209,24 @@ class PowerSGDExchange(StepExchange):
         self._run.store()
 
     @cached_property
+    def _own_names(self) -> list[str]:
+        return [self._names[number] for number in self._numbers]
+
+    @cached_property
+    def _numels(self) -> list[int]:
+        return [as_real(self.parameters[number].detach()).numel() for number in self._numbers]
+
+    @cached_property
     def _run(self) -> GradientRun:
         """The whole model's gradients in one float32 buffer, in row-major order."""
-        params = list(self._params.values())
-        buffer = torch.zeros(sum(self.numels.values()), device=params[0].device)
-        return GradientRun(range(len(params)), params, buffer, keep_strides=False)
+        params = [self.parameters[number] for number in self._numbers]
+        buffer = torch.zeros(sum(self._numels), device=params[0].device)
+        return GradientRun(self._numbers, params, buffer, keep_strides=False)
+
+    @cached_property
+    def _places(self) -> dict[int, Tensor]:
+        """Each parameter's place in the buffer, by its number in the module."""
+        return dict(zip(self._numbers, self._run.views, strict=True))
 
     def _mean(self, flat: Tensor, timer: Timer) -> None:
         if self.peers.size == 1:
@@ -175,6 +236,7 @@ class PowerSGDExchange(StepExchange):
 
     def _average(self, flat: Tensor, timer: Timer) -> None:
         """Run torch's hook on the flat gradient and count what it sent."""
+        self.peers.check_original()
         state = self._torch
         if state.iter < self.options.start:
             self._run_hook(timer)
@@ -182,6 +244,7 @@ class PowerSGDExchange(StepExchange):
             return
         if not state.q_memory_dict:
             self._begin()
+        waiting = self._set_errors_aside()
         old_error, old_q = state.error_dict[_ONLY], state.q_memory_dict[_ONLY].clone()
         numel_before = state.total_numel_after_compression
         self._run_hook(timer)
@@ -189,13 +252,31 @@ class PowerSGDExchange(StepExchange):
         uncompressed = state.total_numel_after_compression - numel_before - p.numel() - q.numel()
         self._sent.first += self._ring(uncompressed) + self._ring(p.numel())
         self._sent.second += self._ring(q.numel())
-        if not q.isfinite().all():  # the same on all ranks
+        if q.isfinite().all():  # the same on all ranks
+            self._forget_uncompressed()
+            if (q == 0).any():
+                self._revive(q, old_q)
+        else:
             state.error_dict[_ONLY] = old_error
             q.copy_(old_q)
-            return
-        self._forget_uncompressed()
-        if (q == 0).any():
-            self._revive(q, old_q)
+        errors = self._error_by_name()
+        for name, error in waiting.items():
+            errors[name].add_(error)
+
+    def _set_errors_aside(self) -> dict[str, Tensor]:
+        """Take the error memory of matrices whose gradient is zero on this rank out of this step, and return it."""
+        places = dict(zip(self._own_names, self._run.views, strict=True))
+        errors = self._error_by_name()
+        if self._run.buffer.device.type == "cpu":
+            idle = [name for name in self._matrices if is_zero(places[name].view(-1))]
+        else:  # one wait for the device, whatever the number of matrices
+            found = [places[name].any() for name in self._matrices]
+            used = torch.stack(found).tolist() if found else []
+            idle = [name for name, has_values in zip(self._matrices, used, strict=True) if not has_values]
+        waiting = {name: errors[name].clone() for name in idle}
+        for name in idle:
+            errors[name].zero_()
+        return waiting
 
     def _run_hook(self, timer: Timer) -> None:
         with timer.phase("encode"):
@@ -228,7 +309,7 @@ class PowerSGDExchange(StepExchange):
     def _error_by_name(self) -> dict[str, Tensor]:
         """Return each parameter's error memory as a view."""
         views = views_of(self._torch.error_dict[_ONLY], self._run.params, keep_strides=False)
-        return dict(zip(self._names, views, strict=True))
+        return dict(zip(self._own_names, views, strict=True))
 
     def _q_by_name(self, q: Tensor) -> dict[str, Tensor]:
         """Return each matrix's Q as a view of torch's memory, where matrices of one shape lie together."""
@@ -249,47 +330,37 @@ class PowerSGDExchange(StepExchange):
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def _own_state(self) -> dict[str, Any]:
         """Return this rank's step count, error memory and Q, by parameter name; P is computed anew in every step."""
-        state, error, q = self._torch, {}, {}
-        if _ONLY in state.error_dict:
-            error = {name: view.clone() for name, view in self._error_by_name().items() if name in self._matrices}
-            q = {name: part.clone() for name, part in self._q_by_name(state.q_memory_dict[_ONLY]).items()}
-        return {"schema_version": SCHEMA_VERSION, "step": state.iter, "error": error, "q": q}
+        if not self._torch.q_memory_dict:
+            self._begin()
+        error = {name: view.clone() for name, view in self._error_by_name().items() if name in self._matrices}
+        q = {name: part.clone() for name, part in self._q_by_name(self._torch.q_memory_dict[_ONLY]).items()}
+        return {"step": self._torch.iter, "error": error, "q": q}
 
-    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Go on from saved states.
-
-        Args:
-            states: This rank's own; or, after a change of the number of ranks, those of all old ranks: every rank then
-                starts from the mean of the error memories. Q is the same on all.
+    def _load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from this rank's own state, or from the mean of all old ranks' error memories; Q is the same on all.
 
         Raises:
-            FieldError: No state, or matrices that this model does not have with this rank.
+            FieldError: Matrices that this model does not have with this rank.
         """
-        if not states:
-            raise FieldError("states", 0, "this rank's state, or those of all old ranks")
         self._check(states)
-        state = self._torch
-        state.iter = int(states[0]["step"])
-        for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
-            memory.clear()
-        if not states[0]["q"]:
-            return
         self._begin()
-        error, q = self._error_by_name(), self._q_by_name(state.q_memory_dict[_ONLY])
+        self._torch.iter = int(states[0]["step"])
+        error, q = self._error_by_name(), self._q_by_name(self._torch.q_memory_dict[_ONLY])
         for name, mean in mean_of([old["error"] for old in states]).items():
             error[name].copy_(mean)
             q[name].copy_(states[0]["q"][name])
 
     def _check(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Refuse states of another model or rank."""
-        error = {name: tuple(self._params[name].shape) for name in self._matrices}
+        places = zip(self._own_names, self._run.views, strict=True)
+        error = {name: tuple(place.shape) for name, place in places if name in self._matrices}
         q = {name: (matrix.cols, matrix.rank) for name, matrix in self._matrices.items()}
         for state in states:
             for part, shapes in (("error", error), ("q", q)):
-                found = {name: tuple(value.shape) for name, value in state[part].items()}
-                if found and found != shapes:
+                found = {name: tuple(value.shape) for name, value in state.get(part, {}).items()}
+                if found != shapes:
                     raise FieldError(f"shapes of powersgd's {part}", found, f"{shapes}: the same model and rank")
 
 

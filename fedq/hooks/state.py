@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,13 +16,13 @@ from fedq.collectives import MeanExchange, Residuals, Segment, Sent, assign_owne
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
-from fedq.hooks.exchange import GradScale, StepExchange, mean_of
+from fedq.hooks.exchange import StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, gradient_runs
+from fedq.hooks.grad_scale import GradScale
 from fedq.hooks.lane import Promise
+from fedq.hooks.parameters import as_real, check_bucket
 from fedq.layout import exempt_codec
 from fedq.phases import PhaseTimer, Timer
-
-SCHEMA_VERSION = 1
 
 
 class StepState(StepExchange):
@@ -66,6 +65,7 @@ class StepState(StepExchange):
         self.residuals = Residuals()
         self._step = 0
         self._exchanges: dict[tuple[int, ...], MeanExchange] = {}
+        self._runs: list[GradientRun] = []
         segments = self._segments(range(len(self._names)))
         # For the whole model: a bucket of few bytes or of casts alone must not travel in another way than the rest, or
         # the results would depend on buckets.
@@ -83,27 +83,45 @@ class StepState(StepExchange):
         exchanges = self._exchanges.values()
         return Sent(sum(e.sent.first for e in exchanges), sum(e.sent.second for e in exchanges))
 
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, by the names of the options."""
+        first, second = self.codecs
+        return {
+            "spec": first.spec,
+            "second": second.spec,
+            "feedback": self.feedback,
+            "schedule": self.schedule,
+            "ranks_per_node": self.ranks_per_node,
+            "seed": self.seed,
+            "grad_scaler": "None" if self.grad_scaler is None else "given",
+        }
+
     def makeup(self, leg: Leg) -> list[tuple[str, str, int]]:
         """Return what the whole model's payload of a leg is made of: parameter, part and bytes."""
         rows = []
-        for segment in self._segments(range(len(self._names))):
-            name, chosen = self._names[segment.param], getattr(segment, leg)
+        for segment in self._segments(self.parameters.trained):
+            chosen = getattr(segment, leg)
             sections = chosen.section_nbytes((segment.numel,))
-            exempt = self._params[name].dim() <= 1
+            exempt = self.parameters[segment.param].dim() <= 1
+            name = self._names[segment.param]
             rows += [(name, "exempt" if exempt else part, nbytes) for part, nbytes in sections.items()]
         return rows
 
     def segments(self) -> list[Segment]:
         """Return the whole model's segments, with the rank that owns each."""
-        segments = self._segments(range(len(self._names)))
-        return [replace(segment, owner=self._owners[segment.key]) for segment in segments]
+        return [replace(s, owner=self._owners[s.key]) for s in self._segments(self.parameters.trained)]
 
     def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Return the bucket's mean over all ranks as a future."""
-        buffer, step = bucket.buffer(), self._step
-        self._step += bucket.is_last()
-        exchange = self._exchange([self._number[param] for param in bucket.parameters()])
-        promise, is_last = Promise(buffer.device), bucket.is_last()
+        buffer, step, is_last = bucket.buffer(), self._step, bucket.is_last()
+        numbers = self._numbers_in(bucket)
+        exchange = self._exchange(numbers)
+        if buffer.layout != torch.strided or buffer.numel() != exchange.numel:
+            check_bucket(buffer, bucket.parameters(), [self._names[n] for n in numbers])
+        if is_last:
+            self._check_ddp()
+        self._step += is_last
+        promise = Promise(buffer.device)
         self.beside.submitted(is_first=bucket.index() == 0, is_last=is_last)
 
         def work() -> list[Tensor]:
@@ -118,16 +136,15 @@ class StepState(StepExchange):
     @torch.no_grad()
     def average_gradients(self) -> None:
         """Replace the ``.grad`` of all trainable parameters by their means over all ranks; see `StepExchange`."""
+        if self.parameters.changed() or not self._runs:
+            self._runs = gradient_runs({n: self.parameters[n] for n in self.parameters.trained})
+        self._look_at_scalers()
         step, self._step = self._step, self._step + 1
         if self.peers.size == 1:
             return
         for run in self._runs:
             self._mean(self._exchange(run.numbers), run.load(), step, self.timer)
             run.store()
-
-    @cached_property
-    def _runs(self) -> list[GradientRun]:
-        return gradient_runs(list(self._params.values()))  # type: ignore[arg-type]
 
     def _mean(self, exchange: MeanExchange, buffer: Tensor, step: int, timer: Timer) -> Tensor:
         exchange.timer = timer
@@ -147,8 +164,8 @@ class StepState(StepExchange):
 
     def _segments(self, numbers: Sequence[int]) -> list[Segment]:
         """Return the segments of parameters that lie one after another."""
-        params = [self._params[self._names[number]] for number in numbers]
-        return cut([param.numel() for param in params], [self._codecs_of(param) for param in params], numbers)
+        params = [self.parameters[number].detach() for number in numbers]
+        return cut([as_real(param).numel() for param in params], [self._codecs_of(param) for param in params], numbers)
 
     def _codecs_of(self, param: Tensor) -> tuple[Codec, Codec]:
         if param.dim() > 1:
@@ -158,38 +175,44 @@ class StepState(StepExchange):
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's step count and residuals, by parameter name and segment."""
-        legs = {"first": self.residuals.first, "second": self.residuals.second}
-        named = {
-            leg: {f"{self._names[param]}/{part}": value.clone() for (param, part), value in kept.items()}
-            for leg, kept in legs.items()
-        }
-        return {"schema_version": SCHEMA_VERSION, "step": self._step, **named}
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_exchanges": {}, "_runs": []}
 
-    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Go on from saved states.
+    def _own_state(self) -> dict[str, Any]:
+        """Return this rank's step count and residuals, by parameter name and segment; zeros where nothing was lost."""
+        return {"step": self._step, "first": self._named("first"), "second": self._named("second")}
 
-        Args:
-            states: This rank's own; or, after a change of the number of ranks, those of all old ranks: every rank then
-                starts from the mean of the first leg's residuals, and the second leg's go to whoever owns them now.
+    def _named(self, leg: Leg) -> dict[str, Tensor]:
+        kept = self.residuals.first if leg == "first" else self.residuals.second
+        whole = self._exchange(self.parameters.trained).with_residual(leg) if self.feedback else []
+        device = self.parameters[self.parameters.trained[0]].device
+        fresh = {s.key: torch.zeros(s.numel, device=device) for s in whole if s.key not in kept}
+        values = fresh | {key: value.clone() for key, value in kept.items()}
+        return {f"{self._names[param]}/{part}": values[param, part] for param, part in sorted(values)}
+
+    def _load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from this rank's own state; or from the mean of all old ranks' residuals of the first leg, while those
+        of the second go to whoever owns them now.
 
         Raises:
-            FieldError: No state, or residuals of a parameter that this model does not have.
+            FieldError: Residuals of a parameter or a size that this model does not have.
         """
-        if not states:
-            raise FieldError("states", 0, "this rank's state, or those of all old ranks")
-        self._step = int(states[0]["step"])
-        self.residuals = Residuals(mean_of([self._numbered(s["first"]) for s in states]))
+        first = mean_of([self._numbered(state["first"]) for state in states])
+        second: dict[tuple[int, int], Tensor] = {}
         for state in states:
-            self.residuals.second |= self._numbered(state["second"])
+            second |= self._numbered(state["second"])
+        self._step, self.residuals = int(states[0]["step"]), Residuals(first, second)
 
     def _numbered(self, named: Mapping[str, Tensor]) -> dict[tuple[int, int], Tensor]:
+        places = {name: number for number, name in enumerate(self._names)}
         numbered = {}
         for key, value in named.items():
             name, _, part = key.rpartition("/")
-            if name not in self._params:
+            if name not in places:
                 raise FieldError("residual of", name, "a parameter of the model")
-            param = self._params[name]
-            numbered[self._names.index(name), int(part)] = value.to(param.device, torch.float32, copy=True)
+            number = places[name]
+            sizes = {segment.part: segment.numel for segment in self._segments([number])}
+            if value.numel() != sizes.get(int(part)):
+                raise FieldError(f"residual of {key}", value.numel(), f"{sizes.get(int(part), 0)} numbers")
+            numbered[number, int(part)] = value.to(self.parameters[number].device, torch.float32, copy=True)
         return numbered

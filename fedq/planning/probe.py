@@ -26,7 +26,7 @@ from fedq.collectives import Residuals, Transport, cut
 from fedq.collectives.mean import encode
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
-from fedq.hooks import is_powersgd, step_state
+from fedq.hooks import is_powersgd, make_exchange
 from fedq.hooks.powersgd_options import PowerSGDOptions
 from fedq.layout import exempt_codec
 from fedq.planning.cluster import Cluster, CodecSpeed, Cost, Level, moved_nbytes
@@ -432,7 +432,7 @@ def _powersgd_speed(runtime: Runtime, clock: Clock, spec: str, share_s: float) -
         module = nn.ParameterList([nn.Parameter(torch.randn(shape, device=runtime.device)) for shape in shapes])
         for param in module:
             param.grad = torch.randn_like(param)
-        exchange = step_state(module, Peers(), f"powersgd:rank={options.rank},start=2")
+        exchange = make_exchange(module, Peers(), f"powersgd:rank={options.rank},start=2")
         for _ in range(3):
             exchange.average_gradients()
         wall, cpu = clock.median(exchange.average_gradients, share_s / 2)

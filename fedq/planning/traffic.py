@@ -19,7 +19,7 @@ from fedq.codecs.dense import Cast
 from fedq.collectives import Segment
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
-from fedq.hooks import PowerSGDExchange, StepExchange, StepState, step_state
+from fedq.hooks import PowerSGDExchange, StepExchange, StepState, make_exchange
 from fedq.hooks.flat import RUN_BYTES
 from fedq.models import build_model
 
@@ -179,7 +179,7 @@ class Traffic:
         Raises:
             FieldError: See `fedq.hooks.step_state`.
         """
-        exchange = step_state(
+        exchange = make_exchange(
             shapes.module,
             Peers(members=range(world_size)),
             spec,

@@ -30,11 +30,12 @@ from fedq.trainers.step_state import StepRunState
 def run_steps(job: Job) -> dict[str, Any]:
     """Train epochs, a checkpoint after each, and write their results."""
     engine = job.training.steps_by
+    _share_start(job)  # first: the ranks compare their models when they begin to share gradients
     shared = engine.share_gradients(_options(job))
     engine.start(job.lr(0))
     state = StepRunState(job, Progress(), engine, shared)
-    if not (job.config.run.resume and state.go_on()):
-        _share_start(job)
+    if job.config.run.resume:
+        state.go_on()
     books = StepLedger(job.ledger, shared, job.runtime.world_size)
     results = run_to_the_end(job, state, lambda number: _run_epoch(job, shared, books, number), noun="epoch")
     return finish(job, feedback=shared.feedback, **results)
