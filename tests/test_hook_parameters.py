@@ -319,18 +319,21 @@ def test_what_ddp_does_not_average_is_refused_by_name(spec: str) -> None:
     run_group(2, _thawed_under_ddp, spec)
 
 
-def _thawed_before_registration(rank: int) -> None:
+def _thawed_before_registration(rank: int, resumed: bool) -> None:
     module = network()
     module[0].requires_grad_(False)
     ddp = DistributedDataParallel(module)
     module[0].requires_grad_(True)
-    hooks.register(ddp, "int4")
+    state = hooks.register(ddp, "int4")
+    if resumed:
+        state.load_state_dict({f"rank{rank}of2": own_state(state) | {"step": 7}})
     with pytest.raises(FieldError, match=r"0\.weight, 0\.bias"):
         _step(ddp, rank, 0)
 
 
-def test_what_was_thawed_between_ddp_and_registration_is_refused_too() -> None:
-    run_group(2, _thawed_before_registration)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_was_thawed_between_ddp_and_registration_is_refused_too(resumed: bool) -> None:
+    run_group(2, _thawed_before_registration, resumed)
 
 
 def _ignored(rank: int) -> None:

@@ -65,6 +65,7 @@ class StepExchange(ABC):
         self._scalers = UnknownScalers()
         self._not_ddps: Collection[str] = ()
         self._in_buckets: set[int] = set()
+        self._knows_ddp = False
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = {"timer": None, "_lane": None, "grad_scaler": None, "_scalers": UnknownScalers()}
@@ -209,7 +210,8 @@ class StepExchange(ABC):
             FieldError: A parameter that requires a gradient and is in no bucket.
         """
         self._look_at_scalers()
-        if self.parameters.changed() or not self.step:
+        if self.parameters.changed() or not self._knows_ddp:
+            self._knows_ddp = True
             missed = [self._names[n] for n in self.parameters.trained if n not in self._in_buckets]
             if missed := [name for name in missed if name not in self._not_ddps]:
                 allowed = "those that DDP averages, which were trainable when it wrapped the module: wrap it again"
