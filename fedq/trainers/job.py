@@ -158,7 +158,7 @@ def open_job(config: Config) -> Iterator[Job]:
             if runtime.is_root:
                 kernels = implementation(runtime.device)
                 slow = " (slow: see fedq doctor)" if kernels == "reference" else ""
-                print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}"])
+                print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}", *dataset.notes])
             job = _job(config, runtime, folder, dataset, started, path, watch, start)
             try:
                 yield job
