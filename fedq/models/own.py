@@ -111,4 +111,4 @@ def _left_as_it_is(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
