@@ -102,6 +102,7 @@ def test_the_fedavg_arm_is_the_plain_job_tested_by_client(tmp_path: Path) -> Non
         assert file_hash(tmp_path / "plain" / file) == file_hash(tmp_path / "own" / file)
     accuracies = own["client_test_accuracy"]
     assert own["test_accuracy"] == pytest.approx(sum(accuracies) / 4)
+    assert 0 < own["test_balanced_accuracy"] < 1
     assert own["personal_test_accuracy"]["min"] == min(accuracies)
     assert own["personal_test_accuracy"]["max"] == max(accuracies)
     assert "client_test_accuracy" not in plain
