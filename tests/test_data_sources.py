@@ -767,6 +767,19 @@ def test_parquet_elsewhere_is_named_with_the_places_that_are_searched(tmp_path, 
         load("set", tmp_path)
 
 
+def test_a_link_to_a_shard_that_is_not_there_is_named(tmp_path):
+    write_parquet(tmp_path / "set" / "train-00000-of-00002.parquet", *good_rows())
+    (tmp_path / "set" / "train-00001-of-00002.parquet").symlink_to("../blobs/5f6071")
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet: this file .* cannot be read: No such file"):
+        load("set", tmp_path)
+
+
+def test_a_link_beside_other_data_sets_may_lead_nowhere(tmp_path):
+    (tmp_path / "old").symlink_to("nowhere")
+    write_parquet(tmp_path / "mnist" / "train.parquet", random_images(6, 28, 28), [0, 9] * 3)
+    assert load("mnist", tmp_path).name == "mnist"
+
+
 def test_the_hubs_cache_of_links_is_read(tmp_path):
     write_parquet(tmp_path / "blobs" / "5f6071", *good_rows(10))
     (tmp_path / "snapshot" / "data").mkdir(parents=True)

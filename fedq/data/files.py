@@ -17,60 +17,76 @@ _NOT_DATA = frozenset(
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what lies in a folder, by name; a link is what it leads to.
+    """Return what lies in a folder, by name; none where there is no such folder.
 
     Raises:
-        DataError: The folder cannot be read, or a link in it leads nowhere.
+        DataError: The folder cannot be read.
     """
+    if not folder.is_dir():
+        return []
     try:
         with os.scandir(folder) as found:
             shown = [entry for entry in found if not entry.name.startswith(".") and entry.name not in _NOT_DATA]
     except OSError as error:
         raise DataError(folder, f"this folder cannot be read: {error.strerror}") from error
-    for entry in shown:
-        if entry.is_symlink() and not os.path.exists(entry):
-            raise DataError(Path(entry), f"this link leads to {os.readlink(entry)}, where nothing can be read")
     return sorted(shown, key=lambda entry: entry.name)
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads nowhere or to itself is none."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry))
+
+
 def sub_folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, by name; none where there is no such folder."""
-    return [Path(entry) for entry in entries(folder) if entry.is_dir()] if folder.is_dir() else []
-
-
-def split_folder(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the sub-folder of the first of these names of a split, in capitals or not, or None.
+    """Return the folders in a folder, by name.
 
     Raises:
-        DataError: Two sub-folders have that name.
+        DataError: The folder cannot be read, or a link in it leads nowhere: it may have been a folder.
+    """
+    return [Path(entry) for entry in _checked(folder) if is_folder(entry)]
+
+
+def split_folder(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
+    """Return the folder of the first of these names of a split, in capitals or not, or None.
+
+    Raises:
+        DataError: Two folders have that name.
     """
     for name in names:
-        found = [place for place in sub_folders(folder) if place.name.lower() == name]
+        found = [place for place in folders if place.name.lower() == name]
         if len(found) > 1:
-            raise DataError(folder, f"two folders for one split: {', '.join(place.name for place in found)}")
+            raise DataError(found[0].parent, f"two folders of one split: {', '.join(place.name for place in found)}")
         if found:
             return found[0]
     return None
 
 
 def files_below(folder: Path, entered: set[str]) -> list[Path]:
-    """Return every file below a folder, in no order that means anything.
+    """Return every file below a folder, links followed, in no order that means anything.
 
     Args:
         folder: Where to begin.
         entered: Real paths of folders that are not entered; those that are entered join them, so that links end.
 
     Raises:
-        DataError: See `entries`.
+        DataError: See `sub_folders`.
     """
     real = os.path.realpath(folder)
     if real in entered:
         return []
     entered.add(real)
     files: list[Path] = []
-    for entry in entries(folder):
-        if entry.is_dir():
+    for entry in _checked(folder):
+        if is_folder(entry):
             files += files_below(Path(entry), entered)
         elif entry.is_file():
             files.append(Path(entry))
     return files
+
+
+def _checked(folder: Path) -> list[os.DirEntry[str]]:
+    found = entries(folder)
+    for entry in found:
+        if entry.is_symlink() and not os.path.exists(entry):
+            raise DataError(Path(entry), f"this link leads to {os.readlink(entry)}, where nothing can be read")
+    return found

@@ -37,11 +37,11 @@ def find_images(folder: Path) -> ImageFiles | None:
         DataError: Fewer than two classes, a training class without images, a test class unknown to training, a link
             that leads nowhere, or a folder whose images would be of two classes.
     """
-    train = split_folder(folder, TRAIN_NAMES) or folder
+    places = sub_folders(folder)
+    train, test = split_folder(places, TRAIN_NAMES) or folder, split_folder(places, TEST_NAMES)
     class_names = tuple(place.name for place in sub_folders(train))
     if not class_names:
         return None
-    test = split_folder(folder, TEST_NAMES)
     if train == folder and test is not None and (sub_folders(test) or _are_splits(class_names)):
         raise DataError(test, f"a test set without a training set: there is no {folder / 'train'}")
     if len(class_names) < 2:

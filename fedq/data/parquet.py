@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedq.data.files import TEST_NAMES, TRAIN_NAMES, entries, files_below, split_folder, sub_folders
+from fedq.data.files import TEST_NAMES, TRAIN_NAMES, entries, files_below, is_folder, split_folder
 from fedq.data.source import Chunk, Contents, DataError, check_labels
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def find_parquet(folder: Path) -> ParquetFiles | None:
 
 
 def _other_folders(folder: Path) -> list[Path]:
-    return [place for place in sub_folders(folder) if place.name.lower() not in (*TRAIN_NAMES, *TEST_NAMES)]
+    return [place for place in _folders(folder) if place.name.lower() not in (*TRAIN_NAMES, *TEST_NAMES)]
 
 
 def parquet_in(folder: Path) -> ParquetFiles | None:
@@ -71,9 +71,11 @@ def parquet_in(folder: Path) -> ParquetFiles | None:
         DataError: A split has a shard too few or too many, files of more than one set, or is the Hub's first part of a
             large one.
     """
-    train = _split(folder, TRAIN_NAMES)
-    tests = tuple(found for name in TEST_NAMES if (found := _split(folder, (name,))))
-    return ParquetFiles(train, tests) if train else None
+    files, folders = _parquet(folder), _folders(folder)
+    train = _split(files, folders, TRAIN_NAMES)
+    if not train:
+        return None
+    return ParquetFiles(train, tuple(found for name in TEST_NAMES if (found := _split(files, folders, (name,)))))
 
 
 def parquet_below(folder: Path) -> Path | None:
@@ -82,17 +84,20 @@ def parquet_below(folder: Path) -> Path | None:
     return found[0].relative_to(folder) if found else None
 
 
-def _split(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
-    part, inside = split_folder(folder, [f"partial-{name}" for name in names]), split_folder(folder, names)
+def _split(files: list[Path], folders: list[Path], names: tuple[str, ...]) -> tuple[Path, ...]:
+    part, inside = split_folder(folders, [f"partial-{name}" for name in names]), split_folder(folders, names)
     if part is not None and _parquet(part):
         raise DataError(part, "only the first part of a split, all that the Hub has converted; rename it to use that")
-    here = [file for file in _parquet(folder) if _split_of(file) in names]
+    here = [file for file in files if _split_of(file) in names]
     return _one_set(here + ([] if inside is None else _parquet(inside)))
 
 
 def _parquet(folder: Path) -> list[Path]:
-    found = entries(folder) if folder.is_dir() else []
-    return [Path(entry) for entry in found if entry.is_file() and entry.name.lower().endswith(_SUFFIX)]
+    return [Path(e) for e in entries(folder) if e.name.lower().endswith(_SUFFIX) and not is_folder(e)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [Path(entry) for entry in entries(folder) if is_folder(entry)]
 
 
 def _split_of(file: Path) -> str | None:
