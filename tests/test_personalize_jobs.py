@@ -247,6 +247,7 @@ def test_a_warm_start_is_where_everybody_begins(tmp_path: Path) -> None:
         ({"algorithm": "quped", "side_by_side": 2}, "side_by_side", "one by one"),
         ({"algorithm": "mutual", "client_bits": "2"}, "client_bits", "of qupel, quped"),
         ({"algorithm": "qupel", "client_models": "resnet20"}, "client_models", "of quped, mutual, local"),
+        ({"algorithm": "quped", "client_models": "cnn62k,my:net", "norm": "group"}, "norm", "batch with a model"),
         ({"algorithm": "pfedme", "attachment": 100.0}, "attachment", "1 / lr"),
         ({"algorithm": "pfedme", "personal_steps": 0}, "personal_steps", "1 or more"),
         ({"algorithm": "local", "personal_steps": 3}, "personal_steps", "of perfedavg, pfedme"),
