@@ -171,6 +171,7 @@ def test_a_truncated_pickle_is_named(tmp_path):
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}, "row 1: label 10 is outside 0..9"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [-1, 0]}, "row 0: label -1 is outside 0..9"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, None]}, "row 1: label None is not an integer"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 2**70]}, f"row 1: label {2**70} is outside 0..9"),
     ],
 )
 def test_a_wrong_batch_names_file_and_row(tmp_path, entry, message):
@@ -1022,18 +1023,33 @@ def test_modes_that_no_file_has_are_read_too(mode):
     assert is_grey == (mode in ("La", "I;16N", "I;16L"))
 
 
-def twelve_bits(values: list[int]) -> bytes:
-    """Return a grey TIFF of one row of two 12-bit pixels, written by hand."""
-    first, second = values
-    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+def grey_tiff(first: int, second: int, *, bits: int, black_is_zero: int = 1) -> bytes:
+    """Return a TIFF of one row of two grey pixels of 12 or 16 bits, written by hand."""
+    pixels = (first << 20 | second << 8).to_bytes(4, "big") if bits == 12 else struct.pack("<2H", first, second)
+    tags = [
+        (256, 2),
+        (257, 1),
+        (258, bits),
+        (259, 1),
+        (262, black_is_zero),
+        (273, 8),
+        (277, 1),
+        (278, 1),
+        (279, bits // 4),
+    ]
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
-    pixels = bytes([first >> 4, (first & 15) << 4 | second >> 8, second & 255, 0])
     return struct.pack("<2sHI", b"II", 42, 12) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def test_twelve_bits_are_scaled_from_twelve(tmp_path):
-    got = decoded(tmp_path, twelve_bits([4095, 2048]), ".tif", parquet=True)
+    got = decoded(tmp_path, grey_tiff(4095, 2048, bits=12), ".tif", parquet=True)
     assert got.tolist() == [[[255, 128]]] * 3
+
+
+@pytest.mark.parametrize(("black_is_zero", "expected"), [(1, [255, 16]), (0, [0, 239])])
+def test_deep_images_in_which_0_is_white_are_no_negatives(tmp_path, black_is_zero, expected):
+    content = grey_tiff(65535, 4096, bits=16, black_is_zero=black_is_zero)
+    assert decoded(tmp_path, content, ".tif", parquet=True).tolist() == [[expected]] * 3
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ _GREY = _DEEP | {"1", "L", "LA", "La"}
 _STRAIGHT = {"P": "RGBA", "PA": "RGBA", "LA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 """What images with transparency become first: PIL warns of losing it in one step, or cannot do it."""
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 258
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -193,7 +193,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    values = np.asarray(image)
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     low, high = values.min(), values.max()
     if image.mode == "F":
         if not (low >= 0 and high <= 1):  # NaN is neither
@@ -202,11 +202,11 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     else:
         if low < 0 or high >= 1 << 16:
             raise ValueError(f"its integers are in {low}..{high}; those in 0..65535 can be scaled")
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]  # TIFF has 12 too
-        scaled = values >> (min(bits, 16) - 8)
+        scaled = values >> (min(tags.get(_BITS_PER_SAMPLE, (16,))[0], 16) - 8)  # TIFF has 12 bits too
     if high > 0 and scaled.max() == 0:
         raise ValueError(f"its values are at most {high:g}, and all of them are black in 8 bits")
-    return scaled.astype(np.uint8)
+    is_white = tags.get(_PHOTOMETRIC) == 0  # what 0 means; PIL minds it up to 8 bits
+    return 255 - scaled.astype(np.uint8) if is_white else scaled.astype(np.uint8)
 
 
 @contextmanager

@@ -235,9 +235,8 @@ def _numbers(labels: dict[Path, np.ndarray]) -> tuple[str, ...]:
     num_rows = sum(map(len, labels.values()))
     for file, values in labels.items():
         check_labels(values, max(num_rows, 1), file)  # more classes than images: a wrong column, or a wrong label
-    return tuple(
-        str(number) for number in range(1 + max(max(values.tolist(), default=-1) for values in labels.values()))
-    )
+    largest = max((int(values.max()) for values in labels.values() if len(values)), default=-1)
+    return tuple(str(number) for number in range(1 + largest))
 
 
 def _opened(file: Path) -> pyarrow.parquet.ParquetFile:
