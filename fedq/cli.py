@@ -21,6 +21,7 @@ import tyro
 
 from fedq.config import Config, validate
 from fedq.configfile import load_config, load_deepspeed_config, with_settings
+from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
 from fedq.errors import FieldError
 from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
@@ -115,8 +116,8 @@ def _from_files(path: Path | None, deepspeed_path: Path | None, defaults: C) -> 
 def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> int:
     """Run the job that the command line describes.
 
-    Settings that cannot be used are told in one line on stderr, without a traceback: those seen before any work by
-    rank 0 alone, those seen during it (data missing on one machine) by the first rank of a machine. Any other
+    Settings and data that cannot be used are told in one line on stderr, without a traceback: those seen before any
+    work by rank 0 alone, those seen during it (data missing on one machine) by the first rank of a machine. Any other
     exception keeps its traceback and names the rank.
 
     Args:
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         defaults: Settings that neither a flag nor the file gives.
 
     Returns:
-        The exit code: 0, or 2 for settings that cannot be used.
+        The exit code: 0, or 2 for settings or data that cannot be used.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _COMMANDS:
@@ -152,7 +153,7 @@ def _command(name: str, argv: Sequence[str]) -> int:
     """Do what is no training: one of `_COMMANDS`, as `fedq NAME`."""
     try:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
-    except FieldError as error:
+    except (FieldError, DataError) as error:
         return _refuse(error, "error")
 
 
@@ -290,7 +291,7 @@ def _run(config: Config, ranks: Ranks) -> int:
 
     try:
         run_job(config)
-    except FieldError as error:
+    except (FieldError, DataError) as error:
         if ranks.local_rank == 0:
             return _refuse(error, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
         return _refuse(error, None)
@@ -301,8 +302,8 @@ def _run(config: Config, ranks: Ranks) -> int:
     return 0
 
 
-def _refuse(error: FieldError, heading: str | None) -> int:
-    """Say what is wrong with the settings, unless another rank says it, and return the exit code."""
+def _refuse(error: FieldError | DataError, heading: str | None) -> int:
+    """Say what is wrong with the settings or the data, unless another rank says it, and return the exit code."""
     if heading is None:
         time.sleep(_GRACE_S)
     else:

@@ -316,6 +316,8 @@ def _checks(config: Config) -> Iterator[Check]:
     yield "timeout", run.timeout, 0 < run.timeout < math.inf, "above 0"
     is_model = local.model in MODELS or is_own(local.model)
     yield "model", local.model, is_model, one_of(MODELS, local.model) + ", or package.module:function"
+    is_allowed = local.norm == "batch" or not (is_own(local.model) or is_own(config.personal.client_models))
+    yield "norm", local.norm, is_allowed, "batch with a model of one's own, which has its own layers"
     yield "momentum", local.momentum, 0 <= local.momentum < 1, "0 or more and below 1"
     for name, rate in (("weight_decay", local.weight_decay), ("prox_mu", local.prox_mu)):
         yield name, rate, 0 <= rate < math.inf, "0 or more"

@@ -252,6 +252,7 @@ def test_the_test_accuracy_is_that_of_the_saved_model(two_bits: tuple[Path, dict
         tmp_path / "run", lr=1e-30, weight_decay=0.0, rounds=1, warm_start=out / "model.safetensors", freeze_at=1.0
     )
     assert again["test_accuracy"] == summary["test_accuracy"]
+    assert again["test_balanced_accuracy"] == summary["test_balanced_accuracy"]
 
 
 def test_thirty_two_bits_is_plain_training(tmp_path: Path) -> None:

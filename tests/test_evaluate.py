@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 from distributed import run_group
+from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 from torch.nn import functional
 
 from fedq.collectives import Moved, Transport
 from fedq.data import Split
 from fedq.engines.precision import choose_precision
-from fedq.federated.evaluate import Evaluator
+from fedq.federated.evaluate import Evaluator, Scores
 
 MEAN, STD = (0.5,), (0.25,)
 
@@ -39,10 +44,11 @@ def test_loss_and_accuracy(precision: str, rel: float, mistakes: int) -> None:
     """Float32 keeps 24 bits and decides as float64 does; bf16 keeps 8 and may turn a close call."""
     evaluator, model, split = setting(precision)
     model.train()
-    loss, accuracy, moved = evaluator.run(model, split)
+    scores, moved = evaluator.run(model, split)
     expected_loss, expected_accuracy = by_hand(model, split)
-    assert loss == pytest.approx(expected_loss, rel=rel)
-    assert abs(accuracy - expected_accuracy) <= mistakes / len(split) + 1e-12
+    assert scores.loss == pytest.approx(expected_loss, rel=rel)
+    assert abs(scores.accuracy - expected_accuracy) <= mistakes / len(split) + 1e-12
+    assert math.isnan(scores.balanced_accuracy), "nobody asked for it"
     assert moved == Moved()
 
 
@@ -53,19 +59,48 @@ def test_nothing_of_the_model_changes() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def _evaluate(rank: int) -> list[tuple[float, float, int]]:
+@pytest.mark.parametrize("present", [(0, 1, 2, 3, 4), (1, 3), (2,)])
+def test_balanced_accuracy_is_that_of_scikit_learn(present: tuple[int, ...]) -> None:
+    """Also where the split lacks classes: the model may name them, but they do not count."""
+    evaluator, model, split = setting()
+    split = Split(split.images, torch.tensor(present)[(torch.arange(73) ** 2 // 7) % len(present)])
+    scores, _ = evaluator.run(model, split, num_classes=5)
+    with torch.no_grad():
+        said = model.eval()((split.images.float() / 255 - 0.5) / 0.25).argmax(1)
+    with warnings.catch_warnings():  # scikit-learn warns of classes that are named but absent
+        warnings.simplefilter("ignore")
+        expected = balanced_accuracy_score(split.labels, said)
+    assert scores.balanced_accuracy == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_answer_is_worth_one_class() -> None:
+    """On a split of which 88 % are of one class, its accuracy is 88 %, and its balanced accuracy 20 %."""
+    evaluator, model, split = setting(num=100)
+    last = model[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0]))
+    labels = torch.tensor([2] * 88 + [0, 1, 3, 4] * 3)
+    scores, _ = evaluator.run(model, Split(split.images, labels), num_classes=5)
+    assert (scores.accuracy, scores.balanced_accuracy) == pytest.approx((0.88, 0.2))
+
+
+def _evaluate(rank: int) -> list[tuple[Scores, int]]:
     results = []
-    for num in (73, 10, 0):
-        loss, accuracy, moved = Evaluator.run(*setting(num=num))
-        results.append((loss, accuracy, moved.payload))
+    for num_classes in (0, 5):
+        for num in (73, 10, 0):
+            scores, moved = Evaluator.run(*setting(num=num), num_classes=num_classes)
+            results.append((scores if num_classes else replace(scores, balanced_accuracy=0.0), moved.payload))
     return results
 
 
 def test_every_rank_gets_the_same_numbers_at_every_world_size() -> None:
     (alone,) = run_group(1, _evaluate)
-    assert alone[2] == (0.0, 0.0, 0)
+    assert alone[2] == alone[5] == (Scores(0.0, 0.0, 0.0), 0)
     for world_size in (2, 3):
         for of_rank in run_group(world_size, _evaluate):
-            assert [numbers[:2] for numbers in of_rank] == [numbers[:2] for numbers in alone]
-            # two float64 sums for each of 8, 1 and 0 batches, from every rank to every other
-            assert [n[2] for n in of_rank] == [16 * b * world_size * (world_size - 1) for b in (8, 1, 0)]
+            assert [scores for scores, _ in of_rank] == [scores for scores, _ in alone]
+            # Two float64 sums for each of 8, 1 and 0 batches, from every rank to every other; then one a class too.
+            sums = [2 * num_batches + num_classes for num_classes in (0, 5) for num_batches in (8, 1, 0)]
+            assert [moved for _, moved in of_rank] == [8 * num * world_size * (world_size - 1) for num in sums]

@@ -19,12 +19,14 @@ import yaml
 from distributed import run_group
 from jobs import SMALL, Watched, file_hash, run_watched, small_config
 from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score
 
 from fedq.checkpoint import Checkpoints
 from fedq.cli import main
 from fedq.codecs import codec
 from fedq.config import Config
 from fedq.configfile import load_config
+from fedq.data import load_dataset, normalize
 from fedq.federated.rounds import sample_cohort
 from fedq.layout import Layout
 from fedq.models import build_model
@@ -81,7 +83,8 @@ def test_models_and_messages_do_not_depend_on_the_ranks(results: dict[int, Resul
         assert other.model(case) == one.model(case)
         assert other.ranks[case][0].frames == one.ranks[case][0].frames
         assert {seen.replica for seen in other.ranks[case]} == {one.ranks[case][0].replica}
-        same = ["test_accuracy", "best_val_accuracy", "uplink_bytes", "downlink_bytes", "rounds"]
+        same = ["test_accuracy", "test_balanced_accuracy", "best_val_accuracy"]
+        same += ["uplink_bytes", "downlink_bytes", "rounds"]
         assert all(other.ranks[case][0].summary[k] == one.ranks[case][0].summary[k] for k in same)
 
 
@@ -276,6 +279,18 @@ def test_training_alone_sends_nothing(solo: Results) -> None:
     assert max(row["val_accuracy"] for row in rows) == told["best_val_accuracy"]
 
 
+@pytest.mark.parametrize("case", ["first", "central"])
+def test_the_balanced_accuracy_is_scikit_learns_of_the_saved_model(solo: Results, case: str, tmp_path: Path) -> None:
+    data = load_dataset("digits", data_dir=tmp_path, train_examples=280)
+    model = build_model("cnn62k")
+    model.load_state_dict(load_file(solo.folder / case / "model.safetensors"))
+    with torch.no_grad():
+        said = model.eval()(normalize(data.test.images, data.mean, data.std)).argmax(1)
+    told = summary(solo, case)
+    assert told["test_accuracy"] == pytest.approx(float((said == data.test.labels).double().mean()))
+    assert told["test_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(data.test.labels, said))
+
+
 def test_small_clients_are_told_of_once_and_every_client_is_counted(solo: Results) -> None:
     rows = pq.read_table(solo.folder / "small" / "clients.parquet").to_pylist()
     held = {row["client"]: row["num_examples"] for row in rows}
@@ -294,13 +309,19 @@ REFUSALS = {
     "out": (["--out", "{tmp}/file/run"], "out='{tmp}/file/run'", "a folder that can be written"),
     "no data": (["--dataset", "cifar10", "--data-dir", "{tmp}/empty"], "cifar10", "--download"),
     "data layout": (["--dataset", "{tmp}/flat"], "flat", "folder"),
+    "own model": (["--model", "own_net:fixed"], "model='own_net:fixed'", "of shape (2, 10); this one returns"),
+    "own norm": (["--model", "own_net:fixed", "--norm", "group"], "norm='group'", "batch with a model of one's own"),
+    "own model and auto": (["--model", "own_net:fixed", "--uplink", "auto"], "model='own_net:fixed'", "(2, 7)"),
 }
 
 
 @pytest.fixture
 def ground(tmp_path: Path) -> Path:
-    """A file where a folder is wanted, an empty folder, and one whose files are no data set."""
+    """A file where a folder is wanted, an empty folder, one whose files are no data set, and a model of one's own."""
     (tmp_path / "file").touch()
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\ndef fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))\n"
+    )
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "notes.txt").write_text("no images")
@@ -321,6 +342,13 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     assert named.format(tmp=ground) in lines[0]
     assert "allowed: " in lines[0]
     assert allowed in lines[0]
+
+
+def test_data_that_cannot_be_used_are_refused_in_one_line(ground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (ground / "empty" / "cat").symlink_to("nowhere")
+    assert main(["--dataset", str(ground / "empty"), "--device", "cpu"]) == 2
+    expected = f"error: {ground}/empty/cat: this link leads to nowhere, where nothing can be read\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_the_script_refuses_with_code_2_and_no_traceback(ground: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedq.errors import FieldError
-from fedq.models import MODELS, build_model, num_parameters
+from fedq.models import MODELS, build_model, check_model, num_parameters
 from fedq.models.resnet import ZeroPadShortcut
 
 NAMES_AND_NORMS = [(name, "batch") for name in MODELS]
@@ -285,3 +285,135 @@ def test_the_smallest_image_that_is_allowed_works(name):
 def test_bad_settings_are_named(name, options, message):
     with pytest.raises(FieldError, match=message):
         build_model(name, **options)
+
+
+# ------------------------------------------------------------------------------------------------ models of one's own
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, in_channels: int, num_classes: int = 10):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.head = nn.Linear(in_channels, num_classes)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(3)
+        return self.head(self.drop(self.norm(x).mean((2, 3))))
+
+def fixed(): return Net(3, 10)
+def sized(image_size): return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, 10))
+def options(*, num_classes, hidden=5, **options):
+    assert set(options) == {"in_channels", "image_size"}
+    return Net(options["in_channels"], num_classes)
+def positional(num_classes, /): return Net(3, num_classes)
+def other(width, num_classes, depth): return Net(3, num_classes)
+def lazy(num_classes): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+def nothing(): return nn.Flatten()
+def text(): return "no module"
+def fails(in_channels): raise KeyError("weights")
+class Returns(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.net, self.what = Net(3, 10), what
+    def forward(self, x):
+        y = self.net(x)
+        return {"dict": {"logits": y}, "tuple": (y, y), "rank": y[:, :, None], "one": y[:1], "int": y.argmax(1),
+                "long": y.long()}[self.what]
+def returns_dict(): return Returns("dict")
+def returns_tuple(): return Returns("tuple")
+def returns_rank(): return Returns("rank")
+def returns_one(): return Returns("one")
+def returns_int(): return Returns("int")
+def returns_long(): return Returns("long")
+no_function = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Put a module of a new name with `OWN` where Python finds it; return the name."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / f"{name}_broken.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def fits(name: str, model: nn.Module, *shape: int, num_classes: int = 10) -> None:
+    check_model(name, model, torch.randn(2, *(shape or (3, 8, 8))), num_classes)
+
+
+@pytest.mark.parametrize(
+    ("function", "classes", "channels", "size"),
+    [("fixed", 10, 3, 8), ("Net", 7, 1, 8), ("sized", 10, 3, 6), ("options", 4, 2, 8), ("lazy", 4, 1, 5)],
+)
+def test_a_model_of_ones_own_gets_the_sizes_that_it_takes(own, function, classes, channels, size):
+    name = f"{own}:{function}"
+    model = build_model(name, num_classes=classes, in_channels=channels, image_size=size)
+    fits(name, model, channels, size, size, num_classes=classes)
+    assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("missing", r"that can be imported \(AttributeError: module .* has no attribute 'missing'\)"),
+        ("positional", "needs no more than num_classes, in_channels, image_size, by name; this one needs num_classes"),
+        ("other", "by name; this one needs width, depth"),
+        ("fails", r"can be called with in_channels=3 \(KeyError: 'weights'\)"),
+        ("no_function", r"can be called with no arguments \(TypeError: 'int' object is not callable\)"),
+        ("text", r"returns a torch.nn.Module, not str"),
+        ("nothing", "a module with parameters to train"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_named(own, function, message):
+    with pytest.raises(FieldError, match=f"model='{own}:{function}' .*{message}"):
+        build_model(f"{own}:{function}")
+
+
+def test_a_module_that_cannot_be_imported_is_named(own):
+    with pytest.raises(FieldError, match=f"model='{own}_broken:f' .*SyntaxError"):
+        build_model(f"{own}_broken:f")
+
+
+def test_group_norm_is_refused_for_a_model_of_ones_own(own):
+    with pytest.raises(FieldError, match=r"norm='group' .*batch, since .*:fixed has layers of its own"):
+        build_model(f"{own}:fixed", norm="group")
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "num_classes", "message"),
+    [
+        ("fixed", (3, 8, 8), 7, r"logits of shape \(2, 7\); this one returns torch.float32 of shape \(2, 10\)"),
+        ("fixed", (1, 8, 8), 10, r"images of shape \(2, 1, 8, 8\) to .*; this one raises RuntimeError: running_mean"),
+        ("sized", (3, 9, 9), 10, r"\(2, 3, 9, 9\) .*; this one raises RuntimeError: mat1 and mat2"),
+        ("returns_dict", (3, 8, 8), 10, "this one returns a dict, not a tensor"),
+        ("returns_tuple", (3, 8, 8), 10, "this one returns a tuple, not a tensor"),
+        ("returns_rank", (3, 8, 8), 10, r"of shape \(2, 10, 1\)"),
+        ("returns_one", (3, 8, 8), 10, r"of shape \(1, 10\)"),
+        ("returns_int", (3, 8, 8), 10, r"returns torch.int64 of shape \(2,\)"),
+        ("returns_long", (3, 8, 8), 10, r"returns torch.int64 of shape \(2, 10\)"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_with_both_shapes(own, function, shape, num_classes, message):
+    name = f"{own}:{function}"
+    model = build_model(name, image_size=8)
+    with pytest.raises(FieldError, match=message):
+        fits(name, model, *shape, num_classes=num_classes)
+
+
+def test_trying_a_model_leaves_it_and_the_random_numbers_as_they_were(own):
+    model = build_model(f"{own}:fixed")
+    model.drop.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, state = torch.randn(2, 3, 8, 8), torch.get_rng_state()
+    check_model("own", model, images, 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (model.training, model.norm.training, model.drop.training) == (True, True, False)

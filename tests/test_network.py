@@ -61,6 +61,7 @@ def test_over_tls_a_run_is_that_of_train_py_bit_for_bit(fed: Federation, tmp_pat
     assert "TLS, client certificates" in said
     here, there = summary(fed.run), summary(alone)
     assert here["test_accuracy"] == there["test_accuracy"]
+    assert here["test_balanced_accuracy"] == there["test_balanced_accuracy"]
     assert here["left_out"] == []
     # The message around the payload names its tensors; that is all that it adds.
     (payload, framing), (alone_payload, _) = _uplink(fed.run), _uplink(alone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -489,8 +489,10 @@ def test_a_client_is_scored_on_its_classes_in_its_proportions() -> None:
     for client, expected in enumerate([0.75 * 3 / 6 + 0.25 * 2 / 3, 1.0]):
         own = scores.class_means(Fixed(), split, scores.classes(client))
         for means in (own, everything):
-            assert scores.score(client, means)[1] == pytest.approx(expected)
+            told = scores.score(client, means)
+            assert told.accuracy == pytest.approx(expected)
+            assert told.balanced_accuracy == pytest.approx([(3 / 6 + 2 / 3) / 2, 1.0][client])
     assert own[0].isnan().all(), "a class of other clients is not looked at"
-    assert all(value != value for value in scores.score(2, everything))
+    assert all(value != value for value in astuple(scores.score(2, everything)))
     losses = functional.cross_entropy(functional.one_hot(said, 4).float(), labels, reduction="none")
-    assert scores.score(1, everything)[0] == pytest.approx(float(losses[labels == 2].mean()))
+    assert scores.score(1, everything).loss == pytest.approx(float(losses[labels == 2].mean()))

@@ -102,6 +102,7 @@ def test_the_fedavg_arm_is_the_plain_job_tested_by_client(tmp_path: Path) -> Non
         assert file_hash(tmp_path / "plain" / file) == file_hash(tmp_path / "own" / file)
     accuracies = own["client_test_accuracy"]
     assert own["test_accuracy"] == pytest.approx(sum(accuracies) / 4)
+    assert 0 < own["test_balanced_accuracy"] < 1
     assert own["personal_test_accuracy"]["min"] == min(accuracies)
     assert own["personal_test_accuracy"]["max"] == max(accuracies)
     assert "client_test_accuracy" not in plain
@@ -246,6 +247,7 @@ def test_a_warm_start_is_where_everybody_begins(tmp_path: Path) -> None:
         ({"algorithm": "quped", "side_by_side": 2}, "side_by_side", "one by one"),
         ({"algorithm": "mutual", "client_bits": "2"}, "client_bits", "of qupel, quped"),
         ({"algorithm": "qupel", "client_models": "resnet20"}, "client_models", "of quped, mutual, local"),
+        ({"algorithm": "quped", "client_models": "cnn62k,my:net", "norm": "group"}, "norm", "batch with a model"),
         ({"algorithm": "pfedme", "attachment": 100.0}, "attachment", "1 / lr"),
         ({"algorithm": "pfedme", "personal_steps": 0}, "personal_steps", "1 or more"),
         ({"algorithm": "local", "personal_steps": 3}, "personal_steps", "of perfedavg, pfedme"),

@@ -23,6 +23,7 @@ SUMMARY = {
     "server": "fedavg",
     "rounds": 10,
     "test_accuracy": 0.9722,
+    "test_balanced_accuracy": 0.95,
     "best_val_accuracy": 0.981,
     "uplink_bytes": 5_720_000,
     "uplink_bytes_fp32": 44_800_000,
@@ -113,6 +114,7 @@ def test_plain_summary_says_what_was_learned_and_what_it_cost(tmp_path):
     }
     assert "4 clients, 2 a round, 10 rounds, server fedavg, 2 ranks (torchrun)" in text
     assert "97.22 %" in text
+    assert "balanced accuracy 95.00 %" in text
     assert "98.10 %" in text
     assert "30 MB in all" in text
     assert "2 min 35 s, 15.5 s a round" in text
@@ -135,7 +137,7 @@ def test_missing_figures_are_dashes(tmp_path):
     (tmp_path / "summary.json").write_text('{"test_accuracy": null}')
     lines = printed(tmp_path).splitlines()
     assert [line.split()[-1] for line in lines if line.startswith(("data", "test"))] == ["-", "-"]
-    assert len(lines) == 10
+    assert len(lines) == 11
 
 
 @pytest.mark.parametrize(

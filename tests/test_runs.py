@@ -70,7 +70,7 @@ def test_finished_runs_are_compared_and_the_others_named(tmp_path: Path, capsys:
     whole = {"rounds": 7, "test_accuracy": 0.87654, "uplink": "int4", "downlink": "int8", "seconds": 12.34}
     whole |= {"uplink_bytes": 1_000_000, "uplink_bytes_fp32": 7_900_000}
     whole |= {"downlink_bytes": 2_000_000, "downlink_bytes_fp32": 4_000_000}
-    alone = whole | dict.fromkeys([key for key in whole if "bytes" in key], 0)
+    alone = whole | dict.fromkeys([key for key in whole if "bytes" in key], 0) | {"test_balanced_accuracy": 0.5}
     make_run(tmp_path / "a", rows=7, summary=whole)
     make_run(tmp_path / "b", rows=3)
     make_run(tmp_path / "c", rows=7, summary=alone)  # --exchange none
@@ -79,6 +79,7 @@ def test_finished_runs_are_compared_and_the_others_named(tmp_path: Path, capsys:
     assert len({len(line) for line in lines}) == 1  # aligned
     _, rule, a, b, c = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert set("".join(rule)) == {"-"}
-    assert a == ["a", "int4", "int8", "7", "87.65", "1 MB", "1/7.9", "2 MB", "1/2.0", "12.3"]
-    assert b == ["b", "-", "-", "3/7", "unfinished", "-", "-", "-", "-", "-"]
-    assert c[6] == c[8] == "-"
+    assert a == ["a", "int4", "int8", "7", "87.65", "-", "1 MB", "1/7.9", "2 MB", "1/2.0", "12.3"]
+    assert b == ["b", "-", "-", "3/7", "unfinished", "-", "-", "-", "-", "-", "-"]
+    assert c[5] == "50.00"
+    assert c[7] == c[9] == "-"

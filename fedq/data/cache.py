@@ -37,6 +37,7 @@ _LENGTH = struct.Struct("<Q")  # bytes of the header
 _TRAILER = struct.Struct("<I4s")  # CRC-32, magic
 _MAGIC = b"FQD1"
 _BLOCK_BYTES = 1 << 24
+_DECODING = 2  # goes up when the same files become other pixels or labels, so that kept ones are made again
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Examples:
             exactly, without another pass over its pixels.
         counts: Consecutive parts: (train, test), or (train, val, test) once split.
         class_names: One name a class.
+        notes: What a user must know of how they became what they are, a sentence each.
     """
 
     images: np.ndarray
@@ -57,6 +59,7 @@ class Examples:
     sums: np.ndarray
     counts: tuple[int, ...]
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def channel_sums(images: np.ndarray) -> np.ndarray:
@@ -83,17 +86,21 @@ def default_cache_dir() -> Path:
 
 
 def source_key(source: Source, image_size: int | None) -> str:
-    """Return a name for a source's decoded images: it changes with any file's path, size or time of change."""
-    identity = json.dumps([source.name, source.version, [_stat(file) for file in source.files], image_size])
+    """Return a name for a source's decoded images: it changes with any file's path, size or time of change.
+
+    The path counts as it is listed, for it says the class, and as links resolve it.
+    """
+    files = [_stat(file) for file in source.files]
+    identity = json.dumps([_DECODING, source.name, source.version, files, image_size])
     return f"{source.name[:40]}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
 
 
-def _stat(file: Path) -> tuple[str, int, int]:
+def _stat(file: Path) -> tuple[str, str, int, int]:
     try:
         stat = file.stat()
     except OSError as error:
         raise DataError(file, f"this file of the data set cannot be read: {error.strerror}") from error
-    return str(file.resolve()), stat.st_size, stat.st_mtime_ns
+    return os.path.abspath(file), str(file.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,12 @@ def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
 
 def _write(path: Path, examples: Examples) -> None:
     images = examples.images
-    header = {"shape": images.shape, "counts": examples.counts, "class_names": examples.class_names}
+    header = {
+        "shape": images.shape,
+        "counts": examples.counts,
+        "class_names": examples.class_names,
+        "notes": examples.notes,
+    }
     tail = (
         examples.labels.astype("<i8").tobytes(),
         examples.sums.astype("<i8").tobytes(),
@@ -208,6 +220,7 @@ def _read(path: Path) -> Examples:
         np.frombuffer(sums.tobytes(), "<i8").astype(np.int64).reshape(num, channels, 2),
         tuple(header["counts"]),
         tuple(header["class_names"]),
+        tuple(header["notes"]),
     )
 
 

@@ -42,6 +42,7 @@ class Dataset:
         mean: Mean of the training split's pixels, scaled to 0..1, a channel.
         std: Their standard deviation a channel; 1 for a constant channel.
         flip: Whether a mirrored image keeps its label: not for digits, letters, or classes without names.
+        notes: What else the user must know, a sentence each: that images are resized, cropped, or grey in the files.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fedq.data.folder import find_images, read_images
-from fedq.data.parquet import SUB_FOLDERS, find_parquet, parquet_class_names, read_parquet
-from fedq.data.source import Chunk, Contents, Source, array_chunks
+from fedq.data.parquet import find_parquet, parquet_below, parquet_class_names, parquet_in, read_parquet
+from fedq.data.source import Chunk, Contents, DataError, Source, array_chunks
 from fedq.data.split import stratified
 from fedq.data.torchvision_files import (
     CIFAR10_CLASSES,
@@ -28,8 +28,8 @@ from fedq.errors import FieldError, one_of
 
 DIGITS_TEST_FRACTION = 0.2
 _LAYOUTS = (
-    "a sub-folder of images for every class (also under train/ and test/ or val/), or train*.parquet and test*.parquet "
-    "(also in data/)"
+    "a sub-folder of images for every class (also under train/ and test/ or val/), or Parquet: train*.parquet and "
+    "test*.parquet, or train/*.parquet and test/*.parquet, in the folder, in data/ or in one sub-folder"
 )
 
 
@@ -55,7 +55,7 @@ _CIFAR10 = _Known(
     title="CIFAR-10",
     torchvision_name="CIFAR10",
     torchvision_folders=("cifar-10-batches-py", ""),
-    parquet_folders=(*SUB_FOLDERS, "plain_text"),
+    parquet_folders=("", "data", "default", "plain_text"),
     marks=CIFAR10_FILES,
     files=cifar10_files,
     read=read_cifar10,
@@ -67,7 +67,7 @@ _MNIST = _Known(
     title="MNIST",
     torchvision_name="MNIST",
     torchvision_folders=("MNIST/raw", ""),
-    parquet_folders=(*SUB_FOLDERS, "mnist"),
+    parquet_folders=("", "data", "default", "mnist"),
     marks=(*MNIST_FILES, *(f"{name}.gz" for name in MNIST_FILES)),
     files=mnist_files,
     read=read_mnist,
@@ -113,10 +113,10 @@ def _find(known: _Known, data_dir: Path) -> Source | None:
             if any((folder / mark).exists() for mark in known.marks):
                 return _as_source(known, known.files(folder), partial(known.read, folder))
     for place in _places(known, data_dir):
-        files = find_parquet(place, known.parquet_folders)
+        files = next((found for name in known.parquet_folders if (found := parquet_in(place / name))), None)
         if files is not None and parquet_class_names(files.train[0]) in (None, known.class_names):
             read = partial(read_parquet, files, known.class_names, known.native_size)
-            return _as_source(known, files.train + files.test, read)
+            return _as_source(known, files.every, read)
     return None
 
 
@@ -152,11 +152,19 @@ def _folder(dataset: str, data_dir: Path) -> Source:
     name = folder.resolve().name
     files = find_parquet(folder)
     if files is not None:
-        return Source(name, f"{name} from {folder}", files.train + files.test, partial(read_parquet, files))
-    images = find_images(folder)
-    if images is not None:
-        return Source(name, f"{name} from {folder}", images.files, partial(read_images, images), image_size=32)
-    raise FieldError("dataset", dataset, f"a folder with {_LAYOUTS} ({folder} has neither)")
+        return Source(name, f"{name} from {folder}", files.every, partial(read_parquet, files))
+    try:
+        images = find_images(folder)
+    except DataError as error:
+        below, problem = parquet_below(folder), f"; as images: {error}"
+        if below is None:
+            raise
+    else:
+        if images is not None:
+            return Source(name, f"{name} from {folder}", images.files, partial(read_images, images), image_size=32)
+        below, problem = parquet_below(folder), ""
+    found = "neither" if below is None else f"Parquet elsewhere: {below}{problem}"
+    raise FieldError("dataset", dataset, f"a folder with {_LAYOUTS} ({folder} has {found})")
 
 
 def _digits() -> Source:

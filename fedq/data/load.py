@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def _arrange(examples: Examples, parts: tuple[np.ndarray, ...], allocate: Alloca
         images[start : start + _BLOCK] = examples.images[order[start : start + _BLOCK]]
         release(examples.images)
     counts = tuple(map(len, parts))
-    return Examples(images, examples.labels[order], examples.sums[order], counts, examples.class_names)
+    return replace(examples, images=images, labels=examples.labels[order], sums=examples.sums[order], counts=counts)
 
 
 def _dataset(source: Source, examples: Examples) -> Dataset:
@@ -138,7 +139,7 @@ def _dataset(source: Source, examples: Examples) -> Dataset:
     sizes = f"{len(train):,} train, {len(val):,} validation, {len(test):,} test images, {shape}"
     flip = not all(len(name) == 1 or name.isdigit() for name in examples.class_names)
     description = f"{source.title}: {sizes}"
-    return Dataset(source.name, description, train, val, test, examples.class_names, mean, std, flip)
+    return Dataset(source.name, description, train, val, test, examples.class_names, mean, std, flip, examples.notes)
 
 
 def _mean_and_std(sums: np.ndarray, num_pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -55,6 +55,7 @@ class Contents:
         class_names: C names.
         chunks: Starts a new pass over all N raw images, in order.
         native_size: (height, width) that every image must have unless it is resized; None: that of the first image.
+        notes: What a user must know of how they were chosen, a sentence each.
     """
 
     labels: np.ndarray
@@ -62,6 +63,7 @@ class Contents:
     class_names: tuple[str, ...]
     chunks: Callable[[], Iterator[Chunk]]
     native_size: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Source:
 
 
 def check_labels(labels: np.ndarray, num_classes: int, file: Path) -> None:
-    """Raise `DataError` naming the first row whose label is outside 0..num_classes-1."""
+    """Raise `DataError` naming the first row whose label, of any integer type, is outside 0..num_classes-1."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         row = int(wrong[0])

@@ -90,14 +90,14 @@ def _cifar_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(labels) != len(data):
         raise DataError(file, f"{len(data)} images but {len(labels)} labels")
     check_labels(labels, len(CIFAR10_CLASSES), file)
-    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels.astype(np.int64)
 
 
 def _integers(values: Any, file: Path) -> np.ndarray:
     for row, value in enumerate(values):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
             raise DataError(file, f"label {value!r} is not an integer", row=row)
-    return np.asarray(values, dtype=np.int64)
+    return np.array(list(values), dtype=object)  # of any size, so that a wrong one can be told
 
 
 def read_mnist(folder: Path) -> Contents:

@@ -6,9 +6,6 @@ initial weights come from torch's global generator and from nothing else.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +14,10 @@ from torch import nn
 from fedq.errors import FieldError, one_of
 from fedq.models.convnets import ConvNet9, ImprovedCNN, cnn1m, cnn62k
 from fedq.models.layers import NORMS, initialize_convolutions
+from fedq.models.own import build_own, check_model, is_own
 from fedq.models.resnet import resnet18, resnet20, resnet32, resnet50
+
+__all__ = ["MODELS", "build_model", "check_model", "is_own", "num_parameters"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def build_model(
     | cnn1m | 1,203,666 | two padded 5x5 convolutions of 32 and 64 channels, 280 hidden units |
 
     Args:
-        name: One of `MODELS`, or ``package.module:function`` of one's own, which is called without arguments.
+        name: One of `MODELS`, or ``package.module:function`` of one's own, which is called with those of
+            ``num_classes``, ``in_channels`` and ``image_size`` that it takes. Whether it fits, `check_model` tells.
         num_classes: Outputs.
         in_channels: Channels of the images.
         image_size: Side of the square images, in pixels.
@@ -74,11 +75,13 @@ def build_model(
         A module that maps images [N, in_channels, image_size, image_size] to logits [N, num_classes].
 
     Raises:
-        FieldError: An unknown name or norm, ``group`` for a network without normalisation layers, a size too small, or
-            a function that cannot be imported or returns no module.
+        FieldError: An unknown name or norm, ``group`` for a network without normalisation layers or of one's own, a
+            size too small, or a function that cannot be imported or called, or returns no module.
     """
     if is_own(name):
-        return _build_own(name)
+        if norm != "batch":
+            raise FieldError("norm", norm, f"batch, since {name} has layers of its own")
+        return build_own(name, {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size})
     if name not in _RECIPES:
         raise FieldError("model", name, one_of(MODELS, name))
     recipe = _RECIPES[name]
@@ -96,25 +99,6 @@ def build_model(
         options["image_size"] = image_size
     model = recipe.build(**options)
     initialize_convolutions(model)
-    return model
-
-
-def is_own(name: str) -> bool:
-    """Whether a name is that of a function of one's own. Importing it runs code: never take it from others."""
-    return ":" in name
-
-
-def _build_own(name: str) -> nn.Module:
-    path, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        model = getattr(importlib.import_module(path), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        allowed = f"package.module:function, called without arguments ({type(error).__name__}: {error})"
-        raise FieldError("model", name, allowed) from None
-    if not isinstance(model, nn.Module):
-        raise FieldError("model", name, f"a function that returns a torch.nn.Module, not {type(model).__name__}")
     return model
 
 

@@ -212,6 +212,7 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
         [
             f"client {number} of {federation['clients']} | {data.description} | {len(indices):,} images here",
             f"{settings.local.model}, uplink {codec}, server {config.connect} ({where}){ranks}",
+            *data.notes,
         ]
     )
     say: Say = lambda line: print_header([line])  # noqa: E731

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.data import Split, batches
-from fedq.federated.evaluate import Evaluator
+from fedq.federated.evaluate import Evaluator, Scores
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PersonalEvaluator:
                 sums.index_add_(0, labels, self._examples(model, split.images[picked].to(device), labels))
         return (sums[:, :2] / sums[:, 2:]).cpu()
 
-    def score(self, client: int, class_means: Tensor) -> tuple[float, float]:
-        """Return a client's loss and accuracy; NaN if there is no image of its classes.
+    def score(self, client: int, class_means: Tensor) -> Scores:
+        """Return a client's scores on its own classes; NaN if there is no image of them.
 
         Args:
             client: Number.
@@ -63,10 +63,10 @@ class PersonalEvaluator:
         counts = self.label_counts[client].double()
         known = (counts > 0) & ~class_means[:, 0].isnan()
         if not known.any():
-            return math.nan, math.nan
+            return Scores(math.nan, math.nan)
         shares = counts[known] / counts[known].sum()
         loss, accuracy = (shares @ class_means[known]).tolist()
-        return loss, accuracy
+        return Scores(loss, accuracy, float(class_means[known, 1].mean()))
 
     def _examples(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return loss, whether correct, and 1 of each image, float64 [N, 3]."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedq.errors import Check, FieldError, check_all, one_of
 from fedq.lowbit.centres import MAX_CENTRE_BITS
-from fedq.models import MODELS
+from fedq.models import MODELS, is_own
 from fedq.personalize.own_models import FLOAT_BITS
 
 SHARED = ("fedavg", "fedbat")
@@ -75,8 +75,9 @@ def parse_client_models(spec: str, model: str, num_clients: int) -> list[str]:
     """
     names = [name.strip() for name in spec.split(",")] if spec else [model]
     for name in names:
-        if name not in MODELS:
-            raise FieldError("client_models", spec, f"names separated by commas: {one_of(MODELS, name)}")
+        if name not in MODELS and not is_own(name):
+            words = f"names separated by commas: {one_of(MODELS, name)}, or package.module:function"
+            raise FieldError("client_models", spec, words)
     return [names[client % len(names)] for client in range(num_clients)]
 
 

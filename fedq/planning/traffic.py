@@ -21,7 +21,7 @@ from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.hooks import PowerSGDExchange, StepExchange, StepState, make_exchange
 from fedq.hooks.flat import RUN_BYTES
-from fedq.models import build_model
+from fedq.models import build_model, check_model
 
 FIRST_BUCKET_BYTES = 1 << 20
 """DDP's own sizes of buckets: the first one is small, so that an exchange can begin early."""
@@ -55,10 +55,11 @@ class Shapes:
         """Build a model by name; see `fedq.models.build_model`.
 
         Raises:
-            FieldError: An unknown model, or a size that it cannot have.
+            FieldError: An unknown model, a size that it cannot have, or one that does not fit the images.
         """
         with torch.device("meta"):
             module = build_model(name, num_classes=num_classes, in_channels=image[0], image_size=image[1], norm=norm)
+            check_model(name, module, torch.empty((2, *image)), num_classes)
         return cls.of_module(name, module, image)
 
     @classmethod

@@ -15,6 +15,7 @@ _HEADINGS = (
     "downlink",
     "rounds",
     "test accuracy, %",
+    "balanced accuracy, %",
     "up",
     "of float32",
     "down",
@@ -39,14 +40,16 @@ def comparison(runs: Sequence[RunStatus]) -> str:
 def _row(run: RunStatus) -> tuple[str, ...]:
     if run.state != "finished":
         rounds = f"{run.rounds}/{run.total_rounds or '-'}"
-        return (run.path.name, "-", "-", rounds, run.state, *("-",) * 5)
+        return (run.path.name, "-", "-", rounds, run.state, *("-",) * 6)
     summary = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+    balanced = summary.get("test_balanced_accuracy")  # a run of an earlier version has none
     return (
         run.path.name,
         summary["uplink"],
         summary["downlink"],
         str(run.rounds),
         f"{100 * summary['test_accuracy']:.2f}",
+        "-" if balanced is None else f"{100 * balanced:.2f}",
         *_bytes(summary, "uplink"),
         *_bytes(summary, "downlink"),
         f"{summary['seconds']:.1f}",

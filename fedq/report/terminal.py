@@ -28,6 +28,7 @@ _DOWNLINK_RULES = {
     "all": "charged to every client",
     NETWORK_SERVER: "as sent, the final model included",
 }
+_LABEL_WIDTH = len("balanced accuracy")
 _MAX_LEFT_OUT = 5  # lines; the rest is counted
 
 
@@ -89,8 +90,10 @@ def print_summary(folder: Path, console: Console | None = None) -> None:
             table.add_row(label, Text(value))
         console.print(table)
     else:
-        print_header([f"{label:<16} {value}" for label, value in rows], console)
-    print_header([f"{'run':<16} {folder}"], console)  # never inside the table, where a long path would be cut
+        print_header([f"{label:<{_LABEL_WIDTH}} {value}" for label, value in rows], console)
+    print_header(
+        [f"{'run':<{_LABEL_WIDTH}} {folder}"], console
+    )  # never inside the table, where a long path would be cut
 
 
 def print_header(lines: Sequence[str], console: Console | None = None) -> None:
@@ -196,6 +199,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{get('model')}, {_count(summary, 'num_params', 'parameter')}"),
         ("job", f"{_work(summary, get('server'))}, {ranks}"),
         ("test accuracy", f"{_percent(summary.get('test_accuracy'))}{_spread(summary)}"),
+        ("balanced accuracy", _percent(summary.get("test_balanced_accuracy"))),
         ("best validation", _percent(summary.get("best_val_accuracy"))),
         *_exchange(summary, get("uplink"), get("downlink")),
         *_packed(summary),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedq.data import Split
 from fedq.federated.client import Trained
+from fedq.federated.evaluate import Scores
 from fedq.federated.rounds import assign
 from fedq.kernels import derive_seed
 from fedq.report import round_progress
@@ -37,14 +38,15 @@ def run_alone(job: Job) -> dict[str, Any]:
             models[client] = trained[client].flat
 
     results = rounds_alone(job, train, lambda number: _evaluate_round(job, trained, number))
-    rows = {client: [_accuracy(job, flat, job.dataset.test)] for client, flat in models.items()}
-    test = share(job, rows, results["rounds"] - 1, 1)
+    rows = {client: _test(job, flat) for client, flat in models.items()}
+    accuracies, balanced = share(job, rows, results["rounds"] - 1, 2).T.contiguous()
     if job.is_root:
         job.training.layout.unflatten_(models[0], job.model)
     return finish(
         job,
-        test_accuracy=float(test.mean()),
-        client_test_accuracy=test[:, 0].tolist(),
+        test_accuracy=float(accuracies.mean()),
+        test_balanced_accuracy=float(balanced.mean()),
+        client_test_accuracy=accuracies.tolist(),
         seconds=time.perf_counter() - job.started,
         **results,
     )
@@ -98,7 +100,7 @@ def rounds_alone(
 
 def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
     """Evaluate every client, write the round's rows, and return the mean validation accuracy."""
-    mine = {c: [t.loss, t.accuracy, _accuracy(job, t.flat, job.dataset.val)] for c, t in trained.items()}
+    mine = {c: [t.loss, t.accuracy, _scores(job, t.flat, job.dataset.val).accuracy] for c, t in trained.items()}
     values = share(job, mine, round, 3)
     world_size = job.transport.world_size
     job.folder.log_clients(
@@ -119,15 +121,21 @@ def _train(job: Job, client: int, flat: Tensor, round: int) -> Trained:
     return job.training.run(flat, job.parts[client], lr=job.lr(round), seed=seed)
 
 
-def _accuracy(job: Job, flat: Tensor, split: Split) -> float:
+def _scores(job: Job, flat: Tensor, split: Split) -> Scores:
     """Evaluate one client's model on this rank alone."""
     job.training.layout.unflatten_(flat, job.model)
-    return accuracy_here(job, split)
+    return scores_here(job, split)
 
 
-def accuracy_here(job: Job, split: Split) -> float:
-    """Evaluate the job's model as it is on this rank alone."""
-    return replace(job.evaluator, transport=None).run(job.model, split)[1]
+def _test(job: Job, flat: Tensor) -> list[float]:
+    scores = _scores(job, flat, job.dataset.test)
+    return [scores.accuracy, scores.balanced_accuracy]
+
+
+def scores_here(job: Job, split: Split) -> Scores:
+    """Evaluate the job's model as it is on this rank alone; test data also by class."""
+    num_classes = job.dataset.num_classes if split is job.dataset.test else 0
+    return replace(job.evaluator, transport=None).run(job.model, split, num_classes=num_classes)[0]
 
 
 def share(job: Job, mine: dict[int, list[float]], round: int, num_values: int) -> Tensor:

@@ -18,7 +18,7 @@ from fedq.personalize.centralized import train_alone
 from fedq.personalize.learners import Quantization
 from fedq.personalize.own_models import FLOAT_BITS, Network, OwnModel
 from fedq.personalize.settings import parse_client_bits
-from fedq.trainers.alone import accuracy_here, rounds_alone, share
+from fedq.trainers.alone import rounds_alone, scores_here, share
 from fedq.trainers.job import Job
 from fedq.trainers.quantized import log_centres, make_quantization, starts_at_one
 from fedq.trainers.records import client_row, finish
@@ -113,10 +113,10 @@ def _measure(job: Job, student: _Student, passed: list[Passed], round: int, can_
     """Evaluate both models of a client, keep the quantized one if it is the best to deploy; return its `_METRICS`."""
     floats, quantized = passed[0], passed[-1]
     student.own.fill(quantized=False)
-    float_accuracy = accuracy = accuracy_here(job, job.dataset.val)
+    float_accuracy = accuracy = scores_here(job, job.dataset.val).accuracy
     if len(passed) > 1:
         student.own.fill(quantized=True)
-        accuracy = accuracy_here(job, job.dataset.val)
+        accuracy = scores_here(job, job.dataset.val).accuracy
     if can_deploy and accuracy > student.best_val_accuracy:
         student.own.fill(quantized=True)
         student.best = job.training.layout.flatten(job.model)
@@ -148,15 +148,17 @@ def _test(job: Job, students: list[_Student], round: int) -> dict[str, Any]:
     rows = {}
     for student in reversed(students):
         student.own.fill(quantized=True)
-        last = accuracy_here(job, job.dataset.test)
+        last = scores_here(job, job.dataset.test).accuracy
         assert student.best is not None, "the last round is evaluated, and can be deployed"
         job.training.layout.unflatten_(student.best, job.model)
-        test = accuracy_here(job, job.dataset.test)
-        rows[student.client] = [student.best_val_accuracy, student.best_round, test, last]
-    values = share(job, rows, round, 4)
-    best_val, _, test_mean, last_mean = values.mean(dim=0).tolist()
+        test = scores_here(job, job.dataset.test)
+        best = [student.best_val_accuracy, student.best_round]
+        rows[student.client] = [*best, test.accuracy, last, test.balanced_accuracy]
+    values = share(job, rows, round, 5)
+    best_val, _, test_mean, last_mean, balanced_mean = values.mean(dim=0).tolist()
     return {
         "test_accuracy": test_mean,
+        "test_balanced_accuracy": balanced_mean,
         "last_test_accuracy": last_mean,
         "best_val_accuracy": best_val,
         "client_test_accuracy": values[:, 2].tolist(),

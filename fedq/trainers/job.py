@@ -22,7 +22,7 @@ from fedq.checkpoint import Checkpoints
 from fedq.collectives import Transport
 from fedq.config import Config, RunConfig, parse_lr_schedule
 from fedq.configfile import config_dict, load_config
-from fedq.data import Dataset, load_dataset
+from fedq.data import Dataset, load_dataset, normalize
 from fedq.engines import Engine, Precision, choose_precision, make_engine
 from fedq.engines.accelerator import Trackers
 from fedq.errors import FieldError
@@ -38,7 +38,7 @@ from fedq.layout import Layout
 from fedq.ledger import Ledger
 from fedq.lowbit import use_few_bits
 from fedq.lowbit.update import use_binary_updates
-from fedq.models import build_model
+from fedq.models import build_model, check_model
 from fedq.phases import PhaseTimer, clock_of
 from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
@@ -136,8 +136,8 @@ def _sent_back(config: Config) -> str:
     """Return what travels on the second leg: PowerSGD has one of its own."""
     if config.lowbit.server_sends == "weights":
         return "weights"
-    is_own = config.exchange.exchange == "step" and is_powersgd(config.exchange.uplink)
-    return config.exchange.uplink if is_own else config.exchange.downlink
+    has_own = config.exchange.exchange == "step" and is_powersgd(config.exchange.uplink)
+    return config.exchange.uplink if has_own else config.exchange.downlink
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def open_job(config: Config) -> Iterator[Job]:
             if runtime.is_root:
                 kernels = implementation(runtime.device)
                 slow = " (slow: see fedq doctor)" if kernels == "reference" else ""
-                print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}"])
+                print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}", *dataset.notes])
             job = _job(config, runtime, folder, dataset, started, path, watch, start)
             try:
                 yield job
@@ -326,7 +326,11 @@ def client_parts(config: Config, labels: Tensor) -> list[Tensor]:
 
 
 def make_model(config: Config, name: str, data: Dataset, device: torch.device, precision: Precision) -> nn.Module:
-    """Build a network with weights that follow from the run's seed."""
+    """Build a network with weights that follow from the run's seed.
+
+    Raises:
+        FieldError: See `build_model`; or it does not fit the data, as `check_model` finds.
+    """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     channels, size = data.image_shape[0], data.image_shape[1]
     model = build_model(
@@ -338,6 +342,9 @@ def make_model(config: Config, name: str, data: Dataset, device: torch.device, p
     )
     memory_format = torch.channels_last if precision.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    batch = normalize(data.train.images[:2].to(device), data.mean, data.std, channels_last=precision.channels_last)
+    with precision.autocast():
+        check_model(name, model, batch, data.num_classes)
     if config.lowbit.weights != "float":
         use_few_bits(model, config.lowbit.weights, activations=config.lowbit.activations)
     if config.personal.algorithm == "fedbat":

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fedq.data import Split
+from fedq.federated.evaluate import Scores
 from fedq.report import round_progress
 from fedq.trainers.job import Job
 from fedq.trainers.records import compare_interfaces, evaluate, log_phases, progress_text
 from fedq.trainers.state import JobState
 
 Log = Callable[[dict[str, Any]], None]
-Measure = Callable[[Job, Split, int], tuple[float, float]]
+Measure = Callable[[Job, Split, int], Scores]
 
 
 def run_to_the_end(
@@ -27,7 +28,7 @@ def run_to_the_end(
         run_one: Runs the round of a number, leaves what is to be evaluated in the job's model, and returns what
             writes the round's rows, given its metrics.
         noun: What a round is called.
-        measure: From the validation set, or at the end the test set, and the round to loss and accuracy.
+        measure: From the validation set, or at the end the test set, and the round to the scores.
 
     Returns:
         What the summary says of it.
@@ -46,11 +47,12 @@ def run_to_the_end(
             progress.update(so_far.num_rounds, progress_text(job, so_far.val_accuracy))
     job.watch.beat("testing")
     with job.timer.phase("evaluation"):
-        test_loss, test_accuracy = measure(job, job.dataset.test, so_far.num_rounds - 1)
+        test = measure(job, job.dataset.test, so_far.num_rounds - 1)
     return {
         "rounds": so_far.num_rounds,
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
+        "test_accuracy": test.accuracy,
+        "test_balanced_accuracy": test.balanced_accuracy,
+        "test_loss": test.loss,
         "best_val_accuracy": so_far.best_val_accuracy,
         "left_out": so_far.left_out,
         "seconds": seconds_before + time.perf_counter() - job.started,
@@ -70,8 +72,9 @@ def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], 
     if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
         job.watch.beat(f"evaluating {noun} {number}")
         with job.timer.phase("evaluation"):
-            metrics["val_loss"], metrics["val_accuracy"] = measure(job, job.dataset.val, number)
-        so_far.val_accuracy = metrics["val_accuracy"]
+            val = measure(job, job.dataset.val, number)
+        metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
+        so_far.val_accuracy = val.accuracy
         so_far.best_val_accuracy = max(so_far.best_val_accuracy, so_far.val_accuracy)
     seconds = time.perf_counter() - begin
     so_far.seconds_in_rounds += seconds

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedq.data import Split
+from fedq.federated.evaluate import Scores
 from fedq.federated.rounds import FederatedRounds, assign
 from fedq.feedback import ResidualStore
 from fedq.kernels import derive_seed
@@ -47,11 +48,10 @@ class PersonalScores:
         self._latest: tuple[int, dict[int, float | None]] = (-1, {})
         self._improved: set[int] = set()
 
-    def measure(self, job: Job, split: Split, round: int) -> tuple[float, float]:
-        """Return mean loss and accuracy over clients: in a round on validation data, at the end on test data."""
+    def measure(self, job: Job, split: Split, round: int) -> Scores:
+        """Return mean scores over clients: in a round on validation data, at the end on test data."""
         scores = self._test(round) if split is job.dataset.test else self._validate(round)
-        loss, accuracy = scores.nanmean(dim=0).tolist()
-        return loss, accuracy
+        return Scores(*scores.nanmean(dim=0).tolist())
 
     def val_accuracies(self, round: int) -> Mapping[int, float | None]:
         """Return the clients' validation accuracies of a round; none if it was not evaluated."""
@@ -97,9 +97,9 @@ class PersonalScores:
         """Score every client on validation data, float64 [clients, 2], and keep models that are better than before."""
         mine: dict[int, list[float]] = {}
         for client, network, means in self._means(self.job.dataset.val, round):
-            loss, accuracy = self.evaluator.score(client, means)
-            mine[client] = [loss, accuracy]
-            if self._is_better(client, accuracy):
+            own = self.evaluator.score(client, means)
+            mine[client] = [own.loss, own.accuracy]
+            if self._is_better(client, own.accuracy):
                 self.best.put(client, network.layout.flatten(network.module))
         scores = share(self.job, mine, round, 2)
         for client, accuracy in enumerate(scores[:, 1].tolist()):
@@ -119,19 +119,20 @@ class PersonalScores:
         return not accuracy <= self.best_accuracies[client]
 
     def _test(self, round: int) -> Tensor:
-        """Score every client's best model and its last one on test data; return the best ones' loss and accuracy."""
-        split, mine = self.job.dataset.test, {}
+        """Score every client's best model and its last one on test data; return the best ones' scores."""
+        split, last = self.job.dataset.test, {}
         for client, _, means in self._means(split, round):
-            mine[client] = list(self.evaluator.score(client, means))
-        last = dict(mine)
+            last[client] = self.evaluator.score(client, means)
+        best = dict(last)
         for client in self.mine:
             if self.best_rounds[client] != round:
                 module = self.fill_best(client).module
                 means = self.evaluator.class_means(module, split, self.evaluator.classes(client))
-                mine[client] = list(self.evaluator.score(client, means))
-        scores = share(self.job, {c: [*mine[c], last[c][1]] for c in mine}, round, 3)
-        self.test_accuracies, self.last_test_accuracies = scores[:, 1].tolist(), scores[:, 2].tolist()
-        return scores[:, :2]
+                best[client] = self.evaluator.score(client, means)
+        mine = {c: [one.loss, one.accuracy, one.balanced_accuracy, last[c].accuracy] for c, one in best.items()}
+        scores = share(self.job, mine, round, 4)
+        self.test_accuracies, self.last_test_accuracies = scores[:, 1].tolist(), scores[:, 3].tolist()
+        return scores[:, :3]
 
     def _means(self, split: Split, round: int) -> Iterator[tuple[int, Network, Tensor]]:
         """Yield each of this rank's clients, the network that holds what it is tested with, and scores by class."""

@@ -13,6 +13,7 @@ import torch
 from fedq.data import Split
 from fedq.errors import FieldError
 from fedq.federated.accounting import framing
+from fedq.federated.evaluate import Scores
 from fedq.federated.rounds import RoundResult
 from fedq.ledger import NO_CLIENT, MessageParts
 from fedq.lowbit import deployed_state_dict, few_bit_layers, pack
@@ -46,11 +47,12 @@ def book_metrics(job: Job, nbytes: int, round: int) -> None:
     book_peer(job, round, framing("metrics", nbytes))
 
 
-def evaluate(job: Job, split: Split, round: int) -> tuple[float, float]:
-    """Return the loss and accuracy of the job's model as it is, on every rank, and book the shared sums."""
-    loss, accuracy, moved = job.evaluator.run(job.model, split)
+def evaluate(job: Job, split: Split, round: int) -> Scores:
+    """Return how the job's model does as it is, on every rank, and book the shared sums; test data also by class."""
+    num_classes = job.dataset.num_classes if split is job.dataset.test else 0
+    scores, moved = job.evaluator.run(job.model, split, num_classes=num_classes)
     book_metrics(job, moved.payload, round)
-    return loss, accuracy
+    return scores
 
 
 def log_phases(job: Job, round: int) -> dict[str, float]:

@@ -243,11 +243,12 @@ def interface_table(study: Study) -> Shown:
 
 def runs_table(study: Study) -> Shown:
     """Return one row a run."""
-    headers = ("run", "arm", "state", "seed", "rounds", "test accuracy, %", "up", "down", "seconds")
+    measures = ("test accuracy, %", "balanced accuracy, %")
+    headers = ("run", "arm", "state", "seed", "rounds", *measures, "up", "down", "seconds")
     rows = []
     for arm, one in study.pairs:
         summary = one.run.summary
-        accuracy = summary.get("test_accuracy") if one.is_finished else None
+        shares = [summary.get(key) if one.is_finished else None for key in ("test_accuracy", "test_balanced_accuracy")]
         rounds = f"{one.rounds}" if one.is_finished else f"{one.rounds} of {one.total_rounds or '-'}"
         rows.append(
             [
@@ -256,7 +257,7 @@ def runs_table(study: Study) -> Shown:
                 Cell(one.state),
                 Cell(str(summary.get("seed", "-"))),
                 Cell(rounds, one.rounds),
-                number(None if accuracy is None else 100 * accuracy),
+                *(number(None if share is None else 100 * share) for share in shares),
                 bytes_cell(summary.get("uplink_bytes")),
                 bytes_cell(summary.get("downlink_bytes")),
                 Cell(human_seconds(summary.get("seconds") or 0), summary.get("seconds")),

@@ -100,8 +100,16 @@ def run_rows(study: Study) -> Rows:
     """Return one row a run: what ran, where, and what came of it."""
     keys = ("model", "num_params", "num_clients", "cohort", "partition", "exchange", "aggregate", "server")
     codecs = ("uplink", "downlink", "feedback", "weights", "algorithm")
-    results: tuple[str, ...] = ("test_accuracy", "test_loss", "best_val_accuracy", "uplink_bytes", "downlink_bytes")
-    results += ("uplink_bytes_fp32", "downlink_bytes_fp32", "wire_bytes", "seconds", "seconds_setup")
+    results: tuple[str, ...] = ("test_accuracy", "test_balanced_accuracy", "test_loss", "best_val_accuracy")
+    results += (
+        "uplink_bytes",
+        "downlink_bytes",
+        "uplink_bytes_fp32",
+        "downlink_bytes_fp32",
+        "wire_bytes",
+        "seconds",
+        "seconds_setup",
+    )
     places = ("world_size", "launcher", "backend", "device", "precision", "threads", "cpu", "cpu_count", "gpu")
     rows = []
     for arm, one in study.pairs:
