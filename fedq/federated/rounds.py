@@ -241,7 +241,7 @@ class FederatedRounds:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
             return client.failure(error, context)
         with self.timer.phase("encode"):
-            update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica)
+            update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica, trained.changes)
             self.chaos.spoil(update, context.round, client.number)
             frame = client.message(update, trained, context, memory=self._memory(client.number, context))
         if self.observe and self._is_root:
