@@ -99,9 +99,7 @@ class _Stack:
         left |= zip(nothing, self._left(nothing), strict=True)
         seen = [sum(len(step.indices) for step in steps) for steps in plans]
         means = (self.totals.cpu() / torch.tensor(seen).clamp(min=1).unsqueeze(1)).tolist()
-        return [
-            Trained(left[k][0], means[k][0], means[k][1], len(steps), left[k][1]) for k, steps in enumerate(plans)
-        ]
+        return [Trained(left[k][0], means[k][0], means[k][1], len(steps), left[k][1]) for k, steps in enumerate(plans)]
 
     def _step(self, active: list[int], steps: list[_Step]) -> None:
         """Move the active clients by one optimizer step; what happens to the others is never read."""

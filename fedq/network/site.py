@@ -25,6 +25,7 @@ from fedq.federated.client import (
     seeded,
 )
 from fedq.federated.downlink import DownlinkCost
+from fedq.federated.frozen import check_ranks
 from fedq.federated.optim import server_optimizer
 from fedq.federated.rounds import FederatedRounds
 from fedq.federated.server import Server
@@ -57,6 +58,9 @@ class Site:
             models are averaged, weighted by examples, at the end.
         uplink: Codec towards the average.
         downlink: Codec from the average.
+
+    Raises:
+        FieldError: The ranks' frozen parameters, which are not sent, differ.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Site:
         self.training = training
         self.indices = indices
         self.transport = Transport(runtime.device)
+        check_ranks(training.model, self.transport)
         self._shared: StepExchange | None = None
         self._rounds: FederatedRounds | None = None
         if exchange == "step":
