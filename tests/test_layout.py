@@ -255,7 +255,8 @@ def test_buffers_outside_the_state_dict_do_not_travel() -> None:
     model = nn.Sequential(Rotary(), nn.BatchNorm1d(4), Rotary())
     layout = Layout.of(model, "int8")
     assert {s.name for s in layout.spans} == {n for n, t in model.state_dict().items() if t.is_floating_point()}
-    assert [s.name for s in layout.spans if s.role == "stats"] == ["0.mean", "1.running_mean", "1.running_var", "2.mean"]
+    stats = [s.name for s in layout.spans if s.role == "stats"]
+    assert stats == ["0.mean", "1.running_mean", "1.running_var", "2.mean"]
     layout.unflatten_(torch.full((layout.numel,), 3.0), model)
     assert torch.equal(model[0].table, torch.arange(8.0))
     alone = Rotary()
