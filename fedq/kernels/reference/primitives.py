@@ -69,6 +69,21 @@ def span_seed(seed: int, index: int) -> int:
     return hash_int(low + (index + 1) * _GOLDEN) | hash_int(high + (index + 1) * _NOISE) << 32
 
 
+def message_seed(seed: int, index: int) -> int:
+    """Return the message's seed whose ``index``-th span has a seed: undo `span_seed`."""
+    low, high = _unhash_int(seed & _MASK), _unhash_int((seed >> 32) & _MASK)
+    return (low - (index + 1) * _GOLDEN) & _MASK | ((high - (index + 1) * _NOISE) & _MASK) << 32
+
+
+def _unhash_int(x: int) -> int:
+    """Undo `hash_int`: products by inverses modulo 2^32, and shifts that are applied until nothing is left."""
+    x ^= x >> 16
+    x = (x * pow(0x846CA68B, -1, 1 << 32)) & _MASK
+    x ^= (x >> 15) ^ (x >> 30)
+    x = (x * pow(0x7FEB352D, -1, 1 << 32)) & _MASK
+    return x ^ (x >> 16)
+
+
 def shared_key(seed: int) -> int:
     """Return the hash key for what all clients of a round share."""
     return hash_int((seed & _MASK) + _GOLDEN)
