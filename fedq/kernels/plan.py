@@ -6,6 +6,7 @@ A codec turns its options and a shape into a plan; kernels know plans and no cod
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -27,6 +28,11 @@ def largest_scale(level: float) -> float:
     largest = (2.0 - 2.0**-23) * 2.0**127
     mantissa, exponent = math.frexp(min(largest, largest / level))
     return math.ldexp(math.floor(mantissa * 256) / 256, exponent)
+
+
+def bf16_bits(number: float) -> int:
+    """Return the bits of a bfloat16 number."""
+    return int.from_bytes(struct.pack("<f", number), "little") >> 16
 
 
 @dataclass(frozen=True)
