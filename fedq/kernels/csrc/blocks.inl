@@ -559,7 +559,7 @@ template <class Levels, class Sink>
 static void emit_rotated(const Levels& levels, float scale, int64_t num, const uint16_t* flips,
                          const Values<Sink>& values) {
   const bool is_large = scale >= kLarge && scale < kInfinity;
-  return is_large ? emit_runs<true>(levels, scale, num, flips, values)
+  return __builtin_expect(is_large, 0) ? emit_runs<true>(levels, scale, num, flips, values)
                   : emit_runs<false>(levels, scale, num, flips, values);
 }
 
@@ -683,6 +683,7 @@ static bool reread(const Source& source, int64_t at, int64_t width, float* y) {
 }
 
 // A block with infinities and NaNs, or whose sums may leave float32's range: finite values are coded times kShrink.
+__attribute__((noinline, cold))
 static float code_large(const BlockPlan& plan, const Source& source, int64_t at, Block b, const uint16_t* flips,
                         float* y) {
   const int64_t width = b.width;
@@ -709,8 +710,8 @@ static void code_batch(const BlockPlan& plan, Keys keys, const Source& source, c
   for (int64_t j = 0; j < num_blocks; ++j) {
     const Block b = block(j);
     const int64_t at = j * plan.block;
-    scales[j] = scales[j] < kLarge ? code_block(plan, b, scales[j])
-                                   : code_large(plan, source, at, b, s.flips, s.rotated + at);
+    scales[j] = __builtin_expect(scales[j] < kLarge, 1) ? code_block(plan, b, scales[j])
+                                                        : code_large(plan, source, at, b, s.flips, s.rotated + at);
   }
 }
 

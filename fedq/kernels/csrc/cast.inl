@@ -61,11 +61,15 @@ FEDQ_INLINE F add_finite(F x, F residual) {
 
 // ---- casts --------------------------------------------------------------------------------------------------------
 
-// Finite values stay finite.
+// Nearest even; finite values stay finite.
 FEDQ_INLINE I bf16_of(F v) {
-  const I bits = bits_of(saturated(v, kLargestBf16)), odd = and_int(shift_right<16>(bits), splat_int(1));
-  const I rounded = shift_right<16>(add_int(bits, add_int(odd, splat_int(0x7FFF))));
-  return select_int(is_nan(v), splat_int(0x7FC0), rounded);
+  const auto rounded = [](F x) __attribute__((always_inline)) {
+    const I bits = bits_of(x), odd = and_int(shift_right<16>(bits), splat_int(1));
+    return shift_right<16>(add_int(bits, add_int(odd, splat_int(0x7FFF))));
+  };
+  // From here on magnitudes round to infinity.
+  if (__builtin_expect(mask_bits(less(magnitude(v), splat(0x1.ffp127f))) == 0xFFFF, 1)) return rounded(v);
+  return select_int(is_nan(v), splat_int(0x7FC0), rounded(saturated(v, kLargestBf16)));
 }
 
 // Stores 16 values as the type and returns what they became.

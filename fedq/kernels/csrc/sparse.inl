@@ -816,10 +816,13 @@ struct ValueWriter {
 
   // Codes the entries of a group and returns its scale; both buffers are zeros before and after.
   uint16_t code_group(int64_t first, int64_t last, float* products, float* squares) const {
-    const float top = (float)((1 << (plan.bits - 1)) - 1), largest = largest_of(first, last);
-    // No sum of finite values may leave float32's range.
-    const float unit = largest >= kLarge && __builtin_isfinite(largest) ? kShrink : 1.0f;
-    const float inverse = safe_inverse(first_step(first, last, largest, unit, products));
+    const float top = (float)((1 << (plan.bits - 1)) - 1);
+    float measured = measure(first, last, 1.0f, products), unit = 1.0f;
+    if (__builtin_expect(!(measured < kLarge), 0) && are_large(first, last)) {  // their sums may leave float32's range
+      unit = kShrink;
+      measured = measure(first, last, unit, products);
+    }
+    const float inverse = safe_inverse(first_step(measured, last - first));
     for (int64_t i = first; i < last; ++i) {
       const float value = sent(i), size = absolute(value) * unit;
       float cell = __builtin_floorf(size * inverse);
@@ -855,13 +858,23 @@ struct ValueWriter {
     return largest;
   }
 
-  // The step that chooses codes: from the largest magnitude, or at 1 and 2 bits from the mean one.
-  float first_step(int64_t first, int64_t last, float largest, float unit, float* zeros) const {
-    if (plan.bits > 2) return largest * unit / (float)(1 << (plan.bits - 1));
+  bool are_large(int64_t first, int64_t last) const {
+    const float largest = largest_of(first, last);
+    return largest >= kLarge && __builtin_isfinite(largest);
+  }
+
+  // What the step that chooses codes follows from: the largest magnitude, or at 1 and 2 bits the sum of all.
+  float measure(int64_t first, int64_t last, float unit, float* zeros) const {
+    if (plan.bits > 2) return largest_of(first, last) * unit;
     for (int64_t i = first; i < last; ++i) place(zeros, i) += absolute(sent(i)) * unit;
     const float sum = tree_sum(zeros);
     for (int64_t i = first; i < last; ++i) place(zeros, i) = 0.0f;
-    return sum / (float)(last > first ? last - first : 1) * (float)(5.0 / 3.0);
+    return sum;
+  }
+
+  float first_step(float measured, int64_t num_kept) const {
+    if (plan.bits > 2) return measured / (float)(1 << (plan.bits - 1));
+    return measured / (float)(num_kept > 0 ? num_kept : 1) * (float)(5.0 / 3.0);
   }
 };
 
