@@ -59,9 +59,7 @@ def test_another_reader_of_the_format_understands_them(spec: str) -> None:
 def test_another_process_needs_nothing_else() -> None:
     x = torch.randn(8, 40, generator=torch.Generator().manual_seed(1)).half()
     payload = codec("int4").encode(x)
-    program = (
-        "import sys, fedq; t = fedq.decode(sys.stdin.buffer.read()); print(t.dtype, [*t.shape], t.sum().item())"
-    )
+    program = "import sys, fedq; t = fedq.decode(sys.stdin.buffer.read()); print(t.dtype, [*t.shape], t.sum().item())"
     done = subprocess.run([sys.executable, "-c", program], input=payload.to_bytes(), capture_output=True, check=True)
     assert done.stdout.decode().strip() == f"torch.float16 [8, 40] {payload.decode().sum().item()}"
 
