@@ -32,7 +32,7 @@ from flwr.serverapp.strategy import (
 
 from fedq.errors import FieldError
 from fedq.flower import Compressed, RoundsFailed, compressed, fedq_mod
-from fedq.flower.examples import weight_key
+from fedq.flower.examples import Weighing
 from fedq.flower.state import NodeFolder
 from fedq.layout import Layout
 from fedq.wire import Assembler, Frame, Kind, unpack
@@ -794,8 +794,25 @@ def test_rounds_without_examples_in_a_row_end_the_run(tmp_path: Path) -> None:
 def test_wrapped_strategies_weigh_by_what_they_wrap(tmp_path: Path) -> None:
     inner = FedAvg(weighted_by_key="n", **LIMIT)
     private = DifferentialPrivacyServerSideFixedClipping(inner, 0.1, 1.0, num_sampled_clients=3)
-    assert weight_key(private) == "n"
-    assert weight_key(Compressed(inner, "int4", "int8", 0, None, 3)) is None  # it has checked them itself
+    assert Weighing.of(private) == Weighing("n", is_needed=True)
+    assert Weighing.of(Compressed(inner, "int4", "int8", 0, None, 3)).key is None  # it has checked them itself
+
+
+class PlainMean(FedAvg):
+    """A strategy that does not weigh answers at all."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        found = [values(reply.content["arrays"]) for reply in replies if reply.has_content()]
+        mean = {name: np.mean([one[name] for one in found], axis=0).astype(np.float32) for name in found[0]}
+        return record(mean), None
+
+
+def test_a_strategy_of_ones_own_may_do_without_weights(tmp_path: Path) -> None:
+    start = {"head.weight": arrays()["head.weight"]}
+    silent = reporting(fleet(NODES, mods(tmp_path), train), lambda *_: None)
+    strategy = PlainMean(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    result = run(compressed(strategy, "fp32", "fp32"), silent, start=start)
+    assert not np.array_equal(result.arrays["head.weight"].numpy(), start["head.weight"])
 
 
 def test_a_loop_of_ones_own_weighs_as_it_likes(tmp_path: Path) -> None:

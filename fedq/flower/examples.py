@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message as FlowerMessage
@@ -18,31 +19,44 @@ from fedq.flower.exchange import as_left_out
 _WEIGHED = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
-def weight_key(strategy: Strategy) -> str | None:
-    """Return the metric by which a strategy, or the one that it wraps, weighs answers; None if it has none."""
-    inner = getattr(strategy, "strategy", None)
-    return weight_key(inner) if isinstance(inner, Strategy) else getattr(strategy, "weighted_by_key", None)
-
-
-def weighable(replies: Sequence[FlowerMessage], key: str | None) -> list[FlowerMessage]:
-    """Return answers to training and evaluation that a strategy can weigh.
-
-    An answer whose weight is missing, no number, negative or not finite becomes one with an error, and so does every
-    one if the weights of all have no sum to divide by.
+@dataclass(frozen=True)
+class Weighing:
+    """How a strategy weighs answers.
 
     Args:
-        replies: All answers of a round, unpacked.
-        key: See `weight_key`; None: they are returned as they are.
+        key: The metric that is the weight; None: it has none.
+        is_needed: Whether the strategy averages by Flower's own code, which cannot do without; one that averages by
+            code of its own may not look at weights that no node reports.
     """
-    if key is None:
-        return list(replies)
-    checked = [_checked(reply, key) for reply in replies]
-    weights = [_weight(reply, key) for reply in checked if _is_weighed(reply)]
-    total = sum(weights)
-    if not weights or 0 < total < math.inf:
-        return checked
-    why = f"the {key} of all {len(weights)} answers sum to {total:g}, and nothing can be weighed by them"
-    return [as_left_out(reply, why) if _is_weighed(reply) else reply for reply in checked]
+
+    key: str | None = None
+    is_needed: bool = True
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> Weighing:
+        """Look at a strategy, or at the one that it wraps."""
+        inner = getattr(strategy, "strategy", None)
+        if isinstance(inner, Strategy):
+            return cls.of(inner)
+        by_flower = type(strategy).aggregate_train.__module__.partition(".")[0] == "flwr"
+        return cls(getattr(strategy, "weighted_by_key", None), by_flower)
+
+    def checked(self, replies: Sequence[FlowerMessage]) -> list[FlowerMessage]:
+        """Return the answers of a round to training or evaluation as the strategy can weigh them.
+
+        An answer whose weight is missing, no number, negative or not finite becomes one with an error, and so does
+        every one if the weights of all have no sum to divide by.
+        """
+        weighed = [reply for reply in replies if _is_weighed(reply)]
+        if self.key is None or not (self.is_needed or any(_weight(reply, self.key) is not None for reply in weighed)):
+            return list(replies)
+        checked = [_checked(reply, self.key) for reply in replies]
+        weights = [_weight(reply, self.key) for reply in checked if _is_weighed(reply)]
+        total = sum(weights)
+        if not weights or 0 < total < math.inf:
+            return checked
+        why = f"the {self.key} of all {len(weights)} answers sum to {total:g}, and nothing can be weighed by them"
+        return [as_left_out(reply, why) if _is_weighed(reply) else reply for reply in checked]
 
 
 def _is_weighed(reply: FlowerMessage) -> bool:
