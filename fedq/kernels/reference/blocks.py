@@ -100,9 +100,9 @@ def _quantize_integer(
 ) -> tuple[Tensor, Tensor]:
     if noise is not None:
         return _quantize_stochastic(plan, groups, noise, largest)
-    return (
-        _quantize_gaussian(plan, groups, counts, largest) if plan.midrise else _quantize_absmax(plan, groups, largest)
-    )
+    if plan.midrise:
+        return _quantize_gaussian(plan, groups, counts, largest)
+    return _quantize_absmax(plan, groups, largest)
 
 
 def _quantize_gaussian(plan: BlockPlan, groups: Tensor, counts: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -232,15 +232,11 @@ def _encode_chunk(rule: Rule, blocks: Blocks, x: Tensor, seed: int, start: int) 
     noise = None
     if blocks.stochastic:
         noise = to_groups(uniform(num, seed, start=start, device=x.device), blocks.width)
-    codes, scales = rule.quantize(groups, counts, noise, rule.largest_scale or LARGEST_BF16)
+    largest = rule.largest_scale or LARGEST_BF16
+    codes, scales = rule.quantize(groups, counts, noise, largest)
     if not bool(torch.stack(torch.aminmax(groups)).abs().amax() * blocks.width < LARGE):
         large = ~(rule.measure(groups) < LARGE) & to_groups(x, blocks.width).isfinite().all(dim=1)
-        shrunk = rule.quantize(
-            _groups_of(blocks, x * SHRINK, seed, start),
-            counts,
-            noise,
-            (rule.largest_scale or LARGEST_BF16) * SHRINK,
-        )
+        shrunk = rule.quantize(_groups_of(blocks, x * SHRINK, seed, start), counts, noise, largest * SHRINK)
         codes = torch.where(large.unsqueeze(1), shrunk[0], codes)
         scales = torch.where(large, _grown(rule, *shrunk), scales)
     return rule.pack(from_groups(codes, blocks.width, num)), scales

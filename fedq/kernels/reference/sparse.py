@@ -187,7 +187,7 @@ def _values_encode(plan: SparsePlan, values: Tensor, indices: Tensor, num: int) 
     level = cell + 0.5
     scale = _group_sum(magnitude * level, indices, num) * safe_inverse(_group_sum(level * level, indices, num))
     codes = cell.to(torch.uint8) | ((values < 0).to(torch.uint8) << (plan.bits - 1))
-    # Without the unit a scale may leave float32's range, but not beyond twice its end: the bound is applied after.
+    # The scale is bounded before it grows by the unit's inverse: its largest level is then finite.
     scale = torch.where(scale.isfinite(), torch.minimum(scale, plan.largest_scale * unit), scale)
     return [pack_bits(codes, plan.bits), bf16_bytes(rounded_scale(scale) / unit)]
 

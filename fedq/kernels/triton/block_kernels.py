@@ -299,26 +299,43 @@ def _decode_tile(data_ptr, scales_at, start, num_codes, key, C: tl.constexpr, TI
         scales_ptr = data_ptr + scales_at + start // C.block * 2
         bits = load_bytes(scales_ptr, row * 2, row * C.block < limit, 2)
         if C.rotate:
-            decoded = _unrotated(tl.reshape(_levels(codes, C), (TILE,)), bits, flips(start, key, TILE), C, TILE)
+            decoded = tl.reshape(_levels(codes, C) * bf16_float(_shrunk(bits)), (TILE,))
+            decoded = _unrotated(decoded, bits, flips(start, key, TILE), C, TILE)
         else:
             decoded = tl.reshape(_levels(codes, C) * bf16_float(bits), (TILE,))
     return decoded
 
 
 @triton.jit
-def _unrotated(levels, bits, flip, C: tl.constexpr, TILE: tl.constexpr):
-    """Return the values of flat levels with the bits of their blocks' scales; none leaves float32's range.
+def _is_large(bits):
+    """Return which bfloat16 scales, given by their bits, are at least 2^96 and finite."""
+    return (bits >= 0x6F80) & (bits < 0x7F80)
 
-    Large finite scales (from 2^96 on) count times 2^-64, and what is beyond float32 in the end is the largest number.
+
+@triton.jit
+def _shrunk(bits):
+    """Return the bits of scales, large ones times 2^-64, so that no sum of a rotation leaves float32's range."""
+    return tl.where(_is_large(bits), bits - (64 << 7), bits).to(tl.uint32)
+
+
+@triton.jit
+def _unrotated(values, bits, flip, C: tl.constexpr, TILE: tl.constexpr):
+    """Undo the rotation of flat values that have shrunk scales; what is beyond float32 is its largest number.
+
+    Args:
+        values: Flat float32 of TILE rotated values.
+        bits: Bits of the scales before they shrank (rows, 1).
+        flip: Signs.
+        C: The code.
+        TILE: Elements.
     """
-    # Gathered, not broadcast: up to Triton 3.6 the layout of the few scales, which every thread holds, would spread
-    # over the whole butterfly, and every thread would compute the whole tile.
-    each = tl.gather(tl.reshape(bits.to(tl.int32), (TILE // C.block,)), tl.arange(0, TILE) // C.block, 0).to(tl.uint32)
-    is_large = (each >= 0x6F80) & (each < 0x7F80)
-    shrunk = tl.where(is_large, each - (64 << 7), each)
-    values = unrotate(levels * bf16_float(shrunk), flip, TILE)
-    grown = clamp(values, -18446742974197923840.0, 18446742974197923840.0) * 18446744073709551616.0
-    return tl.where(is_large, grown, values)
+    values = unrotate(values, flip, TILE)
+    is_large = _is_large(bits)
+    if tl.max(tl.reshape(is_large.to(tl.int32), (TILE // C.block,)), axis=0) != 0:
+        rows = tl.reshape(values, (TILE // C.block, C.block))
+        grown = clamp(rows, -18446742974197923840.0, 18446742974197923840.0) * 18446744073709551616.0
+        values = tl.reshape(tl.where(is_large, grown, rows), (TILE,))
+    return values
 
 
 @triton.jit
@@ -390,7 +407,10 @@ def _encode_tile(
         _store_codes(data_ptr, start, flat, limit, C, TILE)
         store_bytes(data_ptr + scales_at + start // C.block * 2, row * 2, bits, row * C.block < limit, 2)
         if C.rotate:
-            decoded = _unrotated(_levels(flat, C), bits, flip, C, TILE)
+            # Gathered, not broadcast: up to Triton 3.6 the layout of the few scales, which every thread holds, would
+            # spread over the whole butterfly, and every thread would compute the whole tile.
+            scale = tl.gather(tl.reshape(bf16_float(_shrunk(bits)), (ROWS,)), local // C.block, 0)
+            decoded = _unrotated(_levels(flat, C) * scale, bits, flip, C, TILE)
         else:
             decoded = tl.reshape(_levels(codes, C) * bf16_float(bits), (TILE,))
     return decoded
