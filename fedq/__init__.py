@@ -5,7 +5,7 @@ from fedq.errors import FieldError
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout
 from fedq.ledger import Ledger
-from fedq.wire import Frame
+from fedq.wire import Frame, decode
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "__version__",
     "codec",
     "codec_names",
+    "decode",
     "register",
 ]

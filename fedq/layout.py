@@ -47,6 +47,35 @@ def plain_name(name: str) -> str:
     return re.sub(r"\bparametrizations\.(\w+)\.0\.(\w+)$", r"\1_\2", name)
 
 
+def difference(after: Tensor, before: Tensor) -> Tensor:
+    """Return ``after - before`` in float32, rounded once from tensors of any float type."""
+    return (after.double() - before.double()).float()
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that travel by their plain names: those that are trained, and are not ``stays_here``."""
+    return {
+        plain_name(name): param
+        for name, param in module.named_parameters()
+        if param.requires_grad and not getattr(param, "stays_here", False)
+    }
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters with ``requires_grad=False`` by their plain names: all participants have the same ones."""
+    return {plain_name(name): param for name, param in module.named_parameters() if not param.requires_grad}
+
+
+def _statistics(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the float buffers that belong to the module's `state_dict`."""
+    local = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+    return [(n, b) for n, b in module.named_buffers() if b.is_floating_point() and n not in local]
+
+
 @dataclass(frozen=True)
 class Span:
     """One tensor's place in the flat buffer.
@@ -127,19 +156,25 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module, spec: str | Codec) -> Layout:
-        """Lay out a module's float parameters and float buffers for a codec.
+        """Lay out what travels of a module, its trained parameters and its float statistics, for a codec.
 
         Parameters with at most one dimension are exempt from lossy codecs and travel as bfloat16, as statistics do;
-        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Integer buffers never travel, nor
-        do parameters with a true attribute ``stays_here``.
+        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Frozen parameters
+        (``requires_grad=False``) never travel, nor do integer buffers, buffers outside of `state_dict`, and parameters
+        with a true attribute ``stays_here``.
+
+        Raises:
+            FieldError: Every parameter of the module is frozen.
         """
         chosen = codec(spec)
         plain = exempt_codec(chosen)
-        params = [(plain_name(n), p) for n, p in module.named_parameters() if not getattr(p, "stays_here", False)]
+        params = list(trained_parameters(module).items())
+        if not params and frozen_parameters(module):
+            raise FieldError("model", "every parameter is frozen", "at least one with requires_grad=True")
         groups: list[tuple[list[tuple[str, Tensor]], Codec, Role]] = [
             ([(n, p) for n, p in params if p.dim() > 1], chosen, "coded"),
             ([(n, p) for n, p in params if p.dim() <= 1], plain, "exempt"),
-            ([(n, b) for n, b in module.named_buffers() if b.is_floating_point()], plain, "stats"),
+            (_statistics(module), plain, "stats"),
         ]
         return cls._stacked([(n, tuple(t.shape), c, role) for tensors, c, role in groups for n, t in tensors])
 
@@ -237,6 +272,20 @@ class Layout:
         """Copy a flat buffer into a module's tensors, keeping their memory formats."""
         torch._foreach_copy_(self.tensors(module), [flat[s.slice].view(s.shape) for s in self.spans])
 
+    def held(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return copies of the module's tensors of another type than float32, by name: none of a float32 module.
+
+        After `unflatten_` these are not the flat buffer's values but those rounded to bfloat16, say, and training
+        starts from there.
+        """
+        named = zip(self.spans, self.tensors(module), strict=True)
+        return {span.name: tensor.clone() for span, tensor in named if tensor.dtype != torch.float32}
+
+    def changes(self, module: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what became of tensors that were `held` before, as float32 differences that were rounded once."""
+        named = {span.name: tensor for span, tensor in zip(self.spans, self.tensors(module), strict=True)}
+        return {name: difference(named[name], before) for name, before in held.items()}
+
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """Return the module's own tensors, detached, in span order."""
         named: dict[str, Tensor] = {plain_name(n): p for n, p in module.named_parameters()}
@@ -259,9 +308,30 @@ class Layout:
         spans = [replace(s, codec=codecs[s.name], sent="values") if s.name in codecs else s for s in self.spans]
         return replace(self, spans=tuple(spans))
 
-    def to_sent_(self, flat: Tensor, replica: Tensor) -> Tensor:
-        """Turn a trained model into what is sent of it, changes or values, in place."""
-        return self._subtract_(flat, replica, "change") if self.sends_values else flat.sub_(replica)
+    def check_trained(self, module: nn.Module) -> None:
+        """Check that the module trains the parameters that it trained when it was laid out.
+
+        Raises:
+            FieldError: One was frozen or unfrozen since; the text names it.
+        """
+        laid_out = {span.name for span in self.spans if span.role != "stats"}
+        for name in sorted(laid_out.symmetric_difference(trained_parameters(module))):
+            before, after = ("trained", "frozen") if name in laid_out else ("frozen", "trained")
+            raise FieldError(name, after, f"{before}, as when the rounds began: what travels is settled there")
+
+    def to_sent_(self, flat: Tensor, replica: Tensor, changes: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Turn a trained model into what is sent of it, changes or values, in place.
+
+        Args:
+            flat: The model.
+            replica: What it was before.
+            changes: The changes of the tensors whose type cannot hold the replica; see `changes`.
+        """
+        sent = self._subtract_(flat, replica, "change") if self.sends_values else flat.sub_(replica)
+        for name, change in (changes or {}).items():
+            if self[name].sent == "change":
+                sent[self[name].slice] = change.reshape(-1)
+        return sent
 
     def to_change_(self, mean: Tensor, replica: Tensor) -> Tensor:
         """Turn a mean of what was sent into the model's change, in place; the replica is that of the whole model."""

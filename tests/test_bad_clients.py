@@ -101,6 +101,15 @@ def test_one_client_far_beyond_the_others_cannot_move_the_limit(model: nn.Module
         assert torch.equal(aggregate(layout, frames, CPU, norm_limit=NormLimit(10.0, "drop")).mean, without)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e308])
+def test_a_round_whose_weights_have_no_sum_is_skipped(model: nn.Module, weight: float) -> None:
+    layout = Layout.of(model, "int4")
+    result = aggregate(layout, [replace(frame(layout, client), weight=weight) for client in WEIGHTS], CPU)
+    assert result.mean is None
+    assert set(result.left_out) == set(WEIGHTS)
+    assert all("the round is skipped" in why for why in result.left_out.values())
+
+
 def test_an_infinite_norm_is_left_out_and_the_others_are_limited(model: nn.Module, monkeypatch) -> None:
     layout = Layout.of(model, "fp32")
     monkeypatch.setitem(SCALES, 1, math.inf)

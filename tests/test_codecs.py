@@ -22,6 +22,7 @@ import fedq.codecs.base as base
 from fedq.codecs import Codec, codec, codec_names, codec_schedule
 from fedq.errors import FieldError
 from fedq.kernels import reference
+from fedq.kernels.plan import bf16_bits, largest_scale
 
 OPTIONS = {
     "int1": ["rounding=stochastic", "scale=tensor"],
@@ -630,3 +631,114 @@ def test_a_schedule_names_codecs_and_their_first_rounds(text: str, expected: lis
 def test_a_schedule_whose_rounds_do_not_rise_is_refused(text: str) -> None:
     with pytest.raises(FieldError):
         codec_schedule(text)
+
+
+# ---- finite stays finite -------------------------------------------------------------------------------------------
+
+BOUNDED = [
+    *("fp32", "fp16", "bf16", *(f"int{bits}" for bits in range(1, 9))),
+    *(f"int{bits}:rotate=true" for bits in (1, 5, 8)),
+    *(f"int{bits}:rotate=false,block=8" for bits in (1, 2, 4, 8)),
+    *(f"int{bits}:rounding=stochastic" for bits in (1, 2, 4, 8)),
+    *(f"int4:scale={scale},rotate=false" for scale in ("tensor", "channel")),
+    *("int4:scale=tensor", "int8:rotate=true,scale=tensor", "int8:rotate=true,rounding=stochastic"),
+    *("ternary", "ternary:rotate=true", "ternary:rounding=stochastic", "ternary:rotate=true,rounding=stochastic"),
+    *("sign", "sign:scale=tensor", "sign:scale=channel", "sign:scale=unbiased", "sign:rotate=true,scale=unbiased"),
+    *("sign:rounding=stochastic", "sign:rotate=true,rounding=stochastic"),
+    *(f"topk:density=0.2,bits={bits}" for bits in (1, 2, 3, 8, 16, 32)),
+    *(f"blocktopk:k=3,block=16,bits={bits}" for bits in (1, 2, 4, 16, 32)),
+    *(f"randk:density=0.1,unbias=true,bits={bits}" for bits in (1, 2, 4, 16, 32)),
+    *(f"threshold:value=0.001,bits={bits}" for bits in (1, 2, 6, 16, 32)),
+]
+
+
+def extremes(dtype: torch.dtype, num: int) -> dict[str, torch.Tensor]:
+    """Return finite values that lie at the ends of a type's range."""
+    info, noise = torch.finfo(dtype), torch.randn(num, generator=torch.Generator().manual_seed(num)).double()
+    place = torch.arange(num)
+    return {
+        "largest": torch.full((num,), info.max, dtype=dtype),
+        "largest of either sign": (noise.sign() * info.max).to(dtype),
+        "up to the largest": (noise / noise.abs().max() * info.max).to(dtype),
+        "one among small": torch.where(place == num // 2, -info.max, noise * info.tiny * 8).to(dtype),
+        "denormal": (noise * info.tiny / 4).to(dtype),
+        "near the end of bfloat16": (noise.sign() * info.max * (1 - 2.0**-10)).to(dtype),
+        "wide": (noise.sign() * 10.0 ** (noise * 12)).clamp(-info.max, info.max).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("spec", BOUNDED)
+def test_no_finite_value_decodes_to_one_that_is_not(spec: str, dtype: torch.dtype) -> None:
+    made = codec(spec)
+    for shape in ((5,), (3, 300)):
+        for name, x in extremes(dtype, math.prod(shape)).items():
+            x = x.view(shape)
+            assert made.encode(x, seed=1).decode().isfinite().all(), name
+            for old in (x.float().nan_to_num(), torch.full(shape, torch.finfo(torch.float32).max), -x.float()):
+                residual = old.nan_to_num().clone()
+                assert made.encode_with_residual(x, residual, seed=1).decode().isfinite().all(), name
+                assert residual.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("spec", BOUNDED)
+def test_nan_and_infinity_travel(spec: str, value: float, dtype: torch.dtype) -> None:
+    if spec.startswith("randk"):
+        pytest.skip("keeps elements at random")
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, 7] = value
+    assert not codec(spec).encode(x, seed=1).decode().isfinite().all()
+    assert not codec(spec).encode_with_residual(x, torch.ones(3, 300), seed=1).decode().isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["int8", "int8:rotate=true", "int4", "int4:rotate=false", "ternary", "sign", "int1"])
+def test_large_blocks_lose_no_more_than_small_ones(spec: str) -> None:
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(2))
+
+    def loss(values: torch.Tensor) -> float:
+        decoded = codec(spec).encode(values, seed=1).decode()
+        return float((decoded.double() - values.double()).norm() / values.double().norm())
+
+    for exponent in (60, 89, 100, 110, 120):  # the products with powers of two have the same codes
+        assert loss(x * 2.0**exponent) == pytest.approx(loss(x), rel=1e-12)
+
+
+def test_a_scale_never_takes_its_levels_beyond_float32() -> None:
+    largest = torch.finfo(torch.float32).max
+    for level in [0.5, 1.0, *(2.0**bits - 1 for bits in range(2, 8)), *(2.0**bits - 0.5 for bits in range(1, 8))]:
+        scale = largest_scale(level)
+        assert torch.tensor(scale).bfloat16().item() == scale
+        assert level * scale <= largest
+        bits = bf16_bits(scale)
+        assert bits == 0x7F7F or level * float(torch.tensor(bits + 1, dtype=torch.int16).view(torch.bfloat16)) > largest
+
+
+# ---- numpy arrays, and bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", ">f8"])
+def test_numpy_arrays_are_encoded_like_tensors(dtype: str) -> None:
+    array = np.random.default_rng(0).standard_normal((6, 50)).astype(dtype)
+    expected = codec("int4").encode(torch.from_numpy(array.astype(array.dtype.newbyteorder("="))), seed=0)
+    frozen = array.copy()
+    frozen.setflags(write=False)
+    for same in (array, frozen, np.asfortranarray(array), array[::-1][::-1]):
+        payload = codec("int4").encode(same)
+        assert torch.equal(payload.data, expected.data)
+        assert (payload.shape, payload.dtype, payload.seed) == (expected.shape, expected.dtype, 0)
+    residual, other = torch.ones(6, 50), torch.ones(6, 50)
+    with_array = codec("int4").encode_with_residual(array, residual)
+    with_tensor = codec("int4").encode_with_residual(expected.decode().new_tensor(array.astype("f8")), other, seed=0)
+    assert torch.equal(with_array.data, with_tensor.data)
+    assert torch.equal(residual, other)
+    assert codec("fp32").encode(np.array(2.5)).decode() == 2.5
+
+
+@pytest.mark.parametrize(
+    "x", [[1.0, 2.0], 1.0, np.float32(1), None, np.arange(3), np.zeros(3, complex), np.zeros(3, np.longdouble), "x"]
+)
+def test_what_is_no_array_of_floats_is_refused(x: object) -> None:
+    with pytest.raises(FieldError, match=r"^x(\.dtype)?="):
+        codec("int4").encode(x)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import random
 from collections.abc import Callable
@@ -18,10 +19,20 @@ pytest.importorskip("flwr", reason="needs Flower: pip install 'fedq[flower]'")
 
 from flower_fleet import RUN, WIRE, Fleet, fleet
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, QFedAvg, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    QFedAvg,
+    Strategy,
+)
 
 from fedq.errors import FieldError
-from fedq.flower import RoundsFailed, compressed, fedq_mod
+from fedq.flower import Compressed, RoundsFailed, compressed, fedq_mod
+from fedq.flower.weighing import Weighing
 from fedq.flower.state import NodeFolder
 from fedq.layout import Layout
 from fedq.wire import Assembler, Frame, Kind, unpack
@@ -718,3 +729,98 @@ def test_arrays_of_a_plain_node_that_are_none_leave_it_out(data: bytes, tmp_path
     grid.nodes[11].wrong = garbage
     result = run(compressed(STRATEGIES["fedavg without evaluation"]()), grid)
     assert list(result.arrays) == list(arrays())
+
+
+# ---- by how many examples answers are weighed ---------------------------------------------------------------------
+
+
+def reporting(grid: Fleet, weight: Callable[[int, Message], Any]) -> Fleet:
+    """Have the nodes report another number of examples: what a function of node and message gives; None: none."""
+    for number, node in grid.nodes.items():
+
+        def answer(message: Message, app: Any = node.app, context: Any = node.context, number: int = number) -> Message:
+            reply = app(message, context)
+            metrics = {"loss": 0.5, "num-examples": weight(number, message)}
+            reply.content["metrics"] = MetricRecord({k: v for k, v in metrics.items() if v is not None})
+            return reply
+
+        node.wrong = answer
+    return grid
+
+
+def is_first_round(message: Message) -> bool:
+    return message.content["config"]["server-round"] == 1
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, -3, math.nan, math.inf, 1e308, [5, 5], None])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_round_without_examples_has_failed_and_the_run_goes_on(
+    name: str, weight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    odd = reporting(fleet(NODES, mods(tmp_path), train), lambda node, m: weight if is_first_round(m) else node % 100)
+    starts: list[np.ndarray] = []
+    result = run(
+        compressed(STRATEGIES[name](), "fp32", "fp32", max_failed_rounds=2),
+        odd,
+        start={name: arrays()[name] for name in ("conv.weight", "head.weight")},  # QFedAvg takes floats alone
+        evaluate_fn=lambda number, found: starts.append(found["head.weight"].numpy()),
+    )
+    np.testing.assert_array_equal(starts[0], starts[1])  # the model as it was
+    assert not np.array_equal(starts[1], starts[2])
+    assert set(result.train_metrics_clientapp) == {2, 3}
+    assert "all 3 nodes failed, 1 rounds in a row" in caplog.text
+    assert "num-examples" in caplog.text
+
+
+@pytest.mark.parametrize("weight", [0, -3, math.nan, math.inf, [5, 5], None])
+def test_a_node_with_an_odd_number_of_examples_is_left_out_alone(weight: Any, tmp_path: Path) -> None:
+    grid = reporting(fleet(NODES, mods(tmp_path), train), lambda node, m: weight if node == 11 else node % 100)
+    others = fleet([node for node in NODES if node != 11], mods(tmp_path / "others"), train)
+    found = values(run(compressed(FedAvg(**LIMIT), "fp32", "fp32"), grid, rounds=1).arrays)
+    options = LIMIT | {"min_train_nodes": 2, "min_available_nodes": 2, "min_evaluate_nodes": 2}
+    expected = values(run(compressed(FedAvg(**options), "fp32", "fp32"), others, rounds=1).arrays)
+    for name, value in expected.items():
+        # A weight of 0 keeps the node in Flower's sum, in another order of it.
+        np.testing.assert_allclose(found[name], value, rtol=1e-6 * (weight == 0), atol=1e-7 * (weight == 0))
+
+
+def test_rounds_without_examples_in_a_row_end_the_run(tmp_path: Path) -> None:
+    grid = reporting(fleet(NODES, mods(tmp_path), train), lambda *_: 0)
+    with pytest.raises(RoundsFailed, match=r"2 rounds in a row.*num-examples of all 3 answers sum to 0"):
+        run(compressed(FedAvg(**LIMIT), max_failed_rounds=2), grid, rounds=9)
+
+
+def test_wrapped_strategies_weigh_by_what_they_wrap(tmp_path: Path) -> None:
+    inner = FedAvg(weighted_by_key="n", **LIMIT)
+    private = DifferentialPrivacyServerSideFixedClipping(inner, 0.1, 1.0, num_sampled_clients=3)
+    assert Weighing.of(private) == Weighing("n", is_needed=True)
+    assert Weighing.of(Compressed(inner, "int4", "int8", 0, None, 3)).key is None  # it has checked them itself
+
+
+class PlainMean(FedAvg):
+    """A strategy that does not weigh answers at all."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        found = [values(reply.content["arrays"]) for reply in replies if reply.has_content()]
+        mean = {name: np.mean([one[name] for one in found], axis=0).astype(np.float32) for name in found[0]}
+        return record(mean), None
+
+
+def test_a_strategy_of_ones_own_may_do_without_weights(tmp_path: Path) -> None:
+    start = {"head.weight": arrays()["head.weight"]}
+    silent = reporting(fleet(NODES, mods(tmp_path), train), lambda *_: None)
+    strategy = PlainMean(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    result = run(compressed(strategy, "fp32", "fp32"), silent, start=start)
+    assert not np.array_equal(result.arrays["head.weight"].numpy(), start["head.weight"])
+
+
+def test_a_loop_of_ones_own_weighs_as_it_likes(tmp_path: Path) -> None:
+    grid = reporting(fleet(NODES, mods(tmp_path), train), lambda *_: 0)
+    strategy = compressed(FedAvg(**LIMIT))
+    messages = list(strategy.inner.configure_train(1, record(arrays()), ConfigRecord(), grid))
+    assert not any(reply.has_error() for reply in strategy.grid(grid).send_and_receive(messages, timeout=9))
+    asked = strategy.configure_train(1, record(arrays()), ConfigRecord(), grid)
+    assert strategy.aggregate_train(1, grid.send_and_receive(asked, timeout=9)) == (None, None)
+    evaluated = strategy.configure_evaluate(1, record(arrays()), ConfigRecord(), grid)
+    assert strategy.aggregate_evaluate(1, grid.send_and_receive(evaluated, timeout=9)) is None

@@ -157,6 +157,9 @@ EDGES: dict[str, Tensor] = {
     "NaN and infinity": with_one(math.nan, at=1).where(torch.arange(700) != 2, torch.tensor(math.inf)),
     "only NaN": torch.full((700,), math.nan),
     "only infinity": torch.full((700,), -math.inf),
+    "largest of either sign": torch.finfo(torch.float32).max * gaussian(700, 5).sign(),
+    "largest among tiny": torch.where(torch.arange(700) % 9 == 0, torch.finfo(torch.float32).max, RAMP * 1e-30),
+    "at the bound of large sums": RAMP * 2.0**89,
     "bfloat16 overflow": torch.full((700,), 3.4e38) * RAMP.sign(),
     "float16 range": RAMP * 70_000,
     "float16 denormals": RAMP * 1e-5,
@@ -168,6 +171,17 @@ EDGES: dict[str, Tensor] = {
 def test_edges(name: str) -> None:
     for plan in PLANS:
         check(plan, EDGES[name], 0.1 * gaussian(700, seed=1))
+
+
+@needs_library
+@needs_library
+def test_sums_of_finite_numbers_beyond_float32() -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.where(torch.arange(700) % 3 == 0, largest, gaussian(700))
+    for residual in (x.clone(), -x, torch.full((700,), largest / 2), with_one(math.inf, at=303)):
+        for plan in PLANS + CASTS:
+            check_encode(plan, x, residual)
+            check_encode(plan, with_one(math.nan).where(torch.arange(700) < 200, x), residual)
 
 
 @needs_library

@@ -96,6 +96,9 @@ SPARSE_NUM = 5000
 """Two groups."""
 
 
+LARGEST = np.finfo(np.float32).max
+
+
 def values(num: int, dtype: torch.dtype = torch.float32, *, hard: bool = True) -> Tensor:
     """Return heavy-tailed values; if hard, with blocks of NaN, inf, zeros, denormals, ties, huge and tiny ones."""
     generator = np.random.default_rng(num)
@@ -108,6 +111,8 @@ def values(num: int, dtype: torch.dtype = torch.float32, *, hard: bool = True) -
         x[1536:1792] *= 1e37
         x[1792:2048] *= 1e-37
         x[2048:2304:2] = -1e-41  # the floor of a negative denormal is -1
+        x[2304:] = np.copysign(LARGEST, x[2304:])
+        x[2310:2330] *= np.float32(2.0**-100)
     return torch.from_numpy(x).to(dtype).to(DEVICE)
 
 
@@ -132,6 +137,7 @@ def check(plan: Plan, x: Tensor) -> None:
     num = x.numel()
     assert fast.supports(plan, num, x.dtype)
     residual = 0.25 * values(num, hard=False).flip(0)
+    residual[2304:2500] = LARGEST.item()  # sums that leave float32's range, or cancel
     expected_residual = residual.clone()
     expected = reference.encode(plan, x, seed=SEED, residual=expected_residual)
     data = fast.encode(plan, x, seed=SEED, residual=residual)
@@ -204,6 +210,7 @@ def test_reduce(plan_in: Plan, plan_out: Plan) -> None:
     num, seeds, weights = NUM, [SEED, SEED + 1, SEED - (1 << 40)], [0.5, 0.3, -0.2]
     datas = [reference.encode(plan_in, (w + 1) * values(num), seed=seed) for w, seed in enumerate(seeds)]
     residual = 0.25 * values(num, hard=False).flip(0)
+    residual[2304:2500] = LARGEST.item()  # sums that leave float32's range, or cancel
     expected_residual = residual.clone()
     expected = reference.reduce(plan_in, datas, weights, seeds, plan_out, num, seed=5, residual=expected_residual)
     actual = fast.reduce(plan_in, datas, weights, seeds, plan_out, num, seed=5, residual=residual)

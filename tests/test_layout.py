@@ -11,7 +11,7 @@ from torch import nn
 from fedq import kernels
 from fedq.codecs import codec
 from fedq.errors import FieldError
-from fedq.layout import Layout, end_to_end
+from fedq.layout import Layout, end_to_end, frozen_parameters
 from fedq.models import build_model
 
 
@@ -236,3 +236,120 @@ def test_resnet18_whole_messages(resnet18: nn.Module) -> None:
     assert nbytes["int4"] / raw == pytest.approx(0.128, rel=0.01)
     assert 1 / 31 < nbytes["sign"] / raw < 1 / 29
     assert raw / nbytes["blocktopk:k=1,block=64,bits=2"] > 190
+
+
+# ---- what travels ------------------------------------------------------------------------------------------------
+
+
+class Rotary(nn.Module):
+    """A layer with a table that follows from its code, a mask, and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(8.0), persistent=False)
+        self.register_buffer("mean", torch.zeros(4))
+
+
+def test_buffers_outside_the_state_dict_do_not_travel() -> None:
+    model = nn.Sequential(Rotary(), nn.BatchNorm1d(4), Rotary())
+    layout = Layout.of(model, "int8")
+    assert {s.name for s in layout.spans} == {n for n, t in model.state_dict().items() if t.is_floating_point()}
+    stats = [s.name for s in layout.spans if s.role == "stats"]
+    assert stats == ["0.mean", "1.running_mean", "1.running_var", "2.mean"]
+    layout.unflatten_(torch.full((layout.numel,), 3.0), model)
+    assert torch.equal(model[0].table, torch.arange(8.0))
+    alone = Rotary()
+    assert "table" not in {s.name for s in Layout.of(alone, "fp32").spans}
+
+
+def test_frozen_parameters_do_not_travel() -> None:
+    model = small_model()
+    model[0].requires_grad_(False)
+    layout = Layout.of(model, "int4")
+    assert [s.name for s in layout.spans if s.role != "stats"] == ["3.weight", "1.weight", "1.bias", "3.bias"]
+    before = model[0].weight.clone()
+    layout.unflatten_(torch.zeros(layout.numel), model)
+    assert torch.equal(model[0].weight, before)
+    assert not model[3].weight.any()
+    assert set(frozen_parameters(model)) == {"0.weight", "0.bias"}
+
+
+def test_a_model_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(FieldError, match="every parameter is frozen"):
+        Layout.of(small_model().requires_grad_(False), "int4")
+    assert Layout.of(nn.Flatten(), "int4").numel == 0
+
+
+@pytest.mark.parametrize(("freeze", "words"), [(True, "frozen"), (False, "trained")])
+def test_what_is_frozen_or_unfrozen_later_is_named(freeze: bool, words: str) -> None:
+    model = small_model()
+    model[0].weight.requires_grad_(freeze)
+    layout = Layout.of(model, "int4")
+    layout.check_trained(model)
+    model[0].weight.requires_grad_(not freeze)
+    with pytest.raises(FieldError, match=rf"0\.weight='{words}' is not allowed"):
+        layout.check_trained(model)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = Tied()
+    layout = Layout.of(model, "fp32")
+    assert [s.name for s in layout.spans] == ["embedding.weight"]
+    layout.unflatten_(torch.arange(24.0), model)
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.head.weight, torch.arange(24.0).view(6, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_change_is_what_a_module_changed_and_not_its_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64).to(torch.float32))
+    model[0].to(dtype)
+    layout = Layout.of(model, "fp32")
+    replica = torch.randn(layout.numel)
+    layout.unflatten_(replica, model)
+    held = layout.held(model)
+    assert set(held) == {"0.weight", "0.bias"}  # float32 tensors cost nothing
+    sent = layout.to_sent_(layout.flatten(model), replica, layout.changes(model, held))
+    assert not sent.any()
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn(64, 64).to(dtype) * 2.0**-6)
+        model[1].weight.add_(1.0)
+    sent = layout.to_sent_(layout.flatten(model), replica, layout.changes(model, held))
+    views = layout.views(sent)
+    moved = (model[0].weight.detach().double() - held["0.weight"].double()).float()
+    assert torch.equal(views["0.weight"], moved)
+    assert views["0.weight"].any()
+    assert not views["0.bias"].any()
+    assert torch.equal(views["1.weight"], layout.views(layout.flatten(model) - replica)["1.weight"])
+
+
+def test_a_float64_module_loses_no_small_step() -> None:
+    model = nn.Linear(8, 8).double()
+    layout = Layout.of(model, "fp32")
+    replica = torch.ones(layout.numel)
+    layout.unflatten_(replica, model)
+    held = layout.held(model)
+    with torch.no_grad():
+        model.weight.add_(1e-12)
+    sent = layout.to_sent_(layout.flatten(model), replica, layout.changes(model, held))
+    torch.testing.assert_close(layout.views(sent)["weight"], torch.full((8, 8), 1e-12), rtol=1e-3, atol=0)
+
+
+def test_values_are_sent_as_the_module_has_them() -> None:
+    model = nn.Linear(8, 8).bfloat16()
+    layout = Layout.of(model, "fp32").with_values({"weight": codec("sign")})
+    replica = torch.randn(layout.numel)
+    layout.unflatten_(replica, model)
+    sent = layout.to_sent_(layout.flatten(model), replica, layout.changes(model, layout.held(model)))
+    assert torch.equal(layout.views(sent)["weight"], model.weight.detach().float())
+    assert not layout.views(sent)["bias"].any()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +234,59 @@ def test_a_model_and_a_loop_of_ones_own_take_part(fed: Federation) -> None:
     assert summary(fed.run)["test_accuracy"] > 0.6
     assert [row["num_examples"] for row in fed.rows()][:2] == [647, 647]
     assert [sum(row["label_counts"]) for row in fed.rows()][:2] == [0, 0]  # the server does not know them
+
+
+ADAPTED = """
+import torch
+from torch import nn
+
+class Adapted(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.base = nn.Linear(3072, 8).requires_grad_(False)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.base(x.flatten(1))).to(self.head.weight.dtype)).float()
+"""
+
+
+@pytest.mark.slow
+def test_frozen_parameters_do_not_travel_and_must_agree(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fed.folder / "adapted.py").write_text(ADAPTED)
+    monkeypatch.syspath_prepend(str(fed.folder))
+    adapted = importlib.import_module("adapted")
+    server = fed.server("--clients", "1", "--rounds", "2", "--model", "adapted:Adapted", "--uplink", "int8")
+    server.until_it_says("listening")
+
+    def take_part(model: nn.Module, train: Callable[[float], None], said: list[str]) -> None:
+        out = fed.folder / "own"
+        join(fed.address, model=model, train=train, num_examples=9, insecure=True, number=0, out=out, say=said.append)
+
+    with pytest.raises(FieldError, match=r"base\.bias='frozen, checksum .*as the server's"):
+        take_part(adapted.Adapted(seed=1), lambda lr: None, [])
+    with pytest.raises(FieldError, match=r"base\.bias='not frozen'"):
+        take_part(adapted.Adapted().requires_grad_(True), lambda lr: None, [])
+    model, said, rounds = adapted.Adapted(), list[str](), list[float]()
+    model.head.bfloat16()  # of another type than the server's
+
+    def train(lr: float) -> None:
+        rounds.append(lr)
+        if len(rounds) == 2:
+            model.base.requires_grad_(True)
+
+    take_part(model, train, said)
+    server.ends_well()
+    assert any("no update: training failed: FieldError: base.bias='trained'" in line for line in said)
+    first, second = (row["status"] for row in fed.rows())
+    assert first == "ok"
+    assert "base.bias='trained'" in second
+    start, final = adapted.Adapted().state_dict(), load_file(fed.run / "model.safetensors")
+    for name in start:  # the client changed nothing: neither did the rounds, though its bfloat16 holds no such weights
+        assert np.array_equal(final[name], start[name].numpy()), name
+    ledger = pq.read_table(fed.run / "ledger.parquet").to_pylist()
+    assert {row["tensor"] for row in ledger if row["part"] != "framing"} == {"head.weight", "head.bias"}
 
 
 def test_settings_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

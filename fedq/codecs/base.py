@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,25 @@ class Payload:
     def decode(self) -> Tensor:
         """Return the decoded tensor, in the original shape and data type."""
         return self.codec.decode(self)
+
+    def to_bytes(self) -> bytes:
+        """Return a message that describes itself: `fedq.decode` gives the tensor back, in any process.
+
+        It holds codec, shape, data type and checksums; ``docs/wire_format.md`` is its specification.
+
+        Raises:
+            FieldError: The message has no room for it: a data type without a number, more than 255 dimensions.
+        """
+        return _PACKING[-1](self)
+
+
+_PACKING: list[Callable[[Payload], bytes]] = []
+
+
+def packs_payloads(pack: Callable[[Payload], bytes]) -> Callable[[Payload], bytes]:
+    """Let a function be `Payload.to_bytes`: messages are made above codecs, by `fedq.wire`, which `fedq` imports."""
+    _PACKING.append(pack)
+    return pack
 
 
 class Codec(ABC):
@@ -102,11 +122,14 @@ class Codec(ABC):
 
     # ---- what a codec offers -------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, *, seed: int, out: Tensor | None = None) -> Payload:
+    def encode(self, x: Tensor | np.ndarray, *, seed: int = 0, out: Tensor | None = None) -> Payload:
         """Encode a tensor.
 
+        No finite value decodes to one that is not; NaN and infinity travel. What is beyond the range of float32, in
+        which everything is computed, or of a 16-bit cast counts as the largest number there.
+
         Args:
-            x: Any shape, floating point.
+            x: A tensor or a numpy array of any shape, floating point.
             seed: 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
             out: Optional uint8 buffer of exactly the payload's size (fixed-size codecs).
 
@@ -114,8 +137,9 @@ class Codec(ABC):
             A payload whose bytes depend on values, shape, options and seed only.
 
         Raises:
-            FieldError: Not a floating-point tensor, or ``out`` has another size.
+            FieldError: Not a floating-point tensor or array, or ``out`` has another size.
         """
+        x = as_tensor(x)
         shape, flat = tuple(x.shape), _flat(x)
         if out is not None and self.fixed_size:
             self._check_out(out, self.payload_nbytes(shape), shape)
@@ -123,7 +147,7 @@ class Codec(ABC):
         return Payload(data, self, shape, x.dtype, seed)
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return the decoded tensor, in the original shape and data type.
+        """Return the decoded tensor, in the original shape and data type; a finite value stays finite in that.
 
         Raises:
             FieldError: The payload is cut short or too long for its shape.
@@ -133,20 +157,24 @@ class Codec(ABC):
         if num:
             self.check_nbytes(payload.data, payload.shape)
             self._decode_flat(payload, out, None)
-        return out.view(payload.shape).to(payload.dtype)
+        return _cast(out.view(payload.shape), payload.dtype)
 
-    def encode_with_residual(self, x: Tensor, residual: Tensor, *, seed: int, out: Tensor | None = None) -> Payload:
+    def encode_with_residual(
+        self, x: Tensor | np.ndarray, residual: Tensor, *, seed: int = 0, out: Tensor | None = None
+    ) -> Payload:
         """Encode ``x + residual`` and replace the residual in place by what the payload lost.
 
         Guarantees ``decoded + new residual = x + old residual`` to one float32 rounding. Where that is not finite the
-        residual stays as it was, and the payload carries the NaN or infinity on.
+        residual stays as it was, and the payload carries the NaN or infinity on, or, if ``x`` and residual are finite
+        themselves, the largest number of the sum's sign.
 
         Args:
-            x: Any shape, floating point.
+            x: A tensor or a numpy array of any shape, floating point.
             residual: Float32, of the same shape.
             seed: As for `encode`.
             out: As for `encode`.
         """
+        x = as_tensor(x)
         shape, flat = tuple(x.shape), _flat(x)
         if residual.dtype != torch.float32 or residual.shape != x.shape:
             raise FieldError("residual", (residual.dtype, tuple(residual.shape)), f"torch.float32, {shape}")
@@ -183,10 +211,10 @@ class Codec(ABC):
 
     def _encode_flat(self, x: Tensor, shape: Shape, seed: int, out: Tensor | None, residual: Tensor | None) -> Tensor:
         """Encode flat, contiguous, non-empty ``x`` (float32, bfloat16, float16) with a flat residual or none."""
-        total = x.to(torch.float32)
+        values = total = x.to(torch.float32)
         if residual is not None:
-            total = total + residual
-        sections = self._encode(total, shape, seed)
+            values, total = kernels.reference.add_finite(values, residual), values + residual
+        sections = self._encode(values, shape, seed)
         if out is not None:
             self._check_out(out, sum(section.numel() for section in sections), shape)
         data = kernels.join_bytes(sections, out)
@@ -295,12 +323,35 @@ class Planned(Codec):
         kernels.decode(plan, payload.data, out.numel(), seed=payload.seed, out=out, weight=weight)
 
 
+def as_tensor(x: Tensor | np.ndarray) -> Tensor:
+    """Return a tensor as it is, and a numpy array as one, without a copy where that can be.
+
+    Raises:
+        FieldError: Neither, or an array of a type that torch does not have.
+    """
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, np.ndarray):
+        raise FieldError("x", type(x).__name__, "a floating-point torch.Tensor or numpy.ndarray")
+    try:
+        return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ("C", "W")))
+    except TypeError:
+        raise FieldError("x.dtype", x.dtype, "a floating-point type that torch has too") from None
+
+
 def _flat(x: Tensor) -> Tensor:
     """Return ``x`` flat in row-major order and contiguous, in a type that the kernels read."""
     if not x.is_floating_point():
         raise FieldError("x.dtype", x.dtype, "a floating-point tensor")
     flat = x.detach().reshape(-1).contiguous()
-    return flat if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else flat.to(torch.float32)
+    return flat if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else _cast(flat, torch.float32)
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values in another type, in which finite ones stay finite."""
+    if values.dtype == dtype or torch.finfo(values.dtype).max <= torch.finfo(dtype).max:
+        return values.to(dtype)
+    return kernels.reference.saturated(values, torch.finfo(dtype).max).to(dtype)
 
 
 def _nothing(flat: Tensor, out: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from fedq.codecs.base import Codec, Payload, Planned, Shape
 from fedq.errors import FieldError
 from fedq.kernels import BlockPlan, reference
 from fedq.kernels.reference import ROTATION, rounded_scale, safe_inverse
-from fedq.kernels.reference.blocks import Blocks, Rule, decode_blocks, encode_blocks
+from fedq.kernels.reference.blocks import Blocks, Rule, decode_blocks, encode_blocks, sum_of_magnitudes
 
 __all__ = ["Grouped", "PlannedScaled", "Scaled", "rounded_scale", "safe_inverse"]
 
@@ -127,7 +127,14 @@ class Grouped(Scaled):
     # ---- the passes ----------------------------------------------------------------------------------------------
 
     def _rule(self) -> Rule:
-        return Rule(self._quantize, self._levels, self._pack, self._unpack, self._codes_nbytes)
+        return Rule(
+            quantize=lambda groups, counts, noise, largest: self._quantize(groups, counts, noise),
+            levels=self._levels,
+            pack=self._pack,
+            unpack=self._unpack,
+            codes_nbytes=self._codes_nbytes,
+            measure=sum_of_magnitudes,
+        )
 
     def _blocks(self, shape: Shape) -> Blocks:
         return Blocks(self._group_width(shape), self.rotates, self.rounding == "stochastic")

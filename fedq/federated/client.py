@@ -7,9 +7,9 @@ network. Which client runs where is decided by the rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Protocol
 
@@ -36,12 +36,45 @@ class Trained:
         loss: Mean training loss over the examples seen.
         accuracy: Share of them that were classified correctly while training.
         num_steps: Optimizer steps.
+        changes: What training changed in the tensors that are not float32, by name: there ``flat`` less the model that
+            training was given holds the rounding of that model too.
     """
 
     flat: Tensor
     loss: float
     accuracy: float
     num_steps: int
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Start:
+    """The beginning of a training: writes a flat model into a module, and knows afterwards what training changed.
+
+    Args:
+        layout: The module's layout.
+        model: The module.
+        flat: The model.
+
+    Raises:
+        FieldError: A parameter was frozen or unfrozen since the module was laid out; the text names it.
+    """
+
+    def __init__(self, layout: Layout, model: nn.Module, flat: Tensor) -> None:
+        layout.check_trained(model)
+        layout.unflatten_(flat, model)
+        self._layout = layout
+        self._model = model
+        self._held = layout.held(model)
+
+    def trained(self, loss: float, accuracy: float, num_steps: int) -> Trained:
+        """Return what training has left in the module.
+
+        Raises:
+            FieldError: Training froze or unfroze a parameter; the text names it.
+        """
+        layout, model = self._layout, self._model
+        layout.check_trained(model)
+        return Trained(layout.flatten(model), loss, accuracy, num_steps, layout.changes(model, self._held))
 
 
 @dataclass(frozen=True)
@@ -134,13 +167,13 @@ class LocalTraining:
 
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train from a flat model on the images at ``indices``; everything random follows from ``seed``."""
-        self.layout.unflatten_(start, self.model)
+        began = Start(self.layout, self.model, start)
         generator = seeded(seed)
         self.steps_by.start(lr)
         with counters_restored(self.model):
             passed = self._train_round(indices, generator)
         self.steps_by.finish()
-        return Trained(self.layout.flatten(self.model), passed.loss, passed.accuracy, passed.num_steps)
+        return began.trained(passed.loss, passed.accuracy, passed.num_steps)
 
     def _train_round(self, indices: Tensor, generator: torch.Generator) -> Passed:
         return self.train(indices, self.index_batches(len(indices), generator), generator)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedq.collectives import Transport
 from fedq.federated.accounting import message_parts
@@ -21,6 +21,7 @@ from fedq.federated.chaos import Chaos
 from fedq.federated.client import Client, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
 from fedq.federated.exchange import Exchange, Ranked, Rooted
+from fedq.federated.frozen import check_ranks
 from fedq.federated.server import NormLimit, Server, aggregate, apply_change
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
@@ -152,15 +153,20 @@ class FederatedRounds:
         self.exchange = exchange or Rooted(transport, ledger)
         self.has_start = has_start
 
-    def share_start(self) -> None:
+    def share_start(self, model: nn.Module | None = None) -> None:
         """Send rank 0's initial model to all, so that no rank relies on having drawn the same one.
 
         It goes in float32, or as every later one where the server sends values. Where everyone has drawn it from a
         seed nothing is sent but a checksum.
 
+        Args:
+            model: The module that the replica was taken from; its frozen parameters are not sent but compared.
+
         Raises:
             FieldError: The checksums differ.
         """
+        if model is not None:
+            self.exchange.book_peer(0, "metrics", check_ranks(model, self.transport))
         if self.downlink.sends_values:
             context = RoundContext(0, 0.0, 0)
             change = self.server.change(self.replica, context) if self.server else None
@@ -241,7 +247,7 @@ class FederatedRounds:
             _log.exception("round %d: training of client %d failed", context.round, client.number)
             return client.failure(error, context)
         with self.timer.phase("encode"):
-            update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica)
+            update = client.uplink.at(context.round).to_sent_(trained.flat, self.replica, trained.changes)
             self.chaos.spoil(update, context.round, client.number)
             frame = client.message(update, trained, context, memory=self._memory(client.number, context))
         if self.observe and self._is_root:

@@ -118,7 +118,7 @@ def aggregate(
     while True:
         kept = [f for f in frames if f.client not in left_out]
         total = sum(f.weight for f in kept)
-        if len(kept) < max(1, min_cohort) or total <= 0:
+        if len(kept) < max(1, min_cohort) or not 0 < total < math.inf:
             reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
             return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
         mean = _weighted_sum(layouts, kept, [scales.get(f.client, 1.0) * f.weight / total for f in kept], device)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fedq.data import crop_and_flip, draw_crops, normalize
 from fedq.federated.client import LocalTraining, Trained, Training, seed_torch
-from fedq.layout import plain_name
+from fedq.layout import difference, plain_name
 
 Named = dict[str, Tensor]
 
@@ -70,6 +70,7 @@ class _Stack:
     def __init__(self, training: LocalTraining, start: Tensor, num_clients: int, lr: float) -> None:
         self.training = training
         module, layout = training.model, training.layout
+        layout.check_trained(module)
         module.train()
         values = layout.views(start)
 
@@ -80,24 +81,25 @@ class _Stack:
         self.params: Named = {n: nn.Parameter(stacked(n, p)) for n, p in module.named_parameters() if p.requires_grad}
         self.fixed: Named = {n: stacked(n, p) for n, p in module.named_parameters() if not p.requires_grad}
         self.buffers: Named = {n: stacked(n, b) for n, b in module.named_buffers()}
+        self.held = {name: values[name].to(tensor.dtype) for name, tensor in layout.held(module).items()}
         self.anchors = {n: p.detach().clone() for n, p in self.params.items()} if training.prox_mu else {}
         self.optimizer = training.make_optimizer(list(self.params.values()), lr)  # type: ignore[arg-type]
         self.totals = torch.zeros(num_clients, 2, dtype=torch.float64, device=start.device)
         self.gradient = vmap(grad_and_value(self._loss, has_aux=True), randomness="different")
 
     def run(self, plans: list[list[_Step]]) -> list[Trained]:
-        flats: dict[int, Tensor] = {}
+        left: dict[int, tuple[Tensor, Named]] = {}
         for number in range(max(map(len, plans))):
             active = [k for k, steps in enumerate(plans) if number < len(steps)]
             self._step(active, [plans[k][number] for k in active])
             done = [k for k in active if len(plans[k]) == number + 1]
-            flats |= zip(done, self._flat(done), strict=True)
+            left |= zip(done, self._left(done), strict=True)
             self.training.beat()
         nothing = [k for k, steps in enumerate(plans) if not steps]
-        flats |= zip(nothing, self._flat(nothing), strict=True)
+        left |= zip(nothing, self._left(nothing), strict=True)
         seen = [sum(len(step.indices) for step in steps) for steps in plans]
         means = (self.totals.cpu() / torch.tensor(seen).clamp(min=1).unsqueeze(1)).tolist()
-        return [Trained(flats[k], means[k][0], means[k][1], len(steps)) for k, steps in enumerate(plans)]
+        return [Trained(left[k][0], means[k][0], means[k][1], len(steps), left[k][1]) for k, steps in enumerate(plans)]
 
     def _step(self, active: list[int], steps: list[_Step]) -> None:
         """Move the active clients by one optimizer step; what happens to the others is never read."""
@@ -148,9 +150,13 @@ class _Stack:
         shape = (len(steps), len(steps[0].indices))
         return x.view(*shape, *x.shape[1:]), training.split.labels[picked].to(device).view(shape)
 
-    def _flat(self, rows: list[int]) -> Tensor:
-        """Return the models of these clients, (clients, numel), in the layout's order."""
-        values = {plain_name(name): value for name, value in (self.params | self.fixed | self.buffers).items()}
+    def _left(self, rows: list[int]) -> list[tuple[Tensor, Named]]:
+        """Return the models of these clients, flat in the layout's order, each with its `Trained.changes`."""
+        named = {plain_name(name): value for name, value in (self.params | self.fixed | self.buffers).items()}
         spans = self.training.layout.spans
-        parts = [values[span.name].detach()[rows].reshape(len(rows), span.numel).float() for span in spans]
-        return torch.cat(parts, dim=1)
+        values = {span.name: named[span.name].detach()[rows] for span in spans}
+        flats = torch.cat([values[span.name].reshape(len(rows), span.numel).float() for span in spans], dim=1)
+        return [
+            (flat, {name: difference(values[name][place], before) for name, before in self.held.items()})
+            for place, flat in enumerate(flats)
+        ]

@@ -144,8 +144,7 @@ class Exchange:
             content, parts = self._read(node, reply, asked)
         except (FieldError, LeftOut) as error:
             self._book(round, node, "uplink", framing(message_nbytes(reply)))
-            log.warning("fedq: node %d is left out of round %d: %s", node, round, error)
-            return make_message(reply.metadata, error=Error(_ERROR_CODE, f"fedq: {error}"))
+            return as_left_out(reply, f"{error} (round {round})")
         self._book(round, node, "uplink", parts)
         if content is not reply.content:
             reply.content = content
@@ -240,6 +239,12 @@ class Exchange:
     def _book(self, round: int, node: int, direction: str, parts: MessageParts) -> None:
         number = self._numbers.setdefault(node, len(self._numbers))
         self.ledger.record(round=round, client=number, direction=direction, parts=parts)
+
+
+def as_left_out(reply: FlowerMessage, why: str) -> FlowerMessage:
+    """Return an answer with an error in the place of one that cannot be used, and log why."""
+    log.warning("fedq: node %d is left out: %s", reply.metadata.src_node_id, why)
+    return make_message(reply.metadata, error=Error(_ERROR_CODE, f"fedq: {why}"))
 
 
 def is_training(message: FlowerMessage) -> bool:

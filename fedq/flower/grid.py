@@ -10,6 +10,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedq.flower.arrays import log
+from fedq.flower.weighing import Weighing
 from fedq.flower.exchange import Exchange, is_training
 
 DEFAULT_TIMEOUT_S = 3600.0
@@ -27,11 +28,15 @@ class CompressedGrid(Grid):
         grid: What carries the messages.
         exchange: What packs and unpacks them.
         max_failed_rounds: Training rounds in a row in which every node failed, at which it gives up.
+        weighing: By what the answers will be weighed; default: they may be used in any way.
     """
 
-    def __init__(self, grid: Grid, exchange: Exchange, max_failed_rounds: int) -> None:
+    def __init__(
+        self, grid: Grid, exchange: Exchange, max_failed_rounds: int, weighing: Weighing | None = None
+    ) -> None:
         self._grid = grid
         self._exchange = exchange
+        self._weighing = weighing or Weighing()
         self._watch = FailedRounds(max_failed_rounds)
 
     def send_and_receive(
@@ -58,7 +63,7 @@ class CompressedGrid(Grid):
             second = self._sent(self._exchange.pack(again), deadline)
             self._exchange.forget(self._exchange.behind(second))
             replies += second
-        unpacked = self._exchange.unpack(replies)
+        unpacked = self._weighing.checked(self._exchange.unpack(replies))
         self._exchange.give_up(messages)
         if any(is_training(message) for message in messages):
             self._watch.round_done(len(messages), unpacked)

@@ -15,6 +15,7 @@ from fedq.codecs import codec, codec_schedule
 from fedq.errors import FieldError
 from fedq.flower.accounting import in_words, totals, write_totals
 from fedq.flower.arrays import log
+from fedq.flower.weighing import Weighing
 from fedq.flower.exchange import Exchange
 from fedq.flower.grid import CompressedGrid, FailedRounds
 from fedq.ledger import Ledger
@@ -75,6 +76,7 @@ class Compressed(Strategy):
         self._max_failed_rounds = max_failed_rounds
         self._watch = FailedRounds(max_failed_rounds)
         self._num_asked = 0
+        self._weighing = Weighing.of(inner)
 
     @property
     def ledger(self) -> Ledger:
@@ -100,7 +102,8 @@ class Compressed(Strategy):
         uplink, downlink = self._settings
         log.info("fedq: uplink %s, downlink %s", uplink, downlink)
         try:
-            return self.inner.start(self.grid(grid), initial_arrays, *args, **kwargs)
+            packing = CompressedGrid(grid, self._exchange, self._max_failed_rounds, self._weighing)
+            return self.inner.start(packing, initial_arrays, *args, **kwargs)
         finally:
             log.info("fedq: %s", in_words(self.totals()))
             if self._path is not None:
@@ -124,7 +127,7 @@ class Compressed(Strategy):
         Raises:
             RoundsFailed: Every node failed too many times in a row.
         """
-        unpacked = self._exchange.unpack(replies)
+        unpacked = self._weighing.checked(self._exchange.unpack(replies))
         if self._num_asked:
             self._watch.round_done(self._num_asked, unpacked)
         return self.inner.aggregate_train(server_round, unpacked)
@@ -137,7 +140,8 @@ class Compressed(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[FlowerMessage]) -> MetricRecord | None:
         """Unpack the answers and let the inner strategy put their metrics together."""
-        return self.inner.aggregate_evaluate(server_round, self._exchange.unpack(replies))
+        unpacked = self._weighing.checked(self._exchange.unpack(replies))
+        return self.inner.aggregate_evaluate(server_round, unpacked)
 
     def summary(self) -> None:
         """Log the settings of both."""

@@ -5,7 +5,10 @@ A codec turns its options and a shape into a plan; kernels know plans and no cod
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from fedq.errors import FieldError
@@ -14,6 +17,22 @@ ROTATION = 256
 """Width of the Hadamard rotation; its norm is 1/16."""
 SCALE_GROUP = 4096
 """Elements of a tensor that share one scale of their kept values."""
+LARGE = 2.0**96
+"""Sums of a block from here on may leave float32's range on the way to its scale: it is coded times `SHRINK`."""
+SHRINK = 2.0**-64
+"""A power of two, so that the codes are those of the values themselves and the scale is exact times its inverse."""
+
+
+def largest_scale(level: float) -> float:
+    """Return the largest scale, a bfloat16 number, whose product with a level is finite in float32."""
+    largest = (2.0 - 2.0**-23) * 2.0**127
+    mantissa, exponent = math.frexp(min(largest, largest / level))
+    return math.ldexp(math.floor(mantissa * 256) / 256, exponent)
+
+
+def bf16_bits(number: float) -> int:
+    """Return the bits of a bfloat16 number."""
+    return int.from_bytes(struct.pack("<f", number), "little") >> 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,17 @@ class BlockPlan:
         """Whether an integer grid is ``(c + 1/2)·s``, not ``c·s``."""
         return self.rotate or self.bits == 1
 
+    @property
+    def by_absmax(self) -> bool:
+        """Whether the scale follows from the block's largest magnitude, not from sums of all."""
+        return self.stochastic or (self.kind == "integer" and not self.midrise)
+
+    @cached_property
+    def largest_scale(self) -> float:
+        """The largest scale that a block may have; see `largest_scale`."""
+        half = 1 << max(0, self.bits - 1)
+        return largest_scale(1.0 if self.kind != "integer" else half - 0.5 if self.midrise else half - 1.0)
+
     def num_codes(self, num: int) -> int:
         """Codes of ``num`` elements: rotation codes its padding too."""
         return -(-num // ROTATION) * ROTATION if self.rotate else num
@@ -101,6 +131,11 @@ class SparsePlan:
     density: float = 0.0
     value: float = 0.0
     unbias: bool = False
+
+    @cached_property
+    def largest_scale(self) -> float:
+        """The largest scale of values of at most 8 bits; see `largest_scale`."""
+        return largest_scale((1 << (min(self.bits, 8) - 1)) - 0.5)
 
     def num_kept(self, num: int) -> int:
         """Kept values of ``num`` elements; with ``threshold``, whose number depends on the values, the most there are.

@@ -18,7 +18,10 @@ from fedq.data import Dataset
 from fedq.engines import choose_precision, make_engine
 from fedq.errors import FieldError
 from fedq.federated.client import Client, Training
+from fedq.federated.frozen import check_frozen, frozen_checksums
+from fedq.federated.server import why_left_out
 from fedq.files import replace_file
+from fedq.layout import frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
 from fedq.network.link import Backoff, Link, Lost, NotWanted
@@ -274,6 +277,7 @@ def _member(
     config: ClientConfig, federation: dict[str, Any], settings: Config, training: Training, indices: Tensor
 ) -> Member:
     exchange, number = settings.exchange, int(federation["number"])
+    check_frozen(frozen_checksums(training.model), federation.get("frozen", {}), "the server's")
     has_feedback = wants_feedback(exchange.feedback, exchange.uplink)
     memory = Memory(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
     schedule = uplink_schedule(settings, training.model, exchange.uplink, feedback=has_feedback)
@@ -297,6 +301,7 @@ def _save(member: Member, folder: Path) -> Path:
     if member.replica is not None:
         member.layout.unflatten_(member.replica, model)
     tensors = {span.name: t for span, t in zip(member.layout.spans, member.layout.tensors(model), strict=True)}
+    tensors |= {name: param.detach() for name, param in frozen_parameters(model).items()}
     replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     return path
 
@@ -349,4 +354,4 @@ def _outcome(answer: Message) -> str:
     frame = answer.frame
     if frame.kind == Kind.UPDATE:
         return f"loss {frame.loss:.3f}, accuracy {100 * frame.accuracy:.1f} %"
-    return "no update: " + ("training failed" if frame.kind == Kind.FAILED else "values are not finite")
+    return f"no update: {why_left_out(frame)}"

@@ -13,7 +13,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Federation:
         layout: Of the model in float32.
         schedule: From an uplink's spec, and whether there is feedback, to layouts.
         network: Timeouts and limits.
+        frozen: Checksums of the parameters that do not travel.
     """
 
     run: str
@@ -76,6 +77,7 @@ class Federation:
     layout: Layout
     schedule: Callable[[str, bool], LayoutSchedule]
     network: NetworkConfig
+    frozen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def limits(self) -> Limits:
@@ -158,8 +160,10 @@ class Hub:
 
     def description(self, seat: Seat) -> Message:
         """Return what the federation is, as a client is told before it prepares."""
-        text = {"kind": "federation", "run": self.federation.run, "number": seat.number}
-        return note(text | {"clients": self.federation.num_clients, "settings": dict(self.federation.shares)})
+        federation = self.federation
+        text = {"kind": "federation", "run": federation.run, "number": seat.number, "clients": federation.num_clients}
+        frozen = {"frozen": dict(federation.frozen)} if federation.frozen else {}
+        return note(text | {"settings": dict(federation.shares)} | frozen)
 
     def admit(self, number: int, hello: Mapping[str, Any]) -> Seat:
         """Give a client its seat, anew if it had lost its connection.

@@ -190,7 +190,7 @@ class Member:
         except Exception as error:
             return Message(client.failure(error, context), sequence=sequence)
         layout = client.uplink.at(context.round)
-        update = layout.to_sent_(trained.flat, self.replica)
+        update = layout.to_sent_(trained.flat, self.replica, trained.changes)
         missed = 0 if last is None else context.round - last - 1
         frame = client.message(update, trained, context, memory=self.residual_memory**missed)
         self.memory.after(context.round)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from fedq.federated.client import Trained, seed_torch
+from fedq.federated.client import Start, Trained, seed_torch
 from fedq.layout import Layout
 
 TrainFunction = Callable[..., "float | Sequence[float] | None"]
@@ -34,12 +34,12 @@ class OwnTraining:
 
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Write the flat model into the module, and train it; the seed is set for torch's own random numbers."""
-        self.layout.unflatten_(start, self.model)
+        began = Start(self.layout, self.model, start)
         seed_torch(seed)
         self.model.train()
         told = self.train(lr)
         loss, accuracy = _measures(told)
-        return Trained(self.layout.flatten(self.model), loss, accuracy, 0)
+        return began.trained(loss, accuracy, 0)
 
 
 def _measures(told: float | Sequence[float] | None) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedq.federated.client import RoundContext
+from fedq.federated.frozen import frozen_checksums
 from fedq.files import replace_file
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.certs import Identity, load_identity
@@ -73,7 +74,7 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
     assert isinstance(rounds, NetworkRounds)
     state = RunState(job, rounds, Progress(), None)
     if not (config.run.resume and state.go_on()):
-        rounds.share_start()
+        rounds.share_start(job.model)
     show_replica(job, rounds)
     traffic = InterfaceTraffic()
     hub = Hub(_federation(job, config), first_sequence=job.start << 32)
@@ -120,6 +121,7 @@ def _federation(job: Job, config: ServerConfig) -> Federation:
         layout=Layout.of(job.model, "fp32"),
         schedule=schedule,
         network=config.network,
+        frozen=frozen_checksums(job.model),
     )
 
 

@@ -14,8 +14,18 @@ from torch import Tensor, nn
 
 from fedq.collectives import Transport
 from fedq.config import Config
-from fedq.federated.client import Client, LocalTraining, Passed, RoundContext, Trained, counters_restored, seeded
+from fedq.federated.client import (
+    Client,
+    LocalTraining,
+    Passed,
+    RoundContext,
+    Start,
+    Trained,
+    counters_restored,
+    seeded,
+)
 from fedq.federated.downlink import DownlinkCost
+from fedq.federated.frozen import check_ranks
 from fedq.federated.optim import server_optimizer
 from fedq.federated.rounds import FederatedRounds
 from fedq.federated.server import Server
@@ -48,6 +58,9 @@ class Site:
             models are averaged, weighted by examples, at the end.
         uplink: Codec towards the average.
         downlink: Codec from the average.
+
+    Raises:
+        FieldError: The ranks' frozen parameters, which are not sent, differ.
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class Site:
         self.training = training
         self.indices = indices
         self.transport = Transport(runtime.device)
+        check_ranks(training.model, self.transport)
         self._shared: StepExchange | None = None
         self._rounds: FederatedRounds | None = None
         if exchange == "step":
@@ -108,7 +122,7 @@ class Site:
 
     def _train_steps(self, start: Tensor, lr: float, seed: int) -> Trained:
         training, rank, world_size = self.training, self.transport.rank, self.transport.world_size
-        self.layout.unflatten_(start, self.model)
+        began = Start(self.layout, self.model, start)
         training.steps_by.start(lr)
         order = torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(seed))
         each = math.ceil(len(order) / world_size)
@@ -117,7 +131,7 @@ class Site:
         passed = training.train(own, training.index_batches(len(own), generator), generator)
         training.steps_by.finish()
         share_statistics(self.layout, self.model, self.transport)
-        return self._trained(self.layout.flatten(self.model), passed)
+        return self._trained(began, passed)
 
     def _train_round(self, rounds: FederatedRounds, start: Tensor, lr: float, seed: int) -> Trained:
         rounds.replica.copy_(start)
@@ -128,11 +142,11 @@ class Site:
             raise RuntimeError(f"ranks failed: {result.left_out}")
         return Trained(rounds.replica.clone(), result.train_loss, result.train_accuracy, 0)
 
-    def _trained(self, flat: Tensor, passed: Passed) -> Trained:
+    def _trained(self, began: Start, passed: Passed) -> Trained:
         own = (passed.loss_sum, passed.num_correct, passed.num_seen, passed.num_steps)
         rows, _ = self.transport.all_gather(torch.tensor(own, dtype=torch.float64))
         loss_sum, num_correct, num_seen, _ = rows.sum(dim=0).tolist()
-        return Trained(flat, loss_sum / max(1, num_seen), num_correct / max(1, num_seen), passed.num_steps)
+        return began.trained(loss_sum / max(1, num_seen), num_correct / max(1, num_seen), passed.num_steps)
 
     def _make_rounds(self, uplink: str, downlink: str) -> FederatedRounds:
         """Return rounds in which every rank is a client, and rank 0 averages."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedq.federated.client import LocalTraining, Trained, seeded
+from fedq.federated.client import LocalTraining, Start, Trained, seeded
 from fedq.personalize.learners import Learner, Pull, Quantization, make_learner
 from fedq.personalize.methods import Method, Tally
 from fedq.personalize.own_models import OwnModel, OwnModels
@@ -78,7 +78,7 @@ class Mutual(Method):
     def run(self, client: int, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train both models; loss and accuracy are those of the client's own float model."""
         local, tally, generator = self.local, Tally(), seeded(seed)
-        local.layout.unflatten_(start, local.model)
+        began = Start(local.layout, local.model, start)
         local.model.train()
         engine = local.steps_by
         engine.start(lr)
@@ -91,7 +91,7 @@ class Mutual(Method):
             tally.add(own[0], labels)
         engine.finish()
         self.models.save(client, learner.finish())
-        return tally.trained(local.layout.flatten(local.model))
+        return tally.trained(began)
 
     def learner(self, client: int, own: OwnModel, lr: float) -> Learner:
         """Return what trains the client's own model in this round."""
@@ -189,7 +189,7 @@ class QuPeL(Method):
         learner = make_learner(own, local, lr * self.lr_ratio, bits, self.quantization, self.round)
         flat = start.clone()
         views = local.layout.views(flat)
-        anchors = [views[name] for name, _ in learner.module.named_parameters()]
+        anchors = [views[name] for name in learner.params]
         for images, labels in self.examples(indices, generator):
             loss = partial(functional.cross_entropy, target=labels)
             logits, *_ = learner.step(images, loss, Pull(self.weight, anchors))
@@ -200,4 +200,4 @@ class QuPeL(Method):
         statistics = slice(local.layout.num_params, local.layout.numel)
         flat[statistics] = own.flat[statistics]
         local.layout.unflatten_(flat, local.model)
-        return tally.trained(flat)
+        return Trained(flat, *tally.means, tally.num_steps)

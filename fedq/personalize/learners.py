@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedq.engines import TorchEngine
 from fedq.federated.client import LocalTraining
+from fedq.layout import plain_name
 from fedq.lowbit.centres import Centres, CentreSchedule, CentreStep, QuantizedPass, inner_weights
 from fedq.personalize.own_models import OwnModel
 
@@ -51,7 +52,7 @@ class Pull:
 
     Args:
         weight: Its weight.
-        anchors: ``w``, in the order of the module's parameters.
+        anchors: ``w``, in the order of `Learner.params`.
     """
 
     weight: float
@@ -65,14 +66,19 @@ class Learner:
         own: The model; `finish` writes it.
         local: Optimizer and arithmetic.
         lr: Learning rate.
+
+    Attributes:
+        params: The parameters that the model's layout has, by name: what the user has frozen is none of them.
     """
 
     def __init__(self, own: OwnModel, local: LocalTraining, lr: float) -> None:
         self.own = own
         self.module = own.fill(quantized=self.is_frozen)
         self.lr = lr
+        named = {plain_name(name): param for name, param in self.module.named_parameters()}
+        self.params = {span.name: named[span.name] for span in own.network.layout.spans if span.name in named}
         fixed = list(inner_weights(self.module).values()) if self.is_frozen else []
-        for param in self.module.parameters():  # the optimizer takes those that require a gradient
+        for param in self.params.values():  # the optimizer takes those that require a gradient
             param.requires_grad_(all(param is not weight for weight in fixed))
         self.engine = TorchEngine(self.module, local.make_optimizer, local.precision)
         self.engine.start(lr)
@@ -96,18 +102,19 @@ class Learner:
         return [logits.detach()]
 
     def values(self) -> list[Tensor]:
-        """Return ``Q(x)``: the parameters as deployed, in the module's order."""
-        return [param.detach() for param in self.module.parameters()]
+        """Return ``Q(x)``: the parameters as deployed, in the order of `params`."""
+        return [param.detach() for param in self.params.values()]
 
     def finish(self) -> OwnModel:
         """Let go of the optimizer's state, and return the trained model."""
         self.engine.finish()
-        self.module.requires_grad_(True)
+        for param in self.params.values():
+            param.requires_grad_(True)
         self.own.flat = self.own.network.layout.flatten(self.module)
         return self.own
 
     def _pull(self, pull: Pull) -> None:
-        for param, value, anchor in zip(self.module.parameters(), self.values(), pull.anchors, strict=True):
+        for param, value, anchor in zip(self.params.values(), self.values(), pull.anchors, strict=True):
             if param.grad is not None:
                 param.grad.add_(value - anchor, alpha=pull.weight)
 
@@ -161,10 +168,10 @@ class QuantizedLearner(Learner):
         return [*outputs, logits.detach()]
 
     def values(self) -> list[Tensor]:
-        """Return the parameters, those of inner layers at their centres."""
+        """Return the parameters, those of inner layers at their centres, in the order of `params`."""
         values: list[Tensor] = []
         with QuantizedPass(self.module, self.centres):
-            values = [param.detach().clone() for param in self.module.parameters()]
+            values = [param.detach().clone() for param in self.params.values()]
         return values
 
     def finish(self) -> OwnModel:
@@ -175,7 +182,7 @@ class QuantizedLearner(Learner):
 
     def _pull_centres(self, pull: Pull, quantized: QuantizedPass, gradients: dict[str, Tensor]) -> None:
         """Add the pull's gradient with respect to quantized weights, inside the pass."""
-        anchors = dict(zip((name for name, _ in self.module.named_parameters()), pull.anchors, strict=True))
+        anchors = dict(zip(self.params, pull.anchors, strict=True))
         for name, weight in quantized.weights.items():
             gradients[name] = gradients[name] + pull.weight * (weight.detach() - anchors[f"{name}.weight"])
 

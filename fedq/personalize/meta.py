@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.engines import TorchEngine
-from fedq.federated.client import LocalTraining, Trained, counters_restored, seeded
+from fedq.federated.client import LocalTraining, Start, Trained, counters_restored, seeded
 from fedq.federated.lean_optim import lean
 from fedq.personalize.methods import Method, Tally
 from fedq.personalize.own_models import Network, OwnModels
@@ -41,11 +41,11 @@ class PerFedAvg(Method):
         """Train the global model for one step less; loss and accuracy are those after the inner step."""
         local, tally, generator = self.local, Tally(), seeded(seed)
         model, outer = local.model, local.steps_by
-        local.layout.unflatten_(start, model)
+        began = Start(local.layout, model, start)
         model.train()
         inner = self._inner(model)
         outer.start(lr)
-        params = [param.detach() for param in model.parameters()]
+        params = [param.detach() for param in model.parameters() if param.requires_grad]
         order = local.index_batches(len(indices), generator)
         pairs = [batch for pair in zip(order, order[1:] + order[:1], strict=True) for batch in pair]
         examples = self.draw(indices, pairs, generator)
@@ -60,7 +60,7 @@ class PerFedAvg(Method):
             outer.step()
             tally.add(logits, labels)
         outer.finish()
-        return tally.trained(local.layout.flatten(model))
+        return tally.trained(began)
 
     def deploy(self, client: int, start: Tensor, indices: Tensor, *, seed: int) -> Network:
         """Put the global model after a few steps on the client's batches into the module."""
@@ -112,9 +112,9 @@ class PFedMe(Method):
         """Train both models; loss and accuracy are those of ``theta`` before a batch's inner steps."""
         local, tally, generator = self.local, Tally(), seeded(seed)
         model, engine = local.model, local.steps_by
-        local.layout.unflatten_(start, model)
+        began = Start(local.layout, model, start)
         model.train()
-        params = list(model.parameters())
+        params = [param for param in model.parameters() if param.requires_grad]
         thetas = [param.detach() for param in params]
         anchors = [theta.clone() for theta in thetas]
         engine.start(self.rate)
@@ -137,7 +137,7 @@ class PFedMe(Method):
         own.flat = local.layout.flatten(model)
         self.models.save(client, own)
         torch._foreach_copy_(thetas, anchors)
-        return tally.trained(local.layout.flatten(model))
+        return tally.trained(began)
 
 
 def _plain_sgd(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq.engines import TorchEngine
-from fedq.federated.client import LocalTraining, Trained, counters_restored
+from fedq.federated.client import LocalTraining, Start, Trained, counters_restored
 from fedq.federated.evaluate import batch_sums
 from fedq.layout import Layout
 from fedq.personalize.own_models import Network, OwnModels
@@ -124,10 +124,15 @@ class Tally:
         self.num_seen += len(labels)
         self.num_steps += 1
 
-    def trained(self, flat: Tensor) -> Trained:
-        """Return what training leaves behind."""
+    @property
+    def means(self) -> tuple[float, float]:
+        """Loss, and share classified correctly."""
         loss, correct = (torch.as_tensor(self._sums).expand(2) / max(1, self.num_seen)).tolist()
-        return Trained(flat, loss, correct, self.num_steps)
+        return loss, correct
+
+    def trained(self, began: Start) -> Trained:
+        """Return what training leaves behind."""
+        return began.trained(*self.means, self.num_steps)
 
 
 class GlobalModel(Method):
@@ -171,4 +176,4 @@ class Local(Method):
         trained = training.run(own.flat, indices, lr=lr * self.lr_ratio, seed=seed)
         own.flat = trained.flat
         self.models.save(client, own)
-        return replace(trained, flat=start.clone())
+        return replace(trained, flat=start.clone(), changes={})

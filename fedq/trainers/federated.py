@@ -52,7 +52,7 @@ def run_rounds(job: Job) -> dict[str, Any]:
     rounds = build_rounds(job, store)
     state = RunState(job, rounds, Progress(), store)
     if not (job.config.run.resume and state.go_on()):
-        rounds.share_start()
+        rounds.share_start(job.model)
     show_replica(job, rounds)
     results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
     return finish(job, feedback=rounds.sticky, root_ingress_bytes=job.transport.received, **results)

@@ -16,7 +16,7 @@ from torch import nn
 from fedq.federated.client import RoundContext
 from fedq.federated.rounds import FederatedRounds
 from fedq.feedback import ResidualStore
-from fedq.layout import Layout
+from fedq.layout import Layout, frozen_parameters
 from fedq.personalize.distilled import Distillation, Mutual, QuPeD, QuPeL
 from fedq.personalize.meta import PerFedAvg, PFedMe
 from fedq.personalize.methods import GlobalModel, Local, Method
@@ -54,7 +54,7 @@ def run_personal(job: Job) -> dict[str, Any]:
     test = PersonalScores(job, method, rounds, _store(job, "best"))
     state = PersonalState(job, rounds, Progress(), residuals, test)
     if not (job.config.run.resume and state.go_on()):
-        rounds.share_start()
+        rounds.share_start(job.model)
     results = run_to_the_end(
         job, state, lambda number: _run_round(job, rounds, state, test, number), measure=test.measure
     )
@@ -108,7 +108,12 @@ def _network(job: Job, name: str) -> Network:
         return Network(name, job.model, job.training.layout)
     module = make_model(job.config, name, job.dataset, job.runtime.device, job.training.precision)
     layout = Layout.of(module, "fp32")
-    return Network(name, module, layout, None if name == job.config.local.model else layout.flatten(module))
+    if name != job.config.local.model:
+        return Network(name, module, layout, layout.flatten(module))
+    shared = frozen_parameters(job.model)  # no part of what is downloaded
+    for frozen, param in frozen_parameters(module).items():
+        param.data.copy_(shared[frozen])
+    return Network(name, module, layout)
 
 
 def _store(job: Job, name: str) -> ResidualStore:

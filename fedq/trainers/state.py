@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedq.checkpoint import CheckpointError, Checkpoints, Loaded
 from fedq.config import RunConfig
 from fedq.errors import FieldError
 from fedq.federated.rounds import FederatedRounds, RoundResult
 from fedq.feedback import ResidualStore
+from fedq.layout import frozen_parameters
 from fedq.report import print_header
 from fedq.trainers.job import Job
 from fedq.trainers.shards import ServerShards
@@ -162,6 +164,7 @@ class RunState(JobState):
         return {
             "progress": asdict(self.so_far),
             "replica": federation.replica,
+            **_frozen(job.model),
             "server": parts if federation.exchange.is_spread else federation.server.state_dict(),
             "root_ingress_bytes": job.transport.received,
             "downlink_cost": federation.downlink_cost.state_dict(),
@@ -183,6 +186,8 @@ class RunState(JobState):
             raise FieldError("resume", state["layouts"], f"{hashes}: the same model and codecs as before")
         vars(self.so_far).update(state["progress"])
         self.federation.replica.copy_(state["replica"])
+        for name, param in frozen_parameters(self.job.model).items():
+            param.data.copy_(state["frozen"][name])
         for name, files in self.files.items():
             files.attach(state[name])
         if self.federation.server is not None:
@@ -220,3 +225,9 @@ class RunState(JobState):
     def where(self) -> dict[str, Any]:
         """Return where the job runs, and who averages."""
         return super().where() | {"aggregate": self.job.config.exchange.aggregate}
+
+
+def _frozen(model: nn.Module) -> dict[str, Any]:
+    """Return the entry of the parameters that do not travel, which the replica therefore lacks; none without any."""
+    frozen = {name: param.detach() for name, param in frozen_parameters(model).items()}
+    return {"frozen": frozen} if frozen else {}

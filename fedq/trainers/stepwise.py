@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedq.collectives import Transport
 from fedq.federated.accounting import plain_model
 from fedq.federated.client import Passed, seeded
+from fedq.federated.frozen import check_ranks
 from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
@@ -56,8 +57,13 @@ def _options(job: Job) -> dict[str, Any]:
 
 
 def _share_start(job: Job) -> None:
-    """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one."""
+    """Send rank 0's initial model to all, in float32, so that no rank relies on having drawn the same one.
+
+    Raises:
+        FieldError: The ranks' frozen parameters, which are not sent, differ.
+    """
     layout = job.training.layout
+    book_metrics(job, check_ranks(job.model, job.transport), 0)
     flat = layout.flatten(job.model)
     moved = job.transport.share(flat)
     layout.unflatten_(flat, job.model)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedq.codecs import Payload
 from fedq.errors import FieldError
 from fedq.layout import Layout
 from fedq.wire.crc32c import crc32c
@@ -109,11 +110,20 @@ class Message:
         Raises:
             FieldError: The payloads are not those of the layout (never after `unpack`).
         """
-        found: dict[str, Tensor] = {}
-        if self.layout is not None:
-            datas = split_body(self.layout, self.frame.body)
-            found = {s.name: p.decode() for s, p in self.layout.payloads(datas, seed=self.frame.seed)}
+        spans = self.layout.spans if self.layout is not None else ()
+        found = {span.name: payload.decode() for span, payload in zip(spans, self.payloads(), strict=True)}
         return found | {name: tensor.clone() for name, tensor in self.exact.items()}
+
+    def payloads(self) -> list[Payload]:
+        """Return the payloads in the layout's order, none of a kind without them.
+
+        Raises:
+            FieldError: They are not those of the layout (never after `unpack`).
+        """
+        if self.layout is None:
+            return []
+        datas = split_body(self.layout, self.frame.body)
+        return [payload for _, payload in self.layout.payloads(datas, seed=self.frame.seed)]
 
     # ---- what travels --------------------------------------------------------------------------------------------
 
@@ -214,7 +224,10 @@ def _tensor_of(data: bytes | bytearray | memoryview | Tensor) -> Tensor:
         if data.dtype != torch.uint8 or data.dim() != 1:
             raise FieldError("message", f"{data.dtype} {tuple(data.shape)}", "flat torch.uint8")
         return data.cpu().contiguous()
-    array = np.frombuffer(data, np.uint8)
+    try:
+        array = np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError):
+        raise FieldError("message", type(data).__name__, "contiguous bytes, bytearray or memoryview") from None
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_ReadOnly(array)))
 
 

@@ -30,6 +30,7 @@ class _Plan(ctypes.Structure):
         ("stochastic", ctypes.c_int32),
         ("unbiased", ctypes.c_int32),
         ("step", ctypes.c_float),
+        ("largest_scale", ctypes.c_float),
     )
 
 
@@ -130,6 +131,7 @@ def _plan(plan: CastPlan | BlockPlan) -> Any:
             stochastic=plan.stochastic,
             unbiased=plan.unbiased,
             step=GAUSSIAN_STEP[plan.bits] * MEAN_TO_SIGMA if plan.kind == "integer" else 0.0,
+            largest_scale=plan.largest_scale,
         )
     )
 

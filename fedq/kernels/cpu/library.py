@@ -22,7 +22,7 @@ ISAS = ("avx512", "avx2", "portable")
 REMEDY = "apt install g++, then in the checkout of fedq: pip install --no-deps -e ."
 """What gets the library where it is missing."""
 
-ABI = 3
+ABI = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -27,6 +27,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "bits", "k", "block", "unbias", "key")),
         ("value", ctypes.c_float),
+        ("largest_scale", ctypes.c_float),
     ]
 
 
@@ -117,7 +118,8 @@ def _check_found(plan: SparsePlan, found: int, kept: int, num: int) -> None:
 
 
 def _plan_of(plan: SparsePlan, seed: int) -> _Plan:
-    return _Plan(_KINDS[plan.kind], plan.bits, plan.k, plan.block, int(plan.unbias), shared_key(seed), plan.value)
+    kind, key = _KINDS[plan.kind], shared_key(seed)
+    return _Plan(kind, plan.bits, plan.k, plan.block, int(plan.unbias), key, plan.value, plan.largest_scale)
 
 
 def _threads(num: int) -> int:

@@ -15,6 +15,7 @@ struct BlockPlan {
   int32_t stochastic;
   int32_t unbiased;
   float step;  // integer: step of the mid-rise grid over the block's mean magnitude
+  float largest_scale;  // the largest scale that decodes to finite values
 };
 
 // One payload of a reduction.

@@ -8,6 +8,9 @@ constexpr int64_t kRun = 256;  // width of the rotation
 constexpr int64_t kUnit = 256;  // codes that are packed at a time
 constexpr int64_t kTaskElements = 1 << 16;
 constexpr float kSmallestScale = 0x1p-126f;
+constexpr float kLarge = 0x1p96f;    // see LARGE and SHRINK of fedq/kernels/plan.py
+constexpr float kShrink = 0x1p-64f;
+constexpr float kGrow = 0x1p64f;
 
 // ---- scalars --------------------------------------------------------------------------------------------------------
 
@@ -28,10 +31,12 @@ FEDQ_INLINE uint32_t bf16_bits(float x) {
   return x != x ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
-FEDQ_INLINE float rounded_scale(float scale, bool up) {
+// A finite scale becomes at most `largest`.
+FEDQ_INLINE float rounded_scale(float scale, bool up, float largest) {
   uint32_t half = bf16_bits(scale);
   if (up && float_of(half << 16) < scale) ++half;
   const float rounded = float_of(half << 16);
+  if (rounded > largest && scale < kInfinity) return largest;
   return rounded < kSmallestScale ? 0.0f : rounded;
 }
 
@@ -307,6 +312,7 @@ struct Block {
   uint32_t noise_key;
   uint8_t* codes;  // out: a byte each; for signs a bit each
   const char* ahead;  // what will be read after this block: fetched while this one is computed
+  float largest;  // the largest scale that there may be
 };
 
 static float abs_sum(const Block& b) {
@@ -341,7 +347,7 @@ static float measure(const BlockPlan& plan, const Block& b) {
 // Mid-tread grid up to the largest magnitude. A cell can only leave the grid as a NaN, which becomes the lowest code.
 static float code_absmax(const BlockPlan& plan, const Block& b, float largest) {
   const int32_t half = 1 << (plan.bits - 1);
-  const float scale = rounded_scale(largest / static_cast<float>(half - 1), false);
+  const float scale = rounded_scale(largest / static_cast<float>(half - 1), false, b.largest);
   const F inverse = splat(safe_inverse(scale));
   const I lowest = splat_int(-half);
   for (int64_t i = 0; i < b.width; i += 16)
@@ -353,7 +359,7 @@ static float code_stochastic(const BlockPlan& plan, const Block& b, float larges
   const int32_t half = 1 << (plan.bits - 1);
   const float offset = plan.rotate || plan.bits == 1 ? 0.5f : 0.0f;
   const float top = static_cast<float>(half - 1) + offset;
-  const float scale = rounded_scale(largest / top, true);
+  const float scale = rounded_scale(largest / top, true, b.largest);
   const F inverse = splat(safe_inverse(scale)), low = splat(-top - offset), high = splat(top - offset);
   const I lowest = splat_int(-half);
   for (int64_t i = 0; i < b.width; i += 16) {
@@ -388,7 +394,7 @@ static float code_gaussian(const BlockPlan& plan, const Block& b, float sum) {
                                  : code_gaussian_cells<true>(b, inverse, half);
   // A cell of an infinity is a NaN, and so is the scale.
   if (!(mean < __builtin_inff()) && !(absmax(b) < __builtin_inff())) scale = __builtin_nanf("");
-  return rounded_scale(scale, false);
+  return rounded_scale(scale, false, b.largest);
 }
 
 static float code_integer(const BlockPlan& plan, const Block& b, float measured) {
@@ -403,7 +409,7 @@ FEDQ_INLINE void store_trits(const Block& b, int64_t i, F y, M keep) {
 
 static float code_ternary(const BlockPlan& plan, const Block& b, float measured) {
   if (plan.stochastic) {
-    const float scale = rounded_scale(measured, true);
+    const float scale = rounded_scale(measured, true, b.largest);
     const F inverse = splat(safe_inverse(scale));
     for (int64_t i = 0; i < b.width; i += 16) {
       const F y = load(b.y + i);
@@ -422,7 +428,7 @@ static float code_ternary(const BlockPlan& plan, const Block& b, float measured)
     return zero_unless(either(keep, inverted(less(size, infinity))), size);
   };
   const float total = tree_sum(leaf, b.width);
-  return rounded_scale(total / static_cast<float>(num_kept > 0 ? num_kept : 1), false);
+  return rounded_scale(total / static_cast<float>(num_kept > 0 ? num_kept : 1), false, b.largest);
 }
 
 FEDQ_INLINE void store_signs(const Block& b, int64_t i, M negative) {
@@ -433,7 +439,7 @@ FEDQ_INLINE void store_signs(const Block& b, int64_t i, M negative) {
 static float code_sign(const BlockPlan& plan, const Block& b, float measured) {
   const F zero = splat(0.0f);
   if (plan.stochastic) {
-    const float scale = rounded_scale(measured, true);
+    const float scale = rounded_scale(measured, true, b.largest);
     const F inverse = splat(safe_inverse(scale));
     for (int64_t i = 0; i < b.width; i += 16) {
       const F limit = sub(mul(splat(2.0f), noise(b.first + i, b.noise_key)), splat(1.0f));
@@ -452,7 +458,7 @@ static float code_sign(const BlockPlan& plan, const Block& b, float measured) {
     scale = tree_sum(leaf, b.width);
   }
   for (int64_t i = 0; i < b.width; i += 16) store_signs(b, i, less(load(b.y + i), zero));
-  return rounded_scale(scale, false);
+  return rounded_scale(scale, false, b.largest);
 }
 
 // ---- from codes to values -------------------------------------------------------------------------------------------
@@ -515,10 +521,12 @@ static void emit_plain(const Levels& levels, float scale, int64_t num, const Val
   if (i < num) values.put_first(i, num - i, mul(levels(i), scales));
 }
 
-template <class Levels, class Sink>
-static void emit_rotated(const Levels& levels, float scale, int64_t num, const uint16_t* flips,
-                         const Values<Sink>& values) {
-  const F scales = splat(scale);
+// The norm of the rotation is taken from the scale beforehand, which is exact, so that sums stay as small as they can.
+// kIsLarge: they are computed times kShrink, and what is beyond float32 in the end is the largest number there.
+template <bool kIsLarge, class Levels, class Sink>
+static void emit_runs(const Levels& levels, float scale, int64_t num, const uint16_t* flips,
+                      const Values<Sink>& values) {
+  const F scales = splat(scale * (kIsLarge ? kShrink / 16.0f : 1.0f / 16.0f));
   for (int64_t run = 0; run < num; run += kRun) {
     F v[16];
 #pragma GCC unroll 16
@@ -528,7 +536,13 @@ static void emit_rotated(const Levels& levels, float scale, int64_t num, const u
     }
     hadamard(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) v[i] = flip(mul(v[i], splat(1.0f / 16.0f)), flips[run / 16 + i]);
+    for (int i = 0; i < 16; ++i) {
+      if constexpr (kIsLarge) {
+        const F end = splat(kLargest * kShrink);
+        v[i] = mul(smaller(end, larger(sub(splat(0.0f), end), v[i])), splat(kGrow));
+      }
+      v[i] = flip(v[i], flips[run / 16 + i]);
+    }
     if (run + kRun <= num) {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) values.put(run + 16 * i, v[i]);
@@ -539,6 +553,14 @@ static void emit_rotated(const Levels& levels, float scale, int64_t num, const u
       }
     }
   }
+}
+
+template <class Levels, class Sink>
+static void emit_rotated(const Levels& levels, float scale, int64_t num, const uint16_t* flips,
+                         const Values<Sink>& values) {
+  const bool is_large = scale >= kLarge && scale < kInfinity;
+  return __builtin_expect(is_large, 0) ? emit_runs<true>(levels, scale, num, flips, values)
+                  : emit_runs<false>(levels, scale, num, flips, values);
 }
 
 template <class Sink>
@@ -632,21 +654,64 @@ static const float* read_batch(const BlockPlan& plan, Keys keys, const void* x, 
   return s.rotated;
 }
 
+static float code_block(const BlockPlan& plan, const Block& b, float measured) {
+  if (plan.kind == kSign) return code_sign(plan, b, measured);
+  return plan.kind == kTernary ? code_ternary(plan, b, measured) : code_integer(plan, b, measured);
+}
+
+// Where a batch is read from.
+struct Source {
+  const void* x;
+  int64_t dtype;
+  const float* residual;
+  int64_t num;
+};
+
+// Writes the values of a block at element `at` of a batch into the scratch anew: where x and residual are finite and
+// their sum is not, it is the largest number of its sign. Returns whether all of them are finite.
+static bool reread(const Source& source, int64_t at, int64_t width, float* y) {
+  const int64_t num = source.num - at < width ? source.num - at : width;
+  stage(input_at(source.x, source.dtype, at), source.dtype, nullptr, num, width, y);
+  bool all_finite = true;
+  for (int64_t i = 0; i < num; ++i) {
+    const float x = y[i], residual = source.residual ? source.residual[at + i] : 0.0f, total = x + residual;
+    const bool overflows = __builtin_isinf(total) && __builtin_isfinite(x) && __builtin_isfinite(residual);
+    y[i] = overflows ? __builtin_copysignf(kLargest, total) : total;
+    all_finite &= __builtin_isfinite(y[i]);
+  }
+  return all_finite;
+}
+
+// A block with infinities and NaNs, or whose sums may leave float32's range: finite values are coded times kShrink.
+__attribute__((noinline, cold))
+static float code_large(const BlockPlan& plan, const Source& source, int64_t at, Block b, const uint16_t* flips,
+                        float* y) {
+  const int64_t width = b.width;
+  const bool shrinks = reread(source, at, width, y);
+  if (shrinks) for (int64_t i = 0; i < width; i += 16) store(y + i, mul(load(y + i), splat(kShrink)));
+  if (plan.rotate) for (int64_t i = 0; i < b.num; i += kRun) rotate_run(y + i, flips + (at + i) / 16, y + i);
+  b.y = y;
+  if (!shrinks) return code_block(plan, b, measure(plan, b));
+  b.largest *= kShrink;
+  return code_block(plan, b, measure(plan, b)) * kGrow;
+}
+
 // Codes a batch into the scratch and its scales into an array.
-static void code_batch(const BlockPlan& plan, Keys keys, const float* y, int64_t num, int64_t first, const char* ahead,
-                       uint8_t* codes, float* scales) {
+static void code_batch(const BlockPlan& plan, Keys keys, const Source& source, const float* y, int64_t num,
+                       int64_t first, const char* ahead, const Scratch& s, float* scales) {
   const int64_t num_blocks = (num + plan.block - 1) / plan.block;
   const auto block = [&](int64_t j) {
     const int64_t at = j * plan.block, size = num - at < plan.block ? num - at : plan.block;
-    uint8_t* into = codes_at(plan, codes, at);
-    return Block{y + at, size, padded(plan.block, 16), first + at, keys.noise, into, ahead + 4 * at};
+    uint8_t* into = codes_at(plan, s.codes, at);
+    return Block{y + at,      size, padded(plan.block, 16), first + at, keys.noise, into, ahead + 4 * at,
+                 plan.largest_scale};
   };
   for (int64_t j = 0; j < num_blocks; ++j) scales[j] = measure(plan, block(j));
   for (int64_t j = 0; j < num_blocks; ++j) {
     const Block b = block(j);
-    scales[j] = plan.kind == kSign      ? code_sign(plan, b, scales[j])
-                : plan.kind == kTernary ? code_ternary(plan, b, scales[j])
-                                        : code_integer(plan, b, scales[j]);
+    const int64_t at = j * plan.block;
+    scales[j] = __builtin_expect(scales[j] < kLarge, 1) ? code_block(plan, b, scales[j])
+                                                        : code_large(plan, source, at, b, s.flips, s.rotated + at);
   }
 }
 
@@ -674,7 +739,8 @@ static bool encode_span(const BlockPlan& plan, Keys keys, const void* x, int64_t
     const float* y = read_batch(plan, keys, input_at(x, dtype, at), dtype, kept, size, first + at, s);
     const char* ahead = static_cast<const char*>(input_at(x, dtype, at + batch));
     float values[kBatchBlocks];
-    code_batch(plan, keys, y, size_codes, first + at, ahead, s.codes, values);
+    const Source source{input_at(x, dtype, at), dtype, kept, size};
+    code_batch(plan, keys, source, y, size_codes, first + at, ahead, s, values);
     for (int64_t j = 0; j * plan.block < size_codes; ++j, scales += 2) {
       const uint16_t half = static_cast<uint16_t>(bf16_bits(values[j]));
       memcpy(scales, &half, 2);

@@ -1,5 +1,16 @@
 // Reading values of any input type with their residual, and the casts.
 
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLargest = 0x1.fffffep127f;  // of float32
+constexpr float kLargestBf16 = 0x1.fep127f;
+
+FEDQ_INLINE M are_finite(F v) { return less(magnitude(v), splat(kInfinity)); }
+
+// Finite values bounded; NaN and infinity as they are.
+FEDQ_INLINE F saturated(F v, float largest) {
+  return select(are_finite(v), larger(splat(-largest), smaller(splat(largest), v)), v);
+}
+
 template <int kDtype>
 FEDQ_INLINE F load_input(const void* x, int64_t i) {
   if constexpr (kDtype == 1) return load_bf16(static_cast<const uint16_t*>(x) + i);
@@ -40,12 +51,25 @@ static void stage(const void* x, int64_t dtype, const float* residual, int64_t n
   stage_typed<0>(x, residual, num, width, total);
 }
 
+// x + residual; where both are finite and their sum is not, the largest number of its sign.
+FEDQ_INLINE F add_finite(F x, F residual) {
+  const F total = add(x, residual);
+  if (mask_bits(are_finite(total)) == 0xFFFF) return total;
+  const F bounded = larger(splat(-kLargest), smaller(splat(kLargest), total));
+  return select(both(are_finite(x), are_finite(residual)), bounded, total);
+}
+
 // ---- casts --------------------------------------------------------------------------------------------------------
 
+// Nearest even; finite values stay finite.
 FEDQ_INLINE I bf16_of(F v) {
-  const I bits = bits_of(v), odd = and_int(shift_right<16>(bits), splat_int(1));
-  const I rounded = shift_right<16>(add_int(bits, add_int(odd, splat_int(0x7FFF))));
-  return select_int(is_nan(v), splat_int(0x7FC0), rounded);
+  const auto rounded = [](F x) __attribute__((always_inline)) {
+    const I bits = bits_of(x), odd = and_int(shift_right<16>(bits), splat_int(1));
+    return shift_right<16>(add_int(bits, add_int(odd, splat_int(0x7FFF))));
+  };
+  // From here on magnitudes round to infinity.
+  if (__builtin_expect(mask_bits(less(magnitude(v), splat(0x1.ffp127f))) == 0xFFFF, 1)) return rounded(v);
+  return select_int(is_nan(v), splat_int(0x7FC0), rounded(saturated(v, kLargestBf16)));
 }
 
 // Stores 16 values as the type and returns what they became.
@@ -56,8 +80,7 @@ FEDQ_INLINE F store_cast(uint8_t* out, F v) {
     store_halves(reinterpret_cast<uint16_t*>(out), half);
     return float_of_bits(shift_left<16>(half));
   } else if constexpr (kKind == kFp16) {
-    const F bounded = larger(splat(-65504.0f), smaller(splat(65504.0f), v));
-    const F kept = select(less(magnitude(v), splat(__builtin_inff())), bounded, v);
+    const F kept = saturated(v, 65504.0f);
     store_fp16(reinterpret_cast<uint16_t*>(out), select(is_nan(v), splat(__builtin_nanf("")), kept));
     return load_fp16(reinterpret_cast<const uint16_t*>(out));
   } else {
@@ -79,21 +102,25 @@ template <int32_t kKind, int kDtype>
 static void encode_cast_typed(const void* x, float* residual, int64_t num, uint8_t* out) {
   int64_t i = 0;
   for (; i + 16 <= num; i += 16) {
-    F total = load_input<kDtype>(x, i);
-    if (residual) total = add(total, load(residual + i));
-    const F decoded = store_cast<kKind>(out + i * item_nbytes(kKind), total);
-    if (residual) store_finite(residual + i, sub(total, decoded));
+    const F value = load_input<kDtype>(x, i);
+    if (residual) {
+      const F old = load(residual + i);
+      const F decoded = store_cast<kKind>(out + i * item_nbytes(kKind), add_finite(value, old));
+      store_finite(residual + i, sub(add(value, old), decoded));
+    } else {
+      store_cast<kKind>(out + i * item_nbytes(kKind), value);
+    }
   }
   if (i == num) return;
   const size_t rest = static_cast<size_t>(num - i);
-  float total[16], kept[16] = {};
+  float value[16], kept[16] = {};
   uint8_t bytes[64];
-  stage_typed<kDtype>(input_at(x, kDtype, i), residual ? residual + i : nullptr, num - i, 16, total);
-  const F decoded = store_cast<kKind>(bytes, load(total));
+  stage_typed<kDtype>(input_at(x, kDtype, i), nullptr, num - i, 16, value);
+  if (residual) memcpy(kept, residual + i, rest * 4);
+  const F old = load(kept), decoded = store_cast<kKind>(bytes, residual ? add_finite(load(value), old) : load(value));
   memcpy(out + i * item_nbytes(kKind), bytes, rest * item_nbytes(kKind));
   if (!residual) return;
-  memcpy(kept, residual + i, rest * 4);
-  store_finite(kept, sub(load(total), decoded));
+  store_finite(kept, sub(add(load(value), old), decoded));
   memcpy(residual + i, kept, rest * 4);
 }
 

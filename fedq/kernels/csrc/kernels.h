@@ -12,7 +12,7 @@
 
 // Raised with every change to a listed function or to a plan, so that a library of another version is never called;
 // `fedq/kernels/cpu/library.py` says the same number.
-#define FEDQ_ABI 3
+#define FEDQ_ABI 4
 
 #define FEDQ_KERNELS(X) \
   FEDQ_BLOCK_KERNELS(X) FEDQ_SPARSE_KERNELS(X) FEDQ_XNOR_KERNELS(X) FEDQ_CHECKSUM_KERNELS(X)

@@ -14,6 +14,7 @@ struct SparsePlan {
   int64_t unbias;  // kRandK: values times the length of their run
   int64_t key;     // kRandK: the hash key of the positions
   float value;     // kThreshold: the smallest magnitude that is kept
+  float largest_scale;  // of coded values: the largest scale that decodes to finite ones
 };
 
 // Elements to encode: x (dtype 0 float32, 1 bfloat16, 2 float16) plus, unless null, a residual.

@@ -617,9 +617,11 @@ FEDQ_INLINE uint64_t unpack(const uint8_t* data, int64_t num_bytes, int64_t i, i
   return word >> (i * bits % 8) & ((1ull << bits) - 1);
 }
 
+// Finite values stay finite.
 FEDQ_INLINE uint16_t bfloat_of(float value) {
-  const uint32_t bits = word_of(value);
-  if ((bits & 0x7FFFFFFF) > kInfinity) return 0x7FC0;
+  const uint32_t bits = word_of(value), size = bits & 0x7FFFFFFF;
+  if (size > kInfinity) return 0x7FC0;
+  if (size > 0x7F7F0000 && size < kInfinity) return (uint16_t)(bits >> 16);
   return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
@@ -750,6 +752,7 @@ FEDQ_INLINE float decoded_value(uint32_t code, int64_t bits, float scale) {
 struct ValueWriter {
   const SparsePlan& plan;
   const Selection& selection;
+  const SparseInput& in;
   float* residual;
   int64_t num;
   uint8_t* out;     // the values
@@ -776,9 +779,19 @@ struct ValueWriter {
   }
 
  private:
+  // What is sent of an entry; a finite value stays finite, also where it takes a sum or a product to get it.
   float sent(int64_t i) const {
-    const float total = selection.total[i];
-    return plan.unbias != 0 ? total * (float)run_length(i, num, selection.num) : total;
+    float total = selection.total[i];
+    if (__builtin_isinf(total) && residual != nullptr && __builtin_isfinite(selection.old[i]) && is_finite_at(i))
+      total = __builtin_copysignf(kLargest, total);
+    if (plan.unbias == 0) return total;
+    const float longer = total * (float)run_length(i, num, selection.num);
+    return __builtin_isinf(longer) && __builtin_isfinite(total) ? __builtin_copysignf(kLargest, total) : longer;
+  }
+
+  bool is_finite_at(int64_t i) const {
+    const SparseInput alone{in.x, in.dtype, nullptr, in.num};
+    return __builtin_isfinite(total_at(alone, selection.index[i]));
   }
 
   void settle(int64_t i, float decoded) const {
@@ -804,9 +817,14 @@ struct ValueWriter {
   // Codes the entries of a group and returns its scale; both buffers are zeros before and after.
   uint16_t code_group(int64_t first, int64_t last, float* products, float* squares) const {
     const float top = (float)((1 << (plan.bits - 1)) - 1);
-    const float inverse = safe_inverse(first_step(first, last, products));
+    float measured = measure(first, last, 1.0f, products), unit = 1.0f;
+    if (__builtin_expect(!(measured < kLarge), 0) && are_large(first, last)) {  // their sums may leave float32's range
+      unit = kShrink;
+      measured = measure(first, last, unit, products);
+    }
+    const float inverse = safe_inverse(first_step(measured, last - first));
     for (int64_t i = first; i < last; ++i) {
-      const float value = sent(i), size = absolute(value);
+      const float value = sent(i), size = absolute(value) * unit;
       float cell = __builtin_floorf(size * inverse);
       cell = cell > top ? top : cell;
       cell = cell >= 0.0f ? cell : 0.0f;  // NaN too
@@ -815,7 +833,7 @@ struct ValueWriter {
       place(squares, i) += level * level;
       codes[i] = (uint8_t)((uint32_t)cell | (uint32_t)(value < 0.0f) << (plan.bits - 1));
     }
-    const uint16_t scale = rounded_scale(tree_sum(products) * safe_inverse(tree_sum(squares)));
+    const uint16_t scale = scale_of(tree_sum(products) * safe_inverse(tree_sum(squares)), unit);
     for (int64_t i = first; i < last; ++i) {
       place(products, i) = place(squares, i) = 0.0f;
       settle(i, decoded_value(codes[i], plan.bits, float_of((uint32_t)scale << 16)));
@@ -823,20 +841,40 @@ struct ValueWriter {
     return scale;
   }
 
-  // The step that chooses codes: from the largest magnitude, or at 1 and 2 bits from the mean one.
-  float first_step(int64_t first, int64_t last, float* zeros) const {
-    if (plan.bits > 2) {
-      float largest = 0.0f;
-      for (int64_t i = first; i < last; ++i) {
-        const float size = absolute(sent(i));
-        if (!(size <= largest) && largest == largest) largest = size;  // a NaN stays
-      }
-      return largest / (float)(1 << (plan.bits - 1));
+  // The scale's bits, as if its values had not been multiplied.
+  uint16_t scale_of(float scale, float unit) const {
+    const float largest = plan.largest_scale * unit;
+    const uint16_t rounded = rounded_scale(scale > largest && __builtin_isfinite(scale) ? largest : scale);
+    return bfloat_of(float_of((uint32_t)rounded << 16) / unit);
+  }
+
+  // The largest magnitude of a group, NaN if there is one.
+  float largest_of(int64_t first, int64_t last) const {
+    float largest = 0.0f;
+    for (int64_t i = first; i < last; ++i) {
+      const float size = absolute(sent(i));
+      if (!(size <= largest) && largest == largest) largest = size;  // a NaN stays
     }
-    for (int64_t i = first; i < last; ++i) place(zeros, i) += absolute(sent(i));
+    return largest;
+  }
+
+  bool are_large(int64_t first, int64_t last) const {
+    const float largest = largest_of(first, last);
+    return largest >= kLarge && __builtin_isfinite(largest);
+  }
+
+  // What the step that chooses codes follows from: the largest magnitude, or at 1 and 2 bits the sum of all.
+  float measure(int64_t first, int64_t last, float unit, float* zeros) const {
+    if (plan.bits > 2) return largest_of(first, last) * unit;
+    for (int64_t i = first; i < last; ++i) place(zeros, i) += absolute(sent(i)) * unit;
     const float sum = tree_sum(zeros);
     for (int64_t i = first; i < last; ++i) place(zeros, i) = 0.0f;
-    return sum / (float)(last > first ? last - first : 1) * (float)(5.0 / 3.0);
+    return sum;
+  }
+
+  float first_step(float measured, int64_t num_kept) const {
+    if (plan.bits > 2) return measured / (float)(1 << (plan.bits - 1));
+    return measured / (float)(num_kept > 0 ? num_kept : 1) * (float)(5.0 / 3.0);
   }
 };
 
@@ -896,7 +934,7 @@ static int64_t sparse_write(const SparsePlan* plan, const SparseInput* input, vo
   const bool coded = plan->bits <= 8;
 
   const Buffer<uint8_t> codes(coded ? kept : 0);
-  const ValueWriter writer{*plan, selection, input->residual, num, values, codes.data, scales};
+  const ValueWriter writer{*plan, selection, *input, input->residual, num, values, codes.data, scales};
   if (codes.data == nullptr || !write_values(*plan, *input, selection, writer, num_threads)) return -1;
   if (coded) pack(values, kept, plan->bits, num_threads, [&](int64_t i) { return codes[i]; });
   if (plan->kind == kThreshold) memcpy(out, &kept, 8);

@@ -18,6 +18,7 @@ from fedq.kernels.reference import blocks, cast, sparse
 from fedq.kernels.reference.checksum import crc32c
 from fedq.kernels.reference.primitives import (
     absmax,
+    add_finite,
     bf16_bytes,
     bf16_from_bytes,
     derive_seed,
@@ -28,6 +29,7 @@ from fedq.kernels.reference.primitives import (
     hash32,
     hash_int,
     join_bytes,
+    message_seed,
     mix32,
     noise_key,
     pack_bits,
@@ -36,6 +38,7 @@ from fedq.kernels.reference.primitives import (
     rotate,
     rounded_scale,
     safe_inverse,
+    saturated,
     shared_key,
     signs,
     span_seed,
@@ -50,6 +53,7 @@ from fedq.kernels.reference.primitives import (
 __all__ = [
     "ROTATION",
     "absmax",
+    "add_finite",
     "bf16_bytes",
     "bf16_from_bytes",
     "check",
@@ -65,6 +69,7 @@ __all__ = [
     "hash32",
     "hash_int",
     "join_bytes",
+    "message_seed",
     "mix32",
     "noise_key",
     "pack_bits",
@@ -74,6 +79,7 @@ __all__ = [
     "rotate",
     "rounded_scale",
     "safe_inverse",
+    "saturated",
     "shared_key",
     "signs",
     "span_seed",
@@ -90,10 +96,11 @@ _PASSES: dict[type, Any] = {CastPlan: cast, BlockPlan: blocks, SparsePlan: spars
 
 def encode(plan: Plan, x: Tensor, *, seed: int, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Encode ``x + residual``: sections joined to a payload, and what it lost into ``residual``."""
-    total = x.to(torch.float32)
+    values = total = x.to(torch.float32)
     if residual is not None:
-        total = total + residual
-    data = join_bytes(_PASSES[type(plan)].encode(plan, total, seed=seed), out)
+        values, total = add_finite(values, residual), values + residual
+    ranked = {"ranked": total} if isinstance(plan, SparsePlan) else {}
+    data = join_bytes(_PASSES[type(plan)].encode(plan, values, seed=seed, **ranked), out)
     if residual is not None:
         new = total - _decoded(plan, data, x.numel(), seed)
         residual.copy_(torch.where(new.isfinite(), new, residual))

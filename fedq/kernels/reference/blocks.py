@@ -14,8 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedq.kernels.plan import BlockPlan
+from fedq.kernels.plan import LARGE, ROTATION, SHRINK, BlockPlan
 from fedq.kernels.reference.primitives import (
+    LARGEST,
+    LARGEST_BF16,
     absmax,
     bf16_bytes,
     bf16_from_bytes,
@@ -50,19 +52,23 @@ class Rule:
     """How the values of a block become codes and back.
 
     Args:
-        quantize: From groups (g, 2^n), counts (g, 1) and noise like groups, or None, to uint8 codes like groups and
-            float32 scales (g,) that bfloat16 holds exactly.
+        quantize: From groups (g, 2^n), counts (g, 1), noise like groups or None, and the largest scale that there may
+            be, to uint8 codes like groups and float32 scales (g,) that bfloat16 holds exactly.
         levels: From uint8 codes to their float32 values at scale 1.
         pack: From flat codes to bytes.
         unpack: From bytes and a number to flat codes.
         codes_nbytes: From a number of codes to their packed bytes.
+        measure: From groups to what shows which of them are `LARGE`: their largest magnitudes, or sums of magnitudes.
+        largest_scale: Largest scale that decodes to finite values; None: what the levels in use allow.
     """
 
-    quantize: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    quantize: Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     levels: Callable[[Tensor], Tensor]
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int], Tensor]
     codes_nbytes: Callable[[int], int]
+    measure: Callable[[Tensor], Tensor]
+    largest_scale: float | None = None
 
 
 # ---- the built-in rules ------------------------------------------------------------------------------------------
@@ -72,24 +78,34 @@ def rule_of(plan: BlockPlan) -> Rule:
     """Return the rule of a plan."""
     quantize = {"integer": _quantize_integer, "ternary": _quantize_ternary, "sign": _quantize_sign}[plan.kind]
     levels = {"integer": _integer_levels, "ternary": _ternary_levels, "sign": _sign_levels}[plan.kind]
-    if plan.kind == "ternary":
-        return Rule(partial(quantize, plan), partial(levels, plan), pack_trits, unpack_trits, plan.codes_nbytes)
+    is_ternary = plan.kind == "ternary"
     return Rule(
         quantize=partial(quantize, plan),
         levels=partial(levels, plan),
-        pack=lambda codes: pack_bits(codes, plan.bits),
-        unpack=lambda data, num: unpack_bits(data, plan.bits, num),
+        pack=pack_trits if is_ternary else lambda codes: pack_bits(codes, plan.bits),
+        unpack=unpack_trits if is_ternary else lambda data, num: unpack_bits(data, plan.bits, num),
         codes_nbytes=plan.codes_nbytes,
+        measure=absmax if plan.by_absmax else sum_of_magnitudes,
+        largest_scale=plan.largest_scale,
     )
 
 
-def _quantize_integer(plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def sum_of_magnitudes(groups: Tensor) -> Tensor:
+    """Return the sum of each row's magnitudes."""
+    return tree_sum(groups.abs())
+
+
+def _quantize_integer(
+    plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
     if noise is not None:
-        return _quantize_stochastic(plan, groups, noise)
-    return _quantize_gaussian(plan, groups, counts) if plan.midrise else _quantize_absmax(plan, groups)
+        return _quantize_stochastic(plan, groups, noise, largest)
+    if plan.midrise:
+        return _quantize_gaussian(plan, groups, counts, largest)
+    return _quantize_absmax(plan, groups, largest)
 
 
-def _quantize_gaussian(plan: BlockPlan, groups: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_gaussian(plan: BlockPlan, groups: Tensor, counts: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Mid-rise grid: codes by the best Gaussian step, then the least-squares scale of the chosen levels."""
     half = 1 << (plan.bits - 1)
     mean = tree_sum(groups.abs()).unsqueeze(1) / counts
@@ -97,23 +113,23 @@ def _quantize_gaussian(plan: BlockPlan, groups: Tensor, counts: Tensor) -> tuple
     cell = (groups * inverse).floor_().clamp_(-half, half - 1)
     levels = (cell + 0.5) * element_mask(groups, counts)
     scale = tree_sum(groups * levels) / tree_sum(levels * levels)
-    return _codes(cell, half), rounded_scale(scale)
+    return _codes(cell, half), rounded_scale(scale, largest=largest)
 
 
-def _quantize_absmax(plan: BlockPlan, groups: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_absmax(plan: BlockPlan, groups: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Mid-tread grid up to the largest magnitude."""
     half = 1 << (plan.bits - 1)
-    scale = rounded_scale(_divided(absmax(groups), half - 1))
+    scale = rounded_scale(_divided(absmax(groups), half - 1), largest=largest)
     q = (groups * safe_inverse(scale).unsqueeze(1)).round_().clamp_(1 - half, half - 1)
     return _codes(q, half), scale
 
 
-def _quantize_stochastic(plan: BlockPlan, groups: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_stochastic(plan: BlockPlan, groups: Tensor, noise: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Either grid with a scale that is never too small, rounded up with the probability of the remainder."""
     half = 1 << (plan.bits - 1)
     offset = 0.5 if plan.midrise else 0.0
     top = half - 1 + offset
-    scale = rounded_scale(_divided(absmax(groups), top), up=True)
+    scale = rounded_scale(_divided(absmax(groups), top), up=True, largest=largest)
     cell = (groups * safe_inverse(scale).unsqueeze(1) - offset + noise).floor_()
     return _codes(cell.clamp_(-top - offset, top - offset), half), scale
 
@@ -133,16 +149,18 @@ def _integer_levels(plan: BlockPlan, codes: Tensor) -> Tensor:
     return codes.to(torch.float32) - (half - 0.5 if plan.midrise else float(half))
 
 
-def _quantize_ternary(plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_ternary(
+    plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
     magnitude = groups.abs()
     if noise is not None:
-        scale = rounded_scale(absmax(groups), up=True)
+        scale = rounded_scale(absmax(groups), up=True, largest=largest)
         keep = magnitude * safe_inverse(scale).unsqueeze(1) > noise
     else:
         keep = magnitude > TERNARY_THRESHOLD * (tree_sum(magnitude).unsqueeze(1) / counts)
         kept = tree_sum(keep.to(torch.float32))
         total = tree_sum(torch.where(keep | ~magnitude.isfinite(), magnitude, 0.0))
-        scale = rounded_scale(total / kept.clamp(min=1.0))
+        scale = rounded_scale(total / kept.clamp(min=1.0), largest=largest)
     trit = torch.where(keep, groups.sign(), 0.0)
     return (trit + 1.0).to(torch.uint8), scale
 
@@ -151,9 +169,11 @@ def _ternary_levels(plan: BlockPlan, codes: Tensor) -> Tensor:
     return codes.to(torch.float32) - 1.0
 
 
-def _quantize_sign(plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_sign(
+    plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
     if noise is not None:
-        scale = rounded_scale(absmax(groups), up=True)
+        scale = rounded_scale(absmax(groups), up=True, largest=largest)
         positive = groups * safe_inverse(scale).unsqueeze(1) > 2.0 * noise - 1.0
         return (~positive).to(torch.uint8), scale
     total = tree_sum(groups.abs())
@@ -161,7 +181,7 @@ def _quantize_sign(plan: BlockPlan, groups: Tensor, counts: Tensor, noise: Tenso
     if plan.unbiased:
         # x·(x/|x|_1) instead of x²/|x|_1: a square leaves float32's range at 1e19 and at 1e-23.
         scale = tree_sum(groups * (groups * safe_inverse(total).unsqueeze(1)))
-    return (groups < 0).to(torch.uint8), rounded_scale(scale)
+    return (groups < 0).to(torch.uint8), rounded_scale(scale, largest=largest)
 
 
 def _sign_levels(plan: BlockPlan, codes: Tensor) -> Tensor:
@@ -206,15 +226,32 @@ def encode_blocks(rule: Rule, blocks: Blocks, x: Tensor, *, seed: int) -> list[T
 
 
 def _encode_chunk(rule: Rule, blocks: Blocks, x: Tensor, seed: int, start: int) -> tuple[Tensor, Tensor]:
-    y = rotate(x, seed, start=start) if blocks.rotate else x
-    groups = to_groups(y, blocks.width)
+    groups, num = _groups_of(blocks, x, seed, start), blocks.num_codes(x.numel())
     counts = torch.full((groups.shape[0], 1), float(blocks.width), device=x.device)
-    counts[-1] = y.numel() - blocks.width * (groups.shape[0] - 1)
+    counts[-1] = num - blocks.width * (groups.shape[0] - 1)
     noise = None
     if blocks.stochastic:
-        noise = to_groups(uniform(y.numel(), seed, start=start, device=x.device), blocks.width)
-    codes, scales = rule.quantize(groups, counts, noise)
-    return rule.pack(from_groups(codes, blocks.width, y.numel())), scales
+        noise = to_groups(uniform(num, seed, start=start, device=x.device), blocks.width)
+    largest = rule.largest_scale or LARGEST_BF16
+    codes, scales = rule.quantize(groups, counts, noise, largest)
+    if not bool(torch.stack(torch.aminmax(groups)).abs().amax() * blocks.width < LARGE):
+        large = ~(rule.measure(groups) < LARGE) & to_groups(x, blocks.width).isfinite().all(dim=1)
+        shrunk = rule.quantize(_groups_of(blocks, x * SHRINK, seed, start), counts, noise, largest * SHRINK)
+        codes = torch.where(large.unsqueeze(1), shrunk[0], codes)
+        scales = torch.where(large, _grown(rule, *shrunk), scales)
+    return rule.pack(from_groups(codes, blocks.width, num)), scales
+
+
+def _groups_of(blocks: Blocks, x: Tensor, seed: int, start: int) -> Tensor:
+    return to_groups(rotate(x, seed, start=start) if blocks.rotate else x, blocks.width)
+
+
+def _grown(rule: Rule, codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the scales of values that were multiplied by `SHRINK`."""
+    grown = scales / SHRINK
+    if rule.largest_scale is not None:
+        return grown
+    return torch.minimum(grown, rounded_scale(LARGEST / absmax(rule.levels(codes)).clamp(min=1.0) * (1 - 2.0**-7)))
 
 
 def decode_blocks(rule: Rule, blocks: Blocks, data: Tensor, num: int, *, seed: int) -> Tensor:
@@ -227,9 +264,24 @@ def decode_blocks(rule: Rule, blocks: Blocks, data: Tensor, num: int, *, seed: i
         num_codes, at, first = blocks.num_codes(size), rule.codes_nbytes(start), start // blocks.width
         codes = rule.unpack(data[at : at + rule.codes_nbytes(num_codes)], num_codes)
         levels = to_groups(rule.levels(codes), blocks.width)
-        y = from_groups(levels * scales[first : first + levels.shape[0]].unsqueeze(1), blocks.width, num_codes)
-        out[start : start + size] = unrotate(y, seed, size, start=start) if blocks.rotate else y
+        some = scales[first : first + levels.shape[0]].unsqueeze(1)
+        if blocks.rotate:
+            out[start : start + size] = _unrotated(levels, some, blocks.width, seed, size, start)
+        else:
+            out[start : start + size] = from_groups(levels * some, blocks.width, num_codes)
     return out
+
+
+def _unrotated(levels: Tensor, scales: Tensor, width: int, seed: int, num: int, start: int) -> Tensor:
+    """Return ``num`` values of rotated groups; none leaves float32's range whose scale is finite."""
+    num_codes = -(-num // ROTATION) * ROTATION
+    large = (scales >= LARGE) & scales.isfinite()
+    if not bool(large.any()):
+        return unrotate(from_groups(levels * scales, width, num_codes), seed, num, start=start)
+    unit = torch.where(large, SHRINK, 1.0)
+    values = unrotate(from_groups(levels * (scales * unit), width, num_codes), seed, num, start=start)
+    units = from_groups(unit.expand_as(levels), width, num)
+    return torch.where(units < 1.0, (values / units).clamp(-LARGEST, LARGEST), values)
 
 
 def codes(plan: BlockPlan, data: Tensor, num: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedq.kernels.plan import CastPlan
-from fedq.kernels.reference.primitives import bf16_bytes
+from fedq.kernels.reference.primitives import bf16_bytes, saturated
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_FP16 = 65504.0
@@ -21,7 +21,7 @@ def encode(plan: CastPlan, x: Tensor, *, seed: int) -> list[Tensor]:
     if plan.dtype == "bf16":
         return [bf16_bytes(x)]
     if plan.dtype == "fp16":
-        half = torch.where(x.isinf(), x, x.clamp(-_LARGEST_FP16, _LARGEST_FP16)).to(torch.float16)
+        half = saturated(x, _LARGEST_FP16).to(torch.float16)
         return [half.view(torch.int16).masked_fill(x.isnan(), _FP16_NAN).view(torch.uint8)]
     return [x.to(_DTYPES[plan.dtype], copy=True).view(torch.uint8)]  # a payload never shares the input's memory
 

@@ -18,6 +18,10 @@ from fedq.kernels.plan import ROTATION, elias_fano_low_bits
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 _NOISE = 0x85EBCA6B
+LARGEST = (2.0 - 2.0**-23) * 2.0**127
+"""The largest float32 number."""
+LARGEST_BF16 = (2.0 - 2.0**-7) * 2.0**127
+"""The largest bfloat16 number."""
 _SMALLEST = 2.0**-126
 """Scales below the smallest normal number count as zero: their reciprocal would overflow."""
 _WIDE = 1 << 16
@@ -63,6 +67,21 @@ def span_seed(seed: int, index: int) -> int:
     """
     low, high = seed & _MASK, (seed >> 32) & _MASK
     return hash_int(low + (index + 1) * _GOLDEN) | hash_int(high + (index + 1) * _NOISE) << 32
+
+
+def message_seed(seed: int, index: int) -> int:
+    """Return the message's seed whose ``index``-th span has a seed: undo `span_seed`."""
+    low, high = _unhash_int(seed & _MASK), _unhash_int((seed >> 32) & _MASK)
+    return (low - (index + 1) * _GOLDEN) & _MASK | ((high - (index + 1) * _NOISE) & _MASK) << 32
+
+
+def _unhash_int(x: int) -> int:
+    """Undo `hash_int`: products by inverses modulo 2^32, and shifts that are applied until nothing is left."""
+    x ^= x >> 16
+    x = (x * pow(0x846CA68B, -1, 1 << 32)) & _MASK
+    x ^= (x >> 15) ^ (x >> 30)
+    x = (x * pow(0x7FEB352D, -1, 1 << 32)) & _MASK
+    return x ^ (x >> 16)
 
 
 def shared_key(seed: int) -> int:
@@ -151,13 +170,17 @@ def safe_inverse(scale: Tensor) -> Tensor:
     return torch.where(scale < _SMALLEST, torch.zeros_like(scale), 1.0 / scale)
 
 
-def rounded_scale(scale: Tensor, *, up: bool = False) -> Tensor:
-    """Return the scale as bfloat16 in float32, denormal as zero, rounded up if nothing may be clipped."""
+def rounded_scale(scale: Tensor, *, up: bool = False, largest: float = LARGEST_BF16) -> Tensor:
+    """Return the scale as bfloat16 in float32, denormal as zero, rounded up if nothing may be clipped.
+
+    A finite scale becomes at most ``largest``, a bfloat16 number.
+    """
     rounded = scale.to(torch.bfloat16)
     if up:
         bits = rounded.view(torch.int16)
         rounded = torch.where(rounded.to(torch.float32) < scale, bits + 1, bits).view(torch.bfloat16)
     rounded = rounded.to(torch.float32)
+    rounded = torch.where(scale.isfinite(), rounded.clamp(max=largest), rounded)
     return torch.where(rounded < _SMALLEST, torch.zeros_like(rounded), rounded)
 
 
@@ -194,8 +217,23 @@ def rotate(x: Tensor, seed: int, *, start: int = 0) -> Tensor:
 
 def unrotate(y: Tensor, seed: int, numel: int, *, start: int = 0) -> Tensor:
     """Undo `rotate` and drop the padding."""
-    rows = _hadamard(y.view(-1, ROTATION)) * (1.0 / 16.0)
+    rows = _hadamard(y.view(-1, ROTATION) * (1.0 / 16.0))
     return (rows.reshape(-1) * signs(rows.numel(), seed, start=start, device=y.device))[:numel]
+
+
+# ---- finite values that stay finite ------------------------------------------------------------------------------
+
+
+def saturated(values: Tensor, largest: float) -> Tensor:
+    """Return the values, finite ones at most as large as ``largest``; NaN and infinity as they are."""
+    return torch.where(values.isinf(), values, values.clamp(-largest, largest))
+
+
+def add_finite(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum; where two finite numbers have none in float32 it is the largest number of its sign."""
+    total = x + y
+    overflows = total.isinf() & x.isfinite() & y.isfinite()
+    return torch.where(overflows, total.clamp(-LARGEST, LARGEST), total)
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------------
@@ -213,8 +251,8 @@ def join_bytes(sections: list[Tensor], out: Tensor | None = None) -> Tensor:
 
 
 def bf16_bytes(values: Tensor) -> Tensor:
-    """Return bfloat16 values as little-endian bytes: nearest even, every NaN as 0x7FC0."""
-    bits = values.to(torch.bfloat16).contiguous().view(torch.int16)
+    """Return bfloat16 values as little-endian bytes: nearest even, finite ones stay finite, every NaN as 0x7FC0."""
+    bits = saturated(values, LARGEST_BF16).to(torch.bfloat16).contiguous().view(torch.int16)
     return bits.masked_fill(values.isnan(), 0x7FC0).view(torch.uint8)
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError
-from fedq.kernels.plan import SCALE_GROUP, SparsePlan
+from fedq.kernels.plan import LARGE, SCALE_GROUP, SHRINK, SparsePlan
 from fedq.kernels.reference.primitives import (
+    LARGEST,
     absmax,
     bf16_bytes,
     bf16_from_bytes,
@@ -29,13 +30,22 @@ FIRST_STEP = 5.0 / 3.0
 """At 1 and 2 bits, the step that chooses codes over the mean kept magnitude."""
 
 
-def encode(plan: SparsePlan, x: Tensor, *, seed: int) -> list[Tensor]:
-    """Return the sections of flat float32 ``x``."""
+def encode(plan: SparsePlan, x: Tensor, *, seed: int, ranked: Tensor | None = None) -> list[Tensor]:
+    """Return the sections of flat float32 ``x``.
+
+    Args:
+        plan: What to keep, and how.
+        x: The values.
+        seed: 64 bits.
+        ranked: Like ``x``, what decides which are kept; default: ``x``.
+    """
     num = x.numel()
-    indices = positions(plan, num, seed, x.device) if plan.kind == "randk" else select(plan, x)
+    kept_of = x if ranked is None else ranked
+    indices = positions(plan, num, seed, x.device) if plan.kind == "randk" else select(plan, kept_of)
     values = torch.where(indices < num, x[indices.clamp(max=num - 1)], 0.0)
     if plan.unbias:
-        values = values * _runs(plan, num, x.device)[1]
+        longer = values * _runs(plan, num, x.device)[1]
+        values = torch.where(values.isfinite(), longer.clamp(-LARGEST, LARGEST), longer)
     return [_indices_encode(plan, indices, num), *_values_encode(plan, values, indices, num)]
 
 
@@ -168,13 +178,18 @@ def _values_encode(plan: SparsePlan, values: Tensor, indices: Tensor, num: int) 
         return [bf16_bytes(values)]
     levels = 1 << (plan.bits - 1)
     magnitude, group = values.abs(), _group(indices, num)
+    largest = absmax(_spread(magnitude, indices, num))
+    unit = torch.where((largest >= LARGE) & largest.isfinite(), SHRINK, 1.0)
+    magnitude = magnitude * unit[group]
     step = _first_step(plan, magnitude, indices, num)
     cell = (magnitude * safe_inverse(step)[group]).floor_()
     cell = cell.clamp_(0, levels - 1).nan_to_num_(0.0)
     level = cell + 0.5
     scale = _group_sum(magnitude * level, indices, num) * safe_inverse(_group_sum(level * level, indices, num))
     codes = cell.to(torch.uint8) | ((values < 0).to(torch.uint8) << (plan.bits - 1))
-    return [pack_bits(codes, plan.bits), bf16_bytes(rounded_scale(scale))]
+    # The scale is bounded before it grows by the unit's inverse: its largest level is then finite.
+    scale = torch.where(scale.isfinite(), torch.minimum(scale, plan.largest_scale * unit), scale)
+    return [pack_bits(codes, plan.bits), bf16_bytes(rounded_scale(scale) / unit)]
 
 
 def _values_decode(plan: SparsePlan, data: Tensor, indices: Tensor, num: int) -> Tensor:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from fedq.kernels.triton.primitives import (
     absmax,
+    add_finite,
     bf16_bits,
     bf16_float,
     bits_float,
@@ -51,6 +52,7 @@ class BlockCode(NamedTuple):
         block: Elements of a block.
         log_block: Its logarithm.
         rotate: Whether runs of 256 are rotated.
+        largest: Bits of the largest scale that decodes to finite values.
         itemsize: Bytes of a cast value, 0 if this is no cast.
         aligned: Whether the payload is aligned to the cast values.
     """
@@ -62,6 +64,7 @@ class BlockCode(NamedTuple):
     block: int = 1
     log_block: int = 0
     rotate: bool = False
+    largest: int = 0
     itemsize: int = 0
     aligned: bool = False
 
@@ -70,61 +73,69 @@ class BlockCode(NamedTuple):
 
 
 @triton.jit
-def _quantize(y, counts, inside, noise, C: tl.constexpr, ROWS: tl.constexpr):
-    """Turn rows into int32 codes (ROWS, block) and bfloat16 bits of their scales (ROWS, 1).
+def _quantize(y, counts, inside, noise, largest, C: tl.constexpr, ROWS: tl.constexpr):
+    """Turn rows into int32 codes (ROWS, block), bfloat16 bits of their scales, and what they measure, (ROWS, 1).
 
     Args:
         y: Float32 (ROWS, block), zeros where there is no element.
         counts: Elements of each row, float32 (ROWS, 1).
         inside: Which positions are elements.
         noise: Float32 like ``y`` in [0, 1), read by stochastic codes.
+        largest: Bits of the largest scale that there may be.
         C: The code.
         ROWS: Blocks.
+
+    Returns:
+        The third is each row's largest magnitude or the sum of its magnitudes: which of them the scale follows from.
     """
     # A value is clamped before it is rounded down, which gives what the reference's other order does.
+    if C.stochastic or C.mode == "midtread":  # noqa: SIM108 (a constant branch)
+        measured = absmax(y)
+    else:
+        measured = tree_sum(tl.abs(y), ROWS, C.block, C.log_block)
     if C.mode == "midrise" and not C.stochastic:
-        mean = divide(tree_sum(tl.abs(y), ROWS, C.block, C.log_block), counts)
+        mean = divide(measured, counts)
         cell = floor(clamp(y * safe_inverse(mean * C.step), 0.0 - (1 << (C.bits - 1)), (1 << (C.bits - 1)) - 0.5))
         levels = tl.where(inside, cell + 0.5, 0.0)
         products = tree_sum(y * levels, ROWS, C.block, C.log_block)
-        bits = scale_bits(divide(products, tree_sum(levels * levels, ROWS, C.block, C.log_block)), False)
+        bits = scale_bits(divide(products, tree_sum(levels * levels, ROWS, C.block, C.log_block)), False, largest)
         codes = _codes(cell, C.bits)
     elif C.mode == "midtread" and not C.stochastic:
-        bits = scale_bits(divide(absmax(y), (1 << (C.bits - 1)) - 1.0), False)
+        bits = scale_bits(divide(measured, (1 << (C.bits - 1)) - 1.0), False, largest)
         q = y * safe_inverse(bf16_float(bits))
         codes = _codes(whole(clamp(q, 1.0 - (1 << (C.bits - 1)), (1 << (C.bits - 1)) - 1.0)), C.bits)
     elif C.mode == "midrise":
-        bits = scale_bits(divide(absmax(y), (1 << (C.bits - 1)) - 0.5), True)
+        bits = scale_bits(divide(measured, (1 << (C.bits - 1)) - 0.5), True, largest)
         q = y * safe_inverse(bf16_float(bits)) - 0.5 + noise
         codes = _codes(floor(clamp(q, 0.0 - (1 << (C.bits - 1)), (1 << (C.bits - 1)) - 0.5)), C.bits)
     elif C.mode == "midtread":
-        bits = scale_bits(divide(absmax(y), (1 << (C.bits - 1)) - 1.0), True)
+        bits = scale_bits(divide(measured, (1 << (C.bits - 1)) - 1.0), True, largest)
         q = y * safe_inverse(bf16_float(bits)) + noise
         codes = _codes(floor(clamp(q, 1.0 - (1 << (C.bits - 1)), (1 << (C.bits - 1)) - 0.5)), C.bits)
     elif C.mode == "ternary" and not C.stochastic:
         magnitude = tl.abs(y)
-        keep = magnitude > 0.75 * divide(tree_sum(magnitude, ROWS, C.block, C.log_block), counts)
+        keep = magnitude > 0.75 * divide(measured, counts)
         kept = tl.sum(keep.to(tl.int32), axis=1, keep_dims=True).to(tl.float32)
         counted = tl.where(keep | (magnitude_bits(y) >= 0x7F800000), magnitude, 0.0)
         total = tree_sum(counted, ROWS, C.block, C.log_block)
-        bits = scale_bits(divide(total, tl.where(kept < 1.0, 1.0, kept)), False)
+        bits = scale_bits(divide(total, tl.where(kept < 1.0, 1.0, kept)), False, largest)
         codes = tl.where(keep, tl.where(y < 0.0, 0, 2), 1)
     elif C.mode == "ternary":
-        bits = scale_bits(absmax(y), True)
+        bits = scale_bits(measured, True, largest)
         keep = tl.abs(y) * safe_inverse(bf16_float(bits)) > noise
         codes = tl.where(keep, tl.where(y < 0.0, 0, 2), 1)
     elif C.stochastic:
-        bits = scale_bits(absmax(y), True)
+        bits = scale_bits(measured, True, largest)
         positive = y * safe_inverse(bf16_float(bits)) > 2.0 * noise - 1.0
         codes = tl.where(positive, 0, 1)
     else:
-        total = tree_sum(tl.abs(y), ROWS, C.block, C.log_block)
         if C.mode == "sign-unbiased":
-            bits = scale_bits(tree_sum(y * (y * safe_inverse(total)), ROWS, C.block, C.log_block), False)
+            scale = tree_sum(y * (y * safe_inverse(measured)), ROWS, C.block, C.log_block)
         else:
-            bits = scale_bits(divide(total, counts), False)
+            scale = divide(measured, counts)
+        bits = scale_bits(scale, False, largest)
         codes = tl.where(y < 0.0, 1, 0)
-    return codes, bits
+    return codes, bits, measured
 
 
 @triton.jit
@@ -286,11 +297,45 @@ def _decode_tile(data_ptr, scales_at, start, num_codes, key, C: tl.constexpr, TI
         codes = tl.reshape(_load_codes(data_ptr, start, limit, C, TILE), (TILE // C.block, C.block))
         row = tl.arange(0, TILE // C.block)[:, None]
         scales_ptr = data_ptr + scales_at + start // C.block * 2
-        scale = bf16_float(load_bytes(scales_ptr, row * 2, row * C.block < limit, 2))
-        decoded = tl.reshape(_levels(codes, C) * scale, (TILE,))
+        bits = load_bytes(scales_ptr, row * 2, row * C.block < limit, 2)
         if C.rotate:
-            decoded = unrotate(decoded, flips(start, key, TILE), TILE)
+            decoded = tl.reshape(_levels(codes, C) * bf16_float(_shrunk(bits)), (TILE,))
+            decoded = _unrotated(decoded, bits, flips(start, key, TILE), C, TILE)
+        else:
+            decoded = tl.reshape(_levels(codes, C) * bf16_float(bits), (TILE,))
     return decoded
+
+
+@triton.jit
+def _is_large(bits):
+    """Return which bfloat16 scales, given by their bits, are at least 2^96 and finite."""
+    return (bits >= 0x6F80) & (bits < 0x7F80)
+
+
+@triton.jit
+def _shrunk(bits):
+    """Return the bits of scales, large ones times 2^-64, so that no sum of a rotation leaves float32's range."""
+    return tl.where(_is_large(bits), bits - (64 << 7), bits).to(tl.uint32)
+
+
+@triton.jit
+def _unrotated(values, bits, flip, C: tl.constexpr, TILE: tl.constexpr):
+    """Undo the rotation of flat values that have shrunk scales; what is beyond float32 is its largest number.
+
+    Args:
+        values: Flat float32 of TILE rotated values.
+        bits: Bits of the scales before they shrank (rows, 1).
+        flip: Signs.
+        C: The code.
+        TILE: Elements.
+    """
+    values = unrotate(values, flip, TILE)
+    is_large = _is_large(bits)
+    if tl.max(tl.reshape(is_large.to(tl.int32), (TILE // C.block,)), axis=0) != 0:
+        rows = tl.reshape(values, (TILE // C.block, C.block))
+        grown = clamp(rows, -18446742974197923840.0, 18446742974197923840.0) * 18446744073709551616.0
+        values = tl.reshape(tl.where(is_large, grown, rows), (TILE,))
+    return values
 
 
 @triton.jit
@@ -342,9 +387,20 @@ def _encode_tile(
         else:
             counts = tl.minimum(tl.maximum(limit - row * C.block, 1), C.block).to(tl.float32)
             inside = tl.reshape(local < limit, (ROWS, C.block))
-        codes, bits = _quantize(
-            tl.reshape(y, (ROWS, C.block)), counts, inside, tl.reshape(noise, (ROWS, C.block)), C, ROWS
-        )
+        noise = tl.reshape(noise, (ROWS, C.block))
+        codes, bits, measured = _quantize(tl.reshape(y, (ROWS, C.block)), counts, inside, noise, C.largest, C, ROWS)
+        is_large = magnitude_bits(measured) >= 0x6F800000  # 2^96, or not finite
+        if tl.max(tl.reshape(is_large.to(tl.int32), (ROWS,)), axis=0) != 0:
+            # Finite values once more, times 2^-64, so that no sum leaves float32's range; the scale gets it back.
+            is_large = is_large & (magnitude_bits(absmax(tl.reshape(total, (ROWS, C.block)))) < 0x7F800000)
+            y = total * (2.0**-64)
+            if C.rotate:
+                y = rotate(y, flip, TILE)
+            shrunk, smaller, _ = _quantize(
+                tl.reshape(y, (ROWS, C.block)), counts, inside, noise, C.largest - (64 << 7), C, ROWS
+            )
+            codes = tl.where(is_large, shrunk, codes)
+            bits = tl.where(is_large, tl.where(smaller == 0, 0, smaller + (64 << 7)), bits).to(tl.uint32)
         flat = tl.reshape(codes, (TILE,))
         if not FULL:
             flat = tl.where(local < limit, flat, 0)
@@ -353,8 +409,8 @@ def _encode_tile(
         if C.rotate:
             # Gathered, not broadcast: up to Triton 3.6 the layout of the few scales, which every thread holds, would
             # spread over the whole butterfly, and every thread would compute the whole tile.
-            scale = tl.gather(tl.reshape(bf16_float(bits), (ROWS,)), local // C.block, 0)
-            decoded = unrotate(_levels(flat, C) * scale, flip, TILE)
+            scale = tl.gather(tl.reshape(bf16_float(_shrunk(bits)), (ROWS,)), local // C.block, 0)
+            decoded = _unrotated(_levels(flat, C) * scale, bits, flip, C, TILE)
         else:
             decoded = tl.reshape(_levels(codes, C) * bf16_float(bits), (TILE,))
     return decoded
@@ -380,10 +436,12 @@ def _encode_total(
     """Encode ``total + residual`` and replace the residual by what was lost; where that is not finite it stays."""
     local = tl.arange(0, TILE)
     mask = (start + local < num) & (local < COVER)
+    values = total
     if FEEDBACK:
         old = load_float(residual_ptr + start + local, mask, False, not FULL)
+        values = add_finite(total, old)
         total = total + old
-    decoded = _encode_tile(total, data_ptr, scales_at, start, num_codes, key, noise_key, C, COVER, TILE, FULL)
+    decoded = _encode_tile(values, data_ptr, scales_at, start, num_codes, key, noise_key, C, COVER, TILE, FULL)
     if FEEDBACK:
         new = total - decoded
         new = tl.where(magnitude_bits(new) < 0x7F800000, new, old)

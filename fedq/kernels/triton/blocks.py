@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fedq.kernels.plan import ROTATION, BlockPlan, CastPlan, Plan
+from fedq.kernels.plan import ROTATION, BlockPlan, CastPlan, Plan, bf16_bits
 from fedq.kernels.reference import noise_key, shared_key
 from fedq.kernels.reference.blocks import GAUSSIAN_STEP, MEAN_TO_SIGMA
 from fedq.kernels.triton.block_kernels import BlockCode, decode_kernel, encode_kernel, reduce_kernel
@@ -156,6 +156,7 @@ def _code(plan: CastPlan | BlockPlan, aligned: bool) -> BlockCode:
         block=plan.block,
         log_block=plan.block.bit_length() - 1,
         rotate=plan.rotate,
+        largest=bf16_bits(plan.largest_scale),
     )
 
 

@@ -60,10 +60,25 @@ def bits_float(bits):
 
 @triton.jit
 def bf16_bits(x):
-    """Return bfloat16 values as uint32 below 2^16: nearest even, every NaN as 0x7FC0."""
+    """Return bfloat16 values as uint32 below 2^16: nearest even, finite ones stay finite, every NaN as 0x7FC0."""
     bits = float_bits(x)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint32)
+    overflows = ((rounded & 0x7FFF) == 0x7F80) & ((bits & 0x7FFFFFFF) != 0x7F800000)
+    return tl.where(x != x, 0x7FC0, tl.where(overflows, rounded - 1, rounded)).to(tl.uint32)
+
+
+@triton.jit
+def largest_of_sign(x):
+    """Return the largest float32 number with the sign of each value."""
+    return bits_float((float_bits(x) & 0x80000000) | 0x7F7FFFFF)
+
+
+@triton.jit
+def add_finite(x, y):
+    """Return the sum; where two finite numbers have none in float32 it is the largest number of its sign."""
+    total = x + y
+    overflows = (magnitude_bits(total) == 0x7F800000) & (magnitude_bits(x) < 0x7F800000)
+    return tl.where(overflows & (magnitude_bits(y) < 0x7F800000), largest_of_sign(total), total)
 
 
 @triton.jit
@@ -110,11 +125,15 @@ def floor(x):
 
 
 @triton.jit
-def scale_bits(scale, UP: tl.constexpr):
-    """Round scales to bfloat16 bits, denormal ones to zero, and up if nothing may be clipped."""
+def scale_bits(scale, UP: tl.constexpr, largest):
+    """Round scales to bfloat16 bits, denormal ones to zero, and up if nothing may be clipped.
+
+    Finite ones have at most the bits ``largest``.
+    """
     bits = bf16_bits(scale)
     if UP:
         bits = tl.where(bf16_float(bits) < scale, bits + 1, bits)
+    bits = tl.where((bits > largest) & (magnitude_bits(scale) < 0x7F800000), largest, bits).to(tl.uint32)
     return tl.where(bf16_float(bits) < 2.0**-126, 0, bits).to(tl.uint32)
 
 
@@ -161,7 +180,7 @@ def rotate(x, flip, SIZE: tl.constexpr):
 @triton.jit
 def unrotate(y, flip, SIZE: tl.constexpr):
     """Undo `rotate`."""
-    return bits_float(float_bits(hadamard(y, SIZE) * 0.0625) ^ (flip << 31))
+    return bits_float(float_bits(hadamard(y * 0.0625, SIZE)) ^ (flip << 31))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fedq.kernels.plan import SCALE_GROUP, SparsePlan
+from fedq.kernels.plan import SCALE_GROUP, SparsePlan, bf16_bits
 from fedq.kernels.reference import elias_fano_decode, elias_fano_encode
 from fedq.kernels.reference.sparse import num_kept, positions
 from fedq.kernels.triton.sparse_kernels import (
@@ -224,6 +224,7 @@ def _index_bits(plan: SparsePlan) -> int:
 
 def _code(plan: SparsePlan) -> SparseCode:
     """Reduce a plan to what decides a kernel's instructions."""
+    largest = bf16_bits(plan.largest_scale)
     if plan.kind == "blocktopk":
-        return SparseCode(plan.kind, plan.bits, plan.k, plan.block, _index_bits(plan))
-    return SparseCode(plan.kind, plan.bits, unbias=plan.unbias)
+        return SparseCode(plan.kind, plan.bits, plan.k, plan.block, _index_bits(plan), largest=largest)
+    return SparseCode(plan.kind, plan.bits, unbias=plan.unbias, largest=largest)

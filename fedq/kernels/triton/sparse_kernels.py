@@ -15,6 +15,7 @@ import triton.language as tl
 from fedq.kernels.plan import SCALE_GROUP
 from fedq.kernels.triton.primitives import (
     absmax,
+    add_finite,
     bf16_bits,
     bf16_float,
     bits_float,
@@ -22,6 +23,7 @@ from fedq.kernels.triton.primitives import (
     divide,
     float_bits,
     floor,
+    largest_of_sign,
     load_bytes,
     load_code,
     load_float,
@@ -43,6 +45,7 @@ class SparseCode(NamedTuple):
         block: Elements of a block; 4,096 without blocks.
         index_bits: Bits of a position inside a block.
         unbias: Whether kept values are multiplied by the length of their run.
+        largest: Bits of the largest scale that decodes to finite values.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class SparseCode(NamedTuple):
     block: int = SCALE_GROUP
     index_bits: int = 0
     unbias: bool = False
+    largest: int = 0
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------------
@@ -148,8 +152,13 @@ def _quantize(sent, counted, C: tl.constexpr, GROUP: tl.constexpr):
     """
     LEVELS: tl.constexpr = 1 << (C.bits - 1)
     magnitude = tl.where(counted, tl.abs(sent), 0.0)
+    top = absmax(magnitude)
+    # From 2^96 on finite values count times 2^-64, so that no sum leaves float32's range; the scale gets it back.
+    is_large = (magnitude_bits(top) >= 0x6F800000) & (magnitude_bits(top) < 0x7F800000)
+    unit = tl.where(is_large, 2.0**-64, 1.0)
+    magnitude = magnitude * unit
     if C.bits > 2:
-        step = divide(absmax(magnitude), LEVELS * 1.0)
+        step = divide(top * unit, LEVELS * 1.0)
     else:
         count = tl.sum(counted.to(tl.int32), axis=1, keep_dims=True).to(tl.float32)
         mean = divide(tree_sum(magnitude, 1, GROUP, 12), tl.where(count < 1.0, 1.0, count))
@@ -158,7 +167,9 @@ def _quantize(sent, counted, C: tl.constexpr, GROUP: tl.constexpr):
     level = tl.where(cell != cell, 0.0, cell) + 0.5
     products = tree_sum(tl.where(counted, magnitude * level, 0.0), 1, GROUP, 12)
     squares = tree_sum(tl.where(counted, level * level, 0.0), 1, GROUP, 12)
-    bits = scale_bits(products * safe_inverse(squares), False)
+    largest = tl.where(is_large, C.largest - (64 << 7), C.largest)
+    bits = scale_bits(products * safe_inverse(squares), False, largest)
+    bits = tl.where(is_large & (bits > 0), bits + (64 << 7), bits).to(tl.uint32)
     negative = sent < 0.0
     codes = (level - 0.5).to(tl.int32) + tl.where(negative, LEVELS, 0)
     return codes, tl.where(negative, -level, level) * bf16_float(bits), bits
@@ -257,8 +268,16 @@ def encode_kernel(
     elif C.kind != "randk":
         tl.store(places_ptr + before + rank, start + local, mask=kept)
     sent = total
+    if FEEDBACK:
+        # The sum of two finite numbers is sent as one; loaded once more, as hardly ever needed.
+        overflows = inside & (magnitude_bits(total) == 0x7F800000)
+        x = load_float(x_ptr + start + local, overflows, BF16, True)
+        old = tl.load(residual_ptr + start + local, mask=overflows, other=0.0)
+        sent = tl.where(overflows, add_finite(x, old), total)
     if C.unbias:
-        sent = total * tl.load(lengths_ptr + before + rank, mask=kept, other=0.0)
+        longer = sent * tl.load(lengths_ptr + before + rank, mask=kept, other=0.0)
+        overflows = (magnitude_bits(longer) == 0x7F800000) & (magnitude_bits(sent) < 0x7F800000)
+        sent = tl.where(overflows, largest_of_sign(sent), longer)
     decoded = _store_kept(sent, inside, kept, rank, before, codes_ptr, scales_ptr + group * 2, C, GROUP)
     if FEEDBACK:
         new = total - tl.where(kept, decoded, 0.0)

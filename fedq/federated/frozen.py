@@ -1,0 +1,69 @@
+"""The parameters of a model that are not trained: they never travel, so all participants must have the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedq.collectives import Transport
+from fedq.errors import FieldError
+from fedq.layout import frozen_parameters
+from fedq.wire import crc32c
+
+_ALLOWED = "the same values everywhere, as frozen parameters do not travel"
+
+
+def frozen_checksums(module: nn.Module) -> dict[str, int]:
+    """Return the CRC32C of each frozen parameter by name: of its type, its shape and its values."""
+    return {name: _checksum(param.detach()) for name, param in frozen_parameters(module).items()}
+
+
+def _checksum(tensor: Tensor) -> int:
+    what = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    return crc32c(tensor.cpu().contiguous().reshape(-1).view(torch.uint8), crc32c(what))
+
+
+def check_frozen(own: Mapping[str, int], theirs: Mapping[str, int], whose: str) -> None:
+    """Compare the checksums of two participants' frozen parameters.
+
+    Args:
+        own: Of the one here.
+        theirs: Of the other one.
+        whose: The other one, in words.
+
+    Raises:
+        FieldError: They differ; the text names the first parameter that does.
+    """
+    for name in sorted({*own, *theirs}):
+        mine, wanted = (_words(checksums.get(name)) for checksums in (own, theirs))
+        if mine != wanted:
+            raise FieldError(name, mine, f"{wanted}, as {whose}: {_ALLOWED}")
+
+
+def _words(checksum: int | None) -> str:
+    return "not frozen" if checksum is None else f"frozen, checksum {checksum:08x}"
+
+
+def check_ranks(module: nn.Module, transport: Transport) -> int:
+    """Compare the ranks' frozen parameters; without any, nothing is sent.
+
+    Returns:
+        The bytes that crossed.
+
+    Raises:
+        FieldError: They differ, on every rank; the text names the first parameter that does.
+    """
+    own = frozen_checksums(module)
+    if not own or transport.world_size == 1:
+        return 0
+    names, moved = transport.all_gather(torch.tensor([crc32c("\n".join(own).encode())]))
+    if (names != names[0]).any():
+        raise FieldError("frozen parameters", list(own)[:3], "the same ones on every rank")
+    rows, moved_too = transport.all_gather(torch.tensor(list(own.values())))
+    for name, column in zip(own, rows.T.tolist(), strict=True):
+        if len(set(column)) > 1:
+            values = ", ".join(f"{checksum:08x}" for checksum in column)
+            raise FieldError(name, f"frozen, checksums by rank {values}", _ALLOWED)
+    return moved.payload + moved_too.payload

@@ -1,0 +1,279 @@
+"""Models that nobody here wrote: in other types than float32, with frozen parameters, with tied ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_group
+from jobs import file_hash, small_config
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedq.collectives import Transport
+from fedq.data import Split
+from fedq.engines.precision import Precision
+from fedq.errors import FieldError
+from fedq.federated.client import Client, LocalTraining, RoundContext
+from fedq.federated.frozen import check_frozen, check_ranks, frozen_checksums
+from fedq.federated.stacked import train_stacked
+from fedq.feedback import ErrorFeedback, ResidualStore, read_residual
+from fedq.layout import Layout, LayoutSchedule
+from fedq.network.member import Member, Memory
+from fedq.network.own import OwnTraining
+from fedq.trainers import federated
+from fedq.wire import Kind
+
+CLASSES, PIXELS = 10, 64
+
+
+def pixels(images: Tensor) -> Tensor:
+    return functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a trained adapter of rank 2 beside it, as LoRA has it, and a trained head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(PIXELS, 16).requires_grad_(False)
+        self.down = nn.Linear(PIXELS, 2, bias=False)
+        self.up = nn.Linear(2, 16, bias=False)
+        self.head = nn.Linear(16, CLASSES)
+        self.register_buffer("table", torch.linspace(0, 1, PIXELS), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pixels(x) + self.table
+        return self.head(torch.relu(self.base(x) + self.up(self.down(x))))
+
+
+class Half(nn.Module):
+    """A network in bfloat16 that takes and gives float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(PIXELS, 16).bfloat16()
+        self.last = nn.Linear(16, CLASSES).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(pixels(x).bfloat16()))).float()
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(PIXELS, PIXELS)
+        self.second = nn.Linear(PIXELS, PIXELS)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(PIXELS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(pixels(x))))))
+
+
+def adapted() -> nn.Module:
+    return Adapted()
+
+
+def adapted_anew() -> nn.Module:
+    """Another base each time: what a model that reads its weights from elsewhere may do."""
+    torch.seed()
+    return Adapted()
+
+
+def half() -> nn.Module:
+    return Half()
+
+
+def tied() -> nn.Module:
+    return Tied()
+
+
+def run(out: Path, model: str, **flags: Any) -> dict[str, Tensor]:
+    federated.run_job(small_config(out, model=f"test_own_models:{model}", **flags))
+    return load_file(out / "model.safetensors")
+
+
+# ---- types that cannot hold the replica --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.randint(CLASSES, (40,), generator=generator))
+
+
+def sgd(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr)
+
+
+def local_training(split: Split, model: nn.Module, **changes: Any) -> LocalTraining:
+    fp32 = Precision("fp32", "cpu", channels_last=False)
+    made = LocalTraining(model, Layout.of(model, "fp32"), split, (0.5,), (0.5,), sgd, fp32, batch_size=8, augment=False)
+    return replace(made, **changes)
+
+
+def square(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(64, 64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("sends", ["change", "values"])
+def test_a_client_that_does_not_train_sends_zeros(tmp_path: Path, dtype: torch.dtype, sends: str) -> None:
+    model = square(dtype)
+    training = OwnTraining(model, lambda lr: None)
+    uplink = LayoutSchedule.of(model, "int8", feedback=True)
+    if sends == "values":
+        uplink = uplink.with_values({"weight": Layout.of(model, "int8")["weight"].codec})
+    store = ResidualStore(folder=tmp_path)
+    member = Member(
+        Client(0, torch.arange(3), training, uplink, ErrorFeedback(store)),
+        Memory(tmp_path, 0, has_feedback=True),
+        run="r",
+        uplink="int8",
+    )
+    member.replica = torch.randn(training.layout.numel)
+    answer = member.answer({"round": 0, "lr": 0.1, "seed": 1}, 1)
+    tensors = answer.tensors()
+    assert not tensors["bias"].any()
+    assert tensors["weight"].any() == (sends == "values")
+    assert not store.get(0, training.layout.num_params)[64 * 64 * (sends == "values") :].any()
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_step_of_bfloat16_is_what_it_changed(split: Split, side_by_side: bool) -> None:
+    torch.manual_seed(1)
+    local = local_training(split, Half(), steps=2)
+    replica, indices = torch.randn(local.layout.numel) / 8, torch.arange(20)
+    if side_by_side:
+        trained = train_stacked(local, replica, [indices, indices + 20], lr=0.5, seeds=[5, 6])[0]
+    else:
+        trained = local.run(replica, indices, lr=0.5, seed=5)
+    sent = local.layout.to_sent_(trained.flat.clone(), replica, trained.changes)
+    assert torch.equal(sent, trained.flat - replica.bfloat16().float())
+    assert 0 < float((sent != 0).float().mean()) < 1
+    idle = local_training(split, Half(), steps=2, make_optimizer=lambda params, lr: sgd(params, 0.0))
+    trained = idle.run(replica, indices, lr=0.5, seed=5)
+    assert not idle.layout.to_sent_(trained.flat, replica, trained.changes).any()
+
+
+def test_a_float32_model_keeps_nothing(split: Split) -> None:
+    torch.manual_seed(1)
+    local = local_training(split, Adapted(), steps=1)
+    trained = local.run(torch.zeros(local.layout.numel), torch.arange(8), lr=0.1, seed=0)
+    assert not trained.changes
+
+
+def test_a_job_of_a_bfloat16_model_that_does_not_train_stays_where_it_is(tmp_path: Path) -> None:
+    # The first rate is that of rounds: at 1e-30 no bfloat16 weight moves, so the residuals and the server have nothing.
+    flags = {"uplink": "int4", "downlink": "fp32", "rounds": 2}
+    models = [run(tmp_path / f"{n}", "half", lr=1e-30, **flags | {"rounds": n}) for n in (1, 2)]
+    assert {t.dtype for t in models[0].values()} == {torch.bfloat16}
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    residuals = list((tmp_path / "2" / "residuals").glob("*.f32"))
+    assert residuals
+    assert not any(read_residual(file).any() for file in residuals)
+
+
+# ---- frozen parameters -------------------------------------------------------------------------------------------
+
+
+def test_a_job_sends_the_adapters_alone_and_saves_the_whole(tmp_path: Path) -> None:
+    saved = run(tmp_path / "whole", "adapted", uplink="int4")
+    trained = {"down.weight", "up.weight", "head.weight", "head.bias"}
+    assert set(saved) == trained | {"base.weight", "base.bias"}
+    residuals = list((tmp_path / "whole" / "residuals").glob("*.f32"))
+    assert {read_residual(file).numel() for file in residuals} == {sum(saved[name].numel() for name in trained)}
+
+
+def test_a_resumed_job_has_the_frozen_parameters_that_it_began_with(tmp_path: Path) -> None:
+    first = run(tmp_path / "run", "adapted_anew", rounds=1)
+    again = small_config(tmp_path / "run", model="test_own_models:adapted_anew", rounds=2, resume=tmp_path / "run")
+    federated.run_job(again)
+    resumed = load_file(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(resumed["base.weight"], first["base.weight"])
+    assert not torch.equal(resumed["head.weight"], first["head.weight"])
+
+
+def test_a_whole_job_and_a_resumed_one_end_alike(tmp_path: Path) -> None:
+    run(tmp_path / "whole", "adapted", rounds=3)
+    run(tmp_path / "parts", "adapted", rounds=1)
+    parts = tmp_path / "parts"
+    federated.run_job(small_config(parts, model="test_own_models:adapted", rounds=3, resume=parts))
+    assert file_hash(tmp_path / "whole" / "model.safetensors") == file_hash(tmp_path / "parts" / "model.safetensors")
+
+
+def _compare(rank: int, changed: str | None) -> str:
+    torch.manual_seed(0)
+    model = Adapted()
+    if changed is not None and rank == 1:
+        with torch.no_grad():
+            model.get_parameter(changed).view(-1)[-1].add_(1.0)
+    try:
+        return f"{check_ranks(model, Transport(torch.device('cpu')))} bytes"
+    except FieldError as error:
+        return error.field
+
+
+# Two ranks send each other the checksums of the names and of both tensors, 8 bytes each.
+@pytest.mark.parametrize(
+    ("changed", "said"), [(None, "48 bytes"), ("head.bias", "48 bytes"), ("base.bias", "base.bias")]
+)
+def test_ranks_compare_what_is_frozen(changed: str | None, said: str) -> None:
+    assert run_group(2, _compare, changed) == [said, said]
+
+
+def test_a_difference_is_named() -> None:
+    torch.manual_seed(0)
+    own = frozen_checksums(Adapted())
+    assert set(own) == {"base.weight", "base.bias"}
+    check_frozen(own, dict(own), "the server's")
+    with pytest.raises(FieldError, match=r"base\.bias='frozen, checksum .*as the server's"):
+        check_frozen(own, own | {"base.bias": 1}, "the server's")
+    with pytest.raises(FieldError, match=r"base\.bias='frozen, checksum .*not frozen, as the server's"):
+        check_frozen(own, {"base.weight": own["base.weight"]}, "the server's")
+    with pytest.raises(FieldError, match=r"x='not frozen' .*frozen, checksum 00000001"):
+        check_frozen(own, own | {"x": 1}, "the server's")
+    half = frozen_checksums(Adapted().half())
+    assert half.keys() == own.keys()
+    assert not set(half.values()) & set(own.values())
+
+
+def test_a_training_function_that_freezes_is_named() -> None:
+    model = Adapted()
+
+    def train(lr: float) -> None:
+        model.head.requires_grad_(False)
+
+    training = OwnTraining(model, train)
+    start = torch.zeros(training.layout.numel)
+    client = Client(0, torch.arange(3), training, LayoutSchedule.of(model, "int4", feedback=False), SimpleNamespace())
+    with pytest.raises(FieldError, match=r"head\.bias='frozen'"):
+        client.train(start, RoundContext(0, 0.1, 0))
+    with pytest.raises(FieldError, match=r"head\.bias='frozen'"):  # and before the next round does any work
+        client.train(start, RoundContext(1, 0.1, 0))
+    frame = client.failure(FieldError("head.bias", "frozen", "trained"), RoundContext(0, 0.1, 0))
+    assert frame.kind == Kind.FAILED
+    assert math.isnan(frame.loss)
+
+
+# ---- tied parameters ---------------------------------------------------------------------------------------------
+
+
+def test_a_tie_survives_a_job(tmp_path: Path) -> None:
+    saved = run(tmp_path / "run", "tied")
+    assert torch.equal(saved["first.weight"], saved["second.weight"])
+    model = Tied()
+    model.load_state_dict(saved)
+    assert model.second.weight is model.first.weight
+    assert Layout.of(model, "fp32").num_params == 64 * 64 + 2 * 64 + 650
