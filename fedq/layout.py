@@ -33,17 +33,28 @@ def exempt_codec(chosen: Codec) -> Codec:
     return chosen if isinstance(chosen, Cast) else Cast("bf16")
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor's real and imaginary parts, in a last dimension of two, and any other tensor itself."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 @lru_cache(1 << 14)  # every round asks for the same ones
+def uncompiled_name(name: str) -> str:
+    """Return a tensor's name without what `torch.compile` puts into it: ``a.weight`` of ``_orig_mod.a.weight``."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+@lru_cache(1 << 14)
 def plain_name(name: str) -> str:
     """Return a tensor's name without torch's parametrizations: ``conv1.weight``, and ``conv1.weight_scale``.
 
     The float values behind a parametrized weight have the weight's own name, so that residuals, ledger rows and files
-    are called alike whether or not a model is trained with few bits.
+    are called alike whether or not a model is trained with few bits, or compiled.
 
     Args:
         name: As in ``named_parameters``, for example ``conv1.parametrizations.weight.original``.
     """
-    name = re.sub(r"\bparametrizations\.(\w+)\.original$", r"\1", name)
+    name = re.sub(r"\bparametrizations\.(\w+)\.original$", r"\1", uncompiled_name(name))
     return re.sub(r"\bparametrizations\.(\w+)\.0\.(\w+)$", r"\1_\2", name)
 
 
@@ -67,13 +78,14 @@ def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _statistics(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the float buffers that belong to the module's `state_dict`."""
+    """Return the float and complex buffers that belong to the module's `state_dict`."""
     local = {
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
         for name in part._non_persistent_buffers_set
     }
-    return [(n, b) for n, b in module.named_buffers() if b.is_floating_point() and n not in local]
+    named = ((name, buffer) for name, buffer in module.named_buffers() if name not in local)
+    return [(uncompiled_name(n), b) for n, b in named if b.is_floating_point() or b.is_complex()]
 
 
 @dataclass(frozen=True)
@@ -159,9 +171,9 @@ class Layout:
         """Lay out what travels of a module, its trained parameters and its float statistics, for a codec.
 
         Parameters with at most one dimension are exempt from lossy codecs and travel as bfloat16, as statistics do;
-        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Frozen parameters
-        (``requires_grad=False``) never travel, nor do integer buffers, buffers outside of `state_dict`, and parameters
-        with a true attribute ``stays_here``.
+        under a cast (``fp32``, ``fp16``, ``bf16``) everything travels in that type. Complex tensors travel as real and
+        imaginary parts, in a last dimension of two. Frozen parameters (``requires_grad=False``) never travel, nor do
+        integer buffers, buffers outside of `state_dict`, and parameters with a true attribute ``stays_here``.
 
         Raises:
             FieldError: Every parameter of the module is frozen.
@@ -176,7 +188,8 @@ class Layout:
             ([(n, p) for n, p in params if p.dim() <= 1], plain, "exempt"),
             (_statistics(module), plain, "stats"),
         ]
-        return cls._stacked([(n, tuple(t.shape), c, role) for tensors, c, role in groups for n, t in tensors])
+        rows = [(n, as_real(t.detach()), c, role) for tensors, c, role in groups for n, t in tensors]
+        return cls._stacked([(n, tuple(t.shape), c, role) for n, t, c, role in rows])
 
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, Sequence[int]], spec: str | Codec) -> Layout:
@@ -286,11 +299,15 @@ class Layout:
         named = {span.name: tensor for span, tensor in zip(self.spans, self.tensors(module), strict=True)}
         return {name: difference(named[name], before) for name, before in held.items()}
 
-    def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Return the module's own tensors, detached, in span order."""
+    def named_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the module's own tensors, detached, by name in span order."""
         named: dict[str, Tensor] = {plain_name(n): p for n, p in module.named_parameters()}
-        named |= dict(module.named_buffers())
-        return [named[span.name].detach() for span in self.spans]
+        named |= {uncompiled_name(n): b for n, b in module.named_buffers()}
+        return {span.name: named[span.name].detach() for span in self.spans}
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """Return the module's own tensors, detached and as real ones, in span order."""
+        return [as_real(tensor) for tensor in self.named_tensors(module).values()]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the flat buffer's tensors by name, without a copy."""

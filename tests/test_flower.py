@@ -32,8 +32,8 @@ from flwr.serverapp.strategy import (
 
 from fedq.errors import FieldError
 from fedq.flower import Compressed, RoundsFailed, compressed, fedq_mod
-from fedq.flower.weighing import Weighing
 from fedq.flower.state import NodeFolder
+from fedq.flower.weighing import Weighing
 from fedq.layout import Layout
 from fedq.wire import Assembler, Frame, Kind, unpack
 from fedq.wire import Message as WireMessage

@@ -292,6 +292,38 @@ def test_what_is_frozen_or_unfrozen_later_is_named(freeze: bool, words: str) -> 
         layout.check_trained(model)
 
 
+class Wave(nn.Module):
+    """Complex numbers of each role."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+        self.bias = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("seen", torch.randn(5, dtype=torch.complex64))
+
+
+def test_complex_tensors_are_laid_out_as_real_and_imaginary_parts() -> None:
+    module, layout = Wave(), Layout.of(Wave(), "int4")
+    rows = [(span.name, span.shape, span.role) for span in layout.spans]
+    assert rows == [("weight", (4, 3, 2), "coded"), ("bias", (3, 2), "exempt"), ("seen", (5, 2), "stats")]
+    flat = layout.flatten(module)
+    parts = [torch.stack((t.real, t.imag), dim=-1).reshape(-1) for t in (module.weight, module.bias, module.seen)]
+    assert torch.equal(flat, torch.cat(parts).detach())
+    other = Wave()
+    layout.unflatten_(flat, other)
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), module.state_dict().values(), strict=True)
+    )
+    assert not layout.held(module), "float32 parts hold the flat buffer's values"
+
+
+def test_the_compiler_leaves_no_trace_in_names() -> None:
+    plain = small_model()
+    compiled = torch.compile(small_model(), backend="eager")
+    assert Layout.of(compiled, "int4") == Layout.of(plain, "int4")
+    assert torch.equal(Layout.of(plain, "fp32").flatten(compiled), Layout.of(plain, "fp32").flatten(plain))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

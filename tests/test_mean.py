@@ -243,6 +243,8 @@ def _simple(rank: int) -> None:
     assert torch.equal(exact, torch.ones(3, 5, dtype=torch.bfloat16))
     torch.testing.assert_close(coded, exact, rtol=0.02, atol=0)
     assert compressed_mean(torch.empty(0, 4)).shape == (0, 4)
+    z = torch.full((2, 3), complex(rank, -2 * rank), dtype=torch.complex128)
+    assert torch.equal(compressed_mean(z.conj(), "fp32"), torch.full((2, 3), 1 + 2j, dtype=torch.complex128))
 
 
 def test_one_call_averages_one_tensor() -> None:

@@ -24,6 +24,7 @@ from fedq.federated.client import Client, LocalTraining, RoundContext
 from fedq.federated.frozen import check_frozen, check_ranks, frozen_checksums
 from fedq.federated.stacked import train_stacked
 from fedq.feedback import ErrorFeedback, ResidualStore, read_residual
+from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.member import Member, Memory
 from fedq.network.own import OwnTraining
@@ -95,6 +96,31 @@ def half() -> nn.Module:
 
 def tied() -> nn.Module:
     return Tied()
+
+
+class Wave(nn.Module):
+    """A layer of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(PIXELS, 16, dtype=torch.complex64))
+        self.head = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = pixels(x).to(torch.complex64) @ self.weight
+        return self.head(torch.cat((z.real, z.imag), dim=1).relu())
+
+
+def wave() -> nn.Module:
+    return Wave()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(900, CLASSES))
+
+
+def compiled_network() -> nn.Module:
+    return torch.compile(network(), backend="eager")  # type: ignore[return-value]
 
 
 def run(out: Path, model: str, **flags: Any) -> dict[str, Tensor]:
@@ -213,6 +239,24 @@ def test_a_whole_job_and_a_resumed_one_end_alike(tmp_path: Path) -> None:
     assert file_hash(tmp_path / "whole" / "model.safetensors") == file_hash(tmp_path / "parts" / "model.safetensors")
 
 
+def _different(rank: int, how: str) -> str:
+    model = Adapted()
+    if rank == 1 and how == "frozen":
+        model.requires_grad_(True)
+    if rank == 1 and how == "shape":
+        model.head = nn.Linear(16, CLASSES + 1)
+    with pytest.raises(FieldError) as refused:
+        check_ranks(model, Transport(torch.device("cpu")))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("how", ["frozen", "shape"])
+def test_ranks_with_another_model_say_so_alike(how: str) -> None:
+    one, other = run_group(2, _different, how)
+    assert one == other
+    assert one.startswith("model='checksums by rank")
+
+
 def _compare(rank: int, changed: str | None) -> str:
     torch.manual_seed(0)
     model = Adapted()
@@ -231,6 +275,41 @@ def _compare(rank: int, changed: str | None) -> str:
 )
 def test_ranks_compare_what_is_frozen(changed: str | None, said: str) -> None:
     assert run_group(2, _compare, changed) == [said, said]
+
+
+# ---- complex numbers, and the compiler ---------------------------------------------------------------------------
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "round": {"exchange": "round"},
+    "step": {"exchange": "step", "cohort": None},
+    "none": {"exchange": "none", "cohort": None, "num_clients": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_complex_numbers_are_trained_and_saved_as_such(tmp_path: Path, mode: str, optimizer: str) -> None:
+    saved = run(tmp_path / "run", "wave", optimizer=optimizer, lr=0.01, **MODES[mode])
+    assert saved["weight"].dtype == torch.complex64
+    torch.manual_seed(derive_seed(0, "weights"))
+    moved = saved["weight"] - Wave().weight.detach()
+    assert 0 < moved.abs().max() < 1
+    assert moved.real.any()
+    assert moved.imag.any()
+
+
+@pytest.mark.parametrize("mode", ["round", "step"])
+def test_a_run_of_a_compiled_model_goes_on_without_the_compiler(tmp_path: Path, mode: str) -> None:
+    whole = run(tmp_path / "whole", "network", rounds=3, **MODES[mode])
+    run(tmp_path / "parts", "compiled_network", rounds=1, **MODES[mode])
+    parts = tmp_path / "parts"
+    config = parts / "config.yaml"
+    config.write_text(config.read_text().replace("compiled_network", "network"))
+    federated.run_job(small_config(parts, model="test_own_models:network", rounds=3, resume=parts, **MODES[mode]))
+    resumed = load_file(parts / "model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_a_difference_is_named() -> None:

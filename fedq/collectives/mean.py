@@ -26,6 +26,7 @@ from fedq.codecs.dense import Cast
 from fedq.collectives.peers import Peers
 from fedq.collectives.segments import Segment, assign_owners, choose_schedule, cut
 from fedq.kernels import derive_seed
+from fedq.layout import as_real
 from fedq.phases import PhaseTimer, Timer
 
 Key = tuple[int, int]
@@ -77,7 +78,7 @@ def compressed_mean(
     """Return the mean of ``x`` over all ranks; every rank gets the same bits. Every rank must call it.
 
     Args:
-        x: Any shape, floating point, the same on all ranks. Not changed.
+        x: Any shape, floating point or complex, the same on all ranks. Not changed.
         spec: Codec of the first leg, of fixed payload size.
         second: Codec of the second leg; default: the same.
         schedule: ``auto``, ``reduce``, ``one_phase``, ``two_phase`` or ``hierarchical``.
@@ -92,11 +93,13 @@ def compressed_mean(
     codecs = (codec(spec), codec(spec if second is None else second))
     first, other = (c.resolved(feedback=residuals is not None) for c in codecs)
     peers = Peers(group)
-    segments = assign_owners(cut([x.numel()], [(first, other)], [0]), peers.size)
+    real = as_real(x.detach())
+    segments = assign_owners(cut([real.numel()], [(first, other)], [0]), peers.size)
     exchange = MeanExchange(segments, peers, schedule=schedule, ranks_per_node=ranks_per_node)
-    flat = x.detach().reshape(-1).to(torch.float32, copy=True)
+    flat = real.reshape(-1).to(torch.float32, copy=True)
     exchange.run(flat, seed=seed, residuals=residuals)
-    return flat.view(x.shape).to(x.dtype)
+    mean = flat.view(real.shape).to(real.dtype)
+    return torch.view_as_complex(mean) if x.is_complex() else mean
 
 
 class MeanExchange:

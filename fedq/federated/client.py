@@ -270,7 +270,7 @@ def is_finite(values: Tensor) -> bool:
 @contextmanager
 def counters_restored(model: nn.Module) -> Iterator[None]:
     """Put integer buffers back at the end, also of a training that fails: never averaged, no client's may stay."""
-    counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+    counters = [buffer for buffer in model.buffers() if not (buffer.is_floating_point() or buffer.is_complex())]
     before = [counter.clone() for counter in counters]
     try:
         yield

@@ -47,20 +47,25 @@ def _words(checksum: int | None) -> str:
 
 
 def check_ranks(module: nn.Module, transport: Transport) -> int:
-    """Compare the ranks' frozen parameters; without any, nothing is sent.
+    """Compare the ranks' models: what they are made of, and the values of frozen parameters, which do not travel.
 
     Returns:
         The bytes that crossed.
 
     Raises:
-        FieldError: They differ, on every rank; the text names the first parameter that does.
+        FieldError: They differ, on every rank; the text names the first frozen parameter that does.
     """
-    own = frozen_checksums(module)
-    if not own or transport.world_size == 1:
+    if transport.world_size == 1:
         return 0
-    names, moved = transport.all_gather(torch.tensor([crc32c("\n".join(own).encode())]))
-    if (names != names[0]).any():
-        raise FieldError("frozen parameters", list(own)[:3], "the same ones on every rank")
+    made_of = [f"{name} {p.dtype} {list(p.shape)} {p.requires_grad}" for name, p in module.named_parameters()]
+    models, moved = transport.all_gather(torch.tensor([crc32c("\n".join(made_of).encode())]))
+    if (models != models[0]).any():
+        texts = ", ".join(f"{checksum:08x}" for checksum in models.flatten().tolist())
+        allowed = "one model on every rank: the same names, shapes, types and frozen parameters"
+        raise FieldError("model", f"checksums by rank {texts}", allowed)
+    own = frozen_checksums(module)
+    if not own:
+        return moved.payload
     rows, moved_too = transport.all_gather(torch.tensor(list(own.values())))
     for name, column in zip(own, rows.T.tolist(), strict=True):
         if len(set(column)) > 1:

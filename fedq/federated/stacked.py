@@ -32,8 +32,11 @@ class _Step:
 
 
 def can_stack(training: Training) -> TypeGuard[LocalTraining]:
-    """Return whether clients may share a step: float16's loss scale would be shared too, so not with float16."""
-    return isinstance(training, LocalTraining) and training.precision.name != "fp16"
+    """Return whether clients may share a step: not with float16, whose loss scale would be shared too, nor a model with
+    complex numbers."""
+    if not isinstance(training, LocalTraining) or training.precision.name == "fp16":
+        return False
+    return not any(tensor.is_complex() for tensor in training.layout.named_tensors(training.model).values())
 
 
 def train_stacked(

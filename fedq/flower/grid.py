@@ -10,8 +10,8 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedq.flower.arrays import log
-from fedq.flower.weighing import Weighing
 from fedq.flower.exchange import Exchange, is_training
+from fedq.flower.weighing import Weighing
 
 DEFAULT_TIMEOUT_S = 3600.0
 """Flower's own default of a strategy; its grid would wait for ever."""

@@ -15,9 +15,9 @@ from fedq.codecs import codec, codec_schedule
 from fedq.errors import FieldError
 from fedq.flower.accounting import in_words, totals, write_totals
 from fedq.flower.arrays import log
-from fedq.flower.weighing import Weighing
 from fedq.flower.exchange import Exchange
 from fedq.flower.grid import CompressedGrid, FailedRounds
+from fedq.flower.weighing import Weighing
 from fedq.ledger import Ledger
 
 

@@ -24,10 +24,10 @@ from fedq.hooks.agreement import agreed
 from fedq.hooks.deepspeed import without_deepspeed
 from fedq.hooks.exchange import GatheredState, StepExchange
 from fedq.hooks.grad_scale import GradScale
-from fedq.hooks.parameters import plain_parameter_name
 from fedq.hooks.powersgd import PowerSGDExchange
 from fedq.hooks.powersgd_options import PowerSGDOptions, is_powersgd
 from fedq.hooks.state import StepState
+from fedq.layout import uncompiled_name
 from fedq.phases import PhaseTimer
 
 __all__ = [
@@ -94,7 +94,7 @@ def register(
         grad_scaler=grad_scaler,
         timer=timer,
     )
-    state.under_ddp({plain_parameter_name(name) for name in model.parameters_to_ignore})
+    state.under_ddp({uncompiled_name(name) for name in model.parameters_to_ignore})
     try:
         model.register_comm_hook(state, compressed_mean_hook)
     except RuntimeError as error:

@@ -20,7 +20,8 @@ from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
 from fedq.hooks.grad_scale import GradScale, UnknownScalers, current_scale
 from fedq.hooks.lane import Lane, Promise, Work, on_stream
-from fedq.hooks.parameters import Parameters, as_real, in_words
+from fedq.hooks.parameters import Parameters, in_words
+from fedq.layout import as_real
 from fedq.phases import BesideTimer, PhaseTimer, clock_of
 
 Key = TypeVar("Key", bound=Hashable)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
-from fedq.hooks.parameters import as_real
+from fedq.layout import as_real
 
 RUN_BYTES = 25 << 20
 """Size of a flat buffer, as of DDP's buckets; a larger parameter has one of its own."""

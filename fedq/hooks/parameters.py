@@ -10,19 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedq.errors import FieldError
+from fedq.layout import as_real, uncompiled_name
 
-_WRAPPER = "_orig_mod"
 _AGAIN = "register or step_state called again after the change; load_state_dict takes the residuals along"
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor's real and imaginary parts, in a last dimension of two, and any other tensor itself."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def plain_parameter_name(name: str) -> str:
-    """Return a parameter's name without what `torch.compile` puts in front of it."""
-    return ".".join(part for part in name.split(".") if part != _WRAPPER)
 
 
 class Parameters:
@@ -41,7 +31,7 @@ class Parameters:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.by_name = {plain_parameter_name(name): param for name, param in module.named_parameters()}
+        self.by_name = {uncompiled_name(name): param for name, param in module.named_parameters()}
         _refuse_unusable(module, self.by_name)
         self.names = list(self.by_name)
         self.number: dict[Tensor, int] = {param: number for number, param in enumerate(self.by_name.values())}
@@ -74,7 +64,7 @@ class Parameters:
 
     def _look_for_strangers(self) -> None:
         strangers = {n: p for n, p in self.module.named_parameters() if p not in self.number}
-        new = [plain_parameter_name(name) for name, param in strangers.items() if param.requires_grad]
+        new = [uncompiled_name(name) for name, param in strangers.items() if param.requires_grad]
         if new:
             raise FieldError("parameters", in_words(new), f"those that the module had at registration; {_AGAIN}")
         self._frozen_strangers = list(strangers.values())

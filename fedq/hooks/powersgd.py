@@ -28,8 +28,9 @@ from fedq.hooks.exchange import StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, views_of
 from fedq.hooks.grad_scale import GradScale
 from fedq.hooks.lane import Promise
-from fedq.hooks.parameters import as_real, check_bucket, in_words
+from fedq.hooks.parameters import check_bucket, in_words
 from fedq.hooks.powersgd_options import PowerSGDOptions
+from fedq.layout import as_real
 from fedq.phases import PhaseTimer, Timer
 
 _MIN_SAVING = 2  # torch's default: a matrix that would not shrink at least so much travels as it is

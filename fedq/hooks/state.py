@@ -20,8 +20,8 @@ from fedq.hooks.exchange import StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, gradient_runs
 from fedq.hooks.grad_scale import GradScale
 from fedq.hooks.lane import Promise
-from fedq.hooks.parameters import as_real, check_bucket
-from fedq.layout import exempt_codec
+from fedq.hooks.parameters import check_bucket
+from fedq.layout import as_real, exempt_codec
 from fedq.phases import PhaseTimer, Timer
 
 

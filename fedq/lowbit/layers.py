@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedq.errors import FieldError
-from fedq.layout import plain_name
+from fedq.layout import plain_name, uncompiled_name
 from fedq.lowbit.activations import BinaryInput
 from fedq.lowbit.quantizers import Quantizer
 from fedq.lowbit.which import FEW_BIT_LAYERS, choose_quantizers
@@ -201,7 +201,7 @@ def deployed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {}
     with torch.no_grad(), deployed(model):
-        for name, tensor in model.state_dict().items():
+        for name, tensor in ((uncompiled_name(name), tensor) for name, tensor in model.state_dict().items()):
             plain = plain_name(name)
             if plain == name:
                 state[name] = tensor

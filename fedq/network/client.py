@@ -300,7 +300,7 @@ def _save(member: Member, folder: Path) -> Path:
     model = member.client.training.model
     if member.replica is not None:
         member.layout.unflatten_(member.replica, model)
-    tensors = {span.name: t for span, t in zip(member.layout.spans, member.layout.tensors(model), strict=True)}
+    tensors = member.layout.named_tensors(model)
     tensors |= {name: param.detach() for name, param in frozen_parameters(model).items()}
     replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     return path

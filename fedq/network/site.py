@@ -35,7 +35,7 @@ from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import Ledger
 from fedq.runtime import Runtime, from_root
-from fedq.trainers.stepwise import share_statistics
+from fedq.trainers.stepwise import share_statistics, share_weights
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Site:
         self._shared: StepExchange | None = None
         self._rounds: FederatedRounds | None = None
         if exchange == "step":
+            share_weights(training.layout, training.model, self.transport)  # which the hook compares
             options = {"spec": uplink, "second": downlink, "seed": derive_seed(config.run.seed, "gradients")}
             self._shared = training.steps_by.share_gradients(options)
         else:

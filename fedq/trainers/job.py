@@ -398,10 +398,10 @@ def _fits(data: Dataset, config: Config) -> bool:
 
 
 def local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Return a fresh fused optimizer."""
-    local = config.local
+    """Return a fresh optimizer, fused where torch has that: not for complex parameters."""
+    local, fused = config.local, all(param.is_floating_point() for param in params)
     if local.optimizer != "sgd":
         adam = lean({"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer])
-        return adam(params, lr=lr, weight_decay=local.weight_decay, fused=True)
+        return adam(params, lr=lr, weight_decay=local.weight_decay, fused=fused)
     sgd = lean(torch.optim.SGD)
-    return sgd(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True)
+    return sgd(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=fused)

@@ -10,6 +10,7 @@ from fedq.checkpoint import Checkpoints, Loaded
 from fedq.engines import Engine
 from fedq.errors import FieldError
 from fedq.hooks import StepExchange
+from fedq.layout import uncompiled_name
 from fedq.trainers.job import Job
 from fedq.trainers.state import JobState, Progress
 
@@ -45,7 +46,7 @@ class StepRunState(JobState):
         job = self.job
         return {
             "progress": asdict(self.so_far),
-            "model": dict(job.model.state_dict()),
+            "model": {uncompiled_name(name): value for name, value in job.model.state_dict().items()},
             "engine": self.engine.state_dict(),
             "ledger": job.ledger.state_dict(),
             "files": job.folder.position(),
@@ -59,7 +60,8 @@ class StepRunState(JobState):
         if state["layout"] != layout:
             raise FieldError("resume", state["layout"], f"{layout}: the same model as before")
         vars(self.so_far).update(state["progress"])
-        job.model.load_state_dict(state["model"])
+        names = {uncompiled_name(name): name for name in job.model.state_dict()}
+        job.model.load_state_dict({names.get(name, name): value for name, value in state["model"].items()})
         self.engine.load_state_dict(state["engine"])
         number, old_ranks = self.so_far.num_rounds, state["where"]["world_size"]
         same = old_ranks == job.runtime.world_size

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedq.collectives import Transport
+from fedq.collectives import Moved, Transport
 from fedq.federated.accounting import plain_model
 from fedq.federated.client import Passed, seeded
 from fedq.federated.frozen import check_ranks
@@ -64,12 +64,18 @@ def _share_start(job: Job) -> None:
     """
     layout = job.training.layout
     book_metrics(job, check_ranks(job.model, job.transport), 0)
-    flat = layout.flatten(job.model)
-    moved = job.transport.share(flat)
-    layout.unflatten_(flat, job.model)
+    moved = share_weights(layout, job.model, job.transport)
     if moved.payload:
         book_peer(job, 0, plain_model(layout), times=job.runtime.world_size - 1)
         book_metrics(job, moved.sizes, 0)
+
+
+def share_weights(layout: Layout, model: nn.Module, transport: Transport) -> Moved:
+    """Replace every rank's model by rank 0's, and return the bytes that crossed."""
+    flat = layout.flatten(model)
+    moved = transport.share(flat)
+    layout.unflatten_(flat, model)
+    return moved
 
 
 def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -> Log:
