@@ -111,7 +111,7 @@ def test_a_server_that_is_killed_goes_on_as_if_it_had_not_been(fed: Federation, 
 @pytest.mark.slow
 def test_a_client_that_is_killed_is_named_and_comes_back(fed: Federation) -> None:
     server = fed.server(
-        *("--clients", "2", "--rounds", "40", "--reconnect-grace", "0.5", "--min-cohort", "1", "--local-steps", "8")
+        *("--clients", "2", "--rounds", "40", "--reconnect-grace", "0.5", "--min-cohort", "1", "--local-steps", "40")
     )
     steady, victim = fed.client(0), fed.client(1)
     server.until_it_says("round 2/40")

@@ -508,7 +508,7 @@ def test_training_leaves_the_packed_model(
     assert summary["packed_bytes"] == (folder / "model.fedq").stat().st_size
     assert summary["packed_bytes_fp32"] == sum(tensor.nbytes for tensor in floats.values())
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("packed model")]
-    assert line.startswith(f"packed model     {spec}: ")
+    assert line.startswith(f"packed model      {spec}: ")
     assert "float32 248 kB" in line
 
 

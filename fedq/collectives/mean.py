@@ -311,7 +311,7 @@ def encode(segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, resid
 
 def is_zero(x: Tensor) -> bool:
     """Return whether a flat tensor on the CPU has zeros only; mostly its first element tells."""
-    if not x.numel() or x[0]:
+    if not x.numel() or x[0].item():
         return not x.numel()
     return not (x.numpy().any() if x.dtype in (torch.float32, torch.float64) else x.any())
 
