@@ -40,13 +40,14 @@ from fedq.lowbit import use_few_bits
 from fedq.lowbit.update import use_binary_updates
 from fedq.models import build_model, check_model
 from fedq.phases import PhaseTimer, clock_of
-from fedq.report import print_header
+from fedq.report import print_header, print_summary
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
 from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
 from fedq.trainers.interfaces import InterfaceCount
 from fedq.trainers.profiling import StepTrace
+from fedq.trainers.starts import Finished, Place, finished_summary
 from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
@@ -142,15 +143,24 @@ def _sent_back(config: Config) -> str:
 
 @contextmanager
 def open_job(config: Config) -> Iterator[Job]:
-    """Set a job up and close its folder and process group afterwards."""
-    config = keep_choice(config)
-    run = config.run
+    """Set a job up and close its folder and process group afterwards.
+
+    Raises:
+        FieldError: A setting that cannot be used, on every rank.
+        Finished: A start of the same command before this one has finished the run, on every rank.
+    """
+    given, run = config, config.run
     with distributed(run.device, run.threads, timeout_s=run.timeout) as runtime:
         started = time.perf_counter()
         if runtime.device.type == "cpu":
             keep_freed_memory()
+        place = Place(runtime)
+        config = keep_choice(place.found(config))
+        if given.run.resume is None:
+            _stop_if_finished(config, runtime)
         folder = on_root(runtime, lambda: _open_folder(config)) or NullRunFolder()
         path = Path(from_root(runtime, str(folder.path and folder.path.resolve())))
+        place.keep(path)
         start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
         farewell = partial(_farewell, config, runtime, path)
         with folder, Watch(runtime.rank, run.timeout, farewell) as watch:
@@ -166,6 +176,28 @@ def open_job(config: Config) -> Iterator[Job]:
                 job.trace.stop()
 
 
+def _stop_if_finished(config: Config, runtime: Runtime) -> None:
+    """End a start, on every rank, that has nothing left to do.
+
+    Raises:
+        FieldError: The run to go on with has other settings.
+        Finished: It was finished.
+    """
+
+    def look() -> dict[str, Any] | None:
+        if config.run.resume is not None:
+            _check_resumable(config, config.run.resume)
+        return finished_summary(config)
+
+    summary = from_root(runtime, on_root(runtime, look))
+    if summary is None:
+        return
+    if runtime.is_root and (path := config.run.resume) is not None:
+        print_header([f"the run in {path} is finished: nothing is left to do (--on-existing new: begin another)"])
+        print_summary(path)
+    raise Finished(summary if runtime.is_root else {})
+
+
 def _open_folder(config: Config) -> RunFolder:
     """Return the run's folder with its settings written; one that is resumed must have been started with the same."""
     run = config.run
@@ -174,6 +206,8 @@ def _open_folder(config: Config) -> RunFolder:
     else:
         _check_resumable(config, run.resume)
         folder = RunFolder.create(run.resume, name="", exist_ok=True)
+        if config.exchange.exchange == "none":  # without checkpoints it begins again
+            folder.rewind(0, {"metrics_bytes": 0})
     folder.write_config(config_dict(replace(config, run=replace(run, resume=None))))
     return folder
 
@@ -182,10 +216,8 @@ def _check_resumable(config: Config, path: Path) -> None:
     """Refuse settings that would make another run of it.
 
     Raises:
-        FieldError: ``resume`` with ``--exchange none`` or another ``--out``, or a setting that has changed.
+        FieldError: Another ``--out``, or a setting that has changed.
     """
-    if config.exchange.exchange == "none":
-        raise FieldError("resume", str(path), "a run with --exchange round or step")
     stored = load_config(path / "config.yaml", type(config)())
     out = config.run.out  # the stored one may be relative to another working directory, or the run was moved
     if out is not None and out != stored.run.out and out.resolve() != path.resolve():
