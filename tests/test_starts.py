@@ -193,3 +193,129 @@ def test_jobs_of_one_process_and_other_commands_have_runs_of_their_own(
 def test_run_job_returns_the_summary_of_a_finished_run(whole: Path) -> None:
     config = parse_args([*flags(whole), "--on-existing", "resume"], defaults=Config())
     assert run_job(config) == json.loads((whole / "summary.json").read_text())
+
+
+# ---- what became of earlier starts ----
+
+
+def starts_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that starts wait, which they only say here."""
+    seconds: list[float] = []
+    monkeypatch.setattr(starts.time, "sleep", seconds.append)
+    return seconds
+
+
+def start_again(patch: pytest.MonkeyPatch, folder: Path, restart: int) -> int | None:
+    """Give the command again, as a supervisor does; return its exit code, None where it was stopped in round 1."""
+    patch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+    with pytest.MonkeyPatch.context() as stopping:
+        stop_in_round(stopping, 1)
+        try:
+            return main(flags(folder))
+        except Stopped:
+            return None
+
+
+def forget_errors(folder: Path) -> None:
+    """Leave what a start leaves that SIGKILL has ended."""
+    kept = [line for line in (folder / "starts.jsonl").read_text().splitlines() if "error" not in json.loads(line)]
+    (folder / "starts.jsonl").write_text("".join(f"{line}\n" for line in kept))
+
+
+def test_an_error_that_comes_again_is_not_tried_a_third_time(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    waited: list[float],
+) -> None:
+    folder = tmp_path / "run"
+    assert [start_again(monkeypatch, folder, restart) for restart in range(2)] == [None, None]
+    assert waited == [], "the first start has finished a round"
+    assert start_again(monkeypatch, folder, 2) is None
+    assert waited == [1]
+    for restart in (3, 4):
+        assert start_again(monkeypatch, folder, restart) == 2
+        heard = capsys.readouterr().err
+        assert "its last 2 starts ended by errors of their own, with 1 rounds finished" in heard
+        assert "(rank 0: Stopped: in round 1); mend the cause" in heard
+    begun = [line for line in starts_of(folder) if "round" in line]
+    assert [(line["start"], line["restart"], line["round"]) for line in begun] == [(0, 0, 0), (1, 1, 1), (2, 2, 1)]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert main(flags(folder)) == 0, "whoever gives the command by hand has mended it"
+    assert file_hash(folder / "model.safetensors") == file_hash(whole / "model.safetensors")
+
+
+def test_signals_may_come_as_often_as_they_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: list[float]
+) -> None:
+    folder = tmp_path / "run"
+    for restart in range(6):
+        assert start_again(monkeypatch, folder, restart) is None
+        forget_errors(folder)
+    assert waited == [1, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"),
+        dist.DistNetworkError("Connection reset by peer"),
+    ],
+)
+def test_that_another_rank_has_gone_is_no_error_of_ones_own(tmp_path: Path, error: Exception) -> None:
+    for outer in (error, RuntimeError("the round failed")):
+        outer.__cause__ = None if outer is error else error
+        with pytest.raises(RuntimeError), starts.noting_errors(tmp_path, 0, 1):
+            raise outer
+    assert not (tmp_path / "starts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\x00\xff{",
+        b'[]\n{"start": "x", "round": []}\n7\n{"start": 0}\n',
+        b'{"start": 1, "repeated_rounds": {}, "round": "x", "error": 7}\n{"start": 2, "round": nu',
+        None,
+    ],
+)
+def test_a_damaged_list_of_starts_ends_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    folder = tmp_path / "run"
+    begin(folder)
+    (folder / "starts.jsonl").unlink()
+    if damage is None:
+        (folder / "starts.jsonl").mkdir()
+    else:
+        (folder / "starts.jsonl").write_bytes(damage)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(flags(folder)) == 0
+    assert file_hash(folder / "model.safetensors") == file_hash(whole / "model.safetensors")
+
+
+def test_what_was_done_twice_is_told_beside_the_ledger(whole: Path, tmp_path: Path) -> None:
+    """Two rounds are thrown away, then one again; the undisturbed run says what they cost."""
+    folder, rare = tmp_path / "run", {"checkpoint_every": 3, "rounds": 6}
+    assert main(flags(tmp_path / "whole", **rare)) == 0
+    for number in (2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_round(patch, number)
+            with pytest.raises(Stopped):
+                main(flags(folder, **rare))
+    assert main(flags(folder, **rare)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    wire = [row["wire_bytes"] for row in rows]
+    told = json.loads((folder / "summary.json").read_text())
+    assert (told["restarts"], told["repeated_rounds"]) == (2, 3)
+    assert told["repeated_wire_bytes"] == wire[1] + wire[3] - wire[2]
+    assert told["wire_bytes"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["wire_bytes"]
+    told = json.loads((whole / "summary.json").read_text())
+    assert [told[name] for name in ("restarts", "repeated_rounds", "repeated_wire_bytes")] == [0, 0, 0]

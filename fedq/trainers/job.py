@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import sys
@@ -42,12 +43,22 @@ from fedq.models import build_model, check_model
 from fedq.phases import PhaseTimer, clock_of
 from fedq.report import print_header, print_summary
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
-from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
+from fedq.runtime import Runtime, distributed, from_root, local_root_first, num_restarts, on_root
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
 from fedq.trainers.interfaces import InterfaceCount
 from fedq.trainers.profiling import StepTrace
-from fedq.trainers.starts import Finished, Place, finished_summary
+from fedq.trainers.starts import (
+    Finished,
+    Place,
+    check_progress,
+    finished_summary,
+    note_repeated,
+    note_start,
+    noting_errors,
+    repeated,
+    wire_after_rounds,
+)
 from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
@@ -128,6 +139,8 @@ class Job:
             "seed": config.run.seed,
             "command": command(runtime),
             "git_commit": git_commit(Path(fedq.__file__).parent),
+            "restarts": self.start,
+            **repeated(self.path),
             **environment_info(),
             **results,
         }
@@ -158,12 +171,16 @@ def open_job(config: Config) -> Iterator[Job]:
         config = keep_choice(place.found(config))
         if given.run.resume is None:
             _stop_if_finished(config, runtime)
-        folder = on_root(runtime, lambda: _open_folder(config)) or NullRunFolder()
+        folder = on_root(runtime, lambda: _open_folder(config, place)) or NullRunFolder()
         path = Path(from_root(runtime, str(folder.path and folder.path.resolve())))
         place.keep(path)
         start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
+        if runtime.is_root:
+            note_start(path, start, num_restarts(os.environ))
         farewell = partial(_farewell, config, runtime, path)
-        with folder, Watch(runtime.rank, run.timeout, farewell) as watch:
+        with folder, Watch(runtime.rank, run.timeout, farewell) as watch, noting_errors(path, start, runtime.rank):
+            if runtime.is_root and config.run.resume is not None and config.exchange.exchange == "none":
+                _begin_again(folder, path, start)
             dataset = load_data(config, runtime)
             if runtime.is_root:
                 kernels = implementation(runtime.device)
@@ -198,16 +215,23 @@ def _stop_if_finished(config: Config, runtime: Runtime) -> None:
     raise Finished(summary if runtime.is_root else {})
 
 
-def _open_folder(config: Config) -> RunFolder:
+def _begin_again(folder: RunFolder | NullRunFolder, path: Path, start: int) -> None:
+    """Forget the rounds of a run that has no checkpoints."""
+    before = wire_after_rounds(path)
+    folder.rewind(0, {"metrics_bytes": 0})
+    note_repeated(path, start, before, 0)
+
+
+def _open_folder(config: Config, place: Place) -> RunFolder:
     """Return the run's folder with its settings written; one that is resumed must have been started with the same."""
     run = config.run
     if run.resume is None:
         folder = RunFolder.create(run.out, name=_name(config))
     else:
         _check_resumable(config, run.resume)
+        if place.is_restart:
+            check_progress(run.resume)
         folder = RunFolder.create(run.resume, name="", exist_ok=True)
-        if config.exchange.exchange == "none":  # without checkpoints it begins again
-            folder.rewind(0, {"metrics_bytes": 0})
     folder.write_config(config_dict(replace(config, run=replace(run, resume=None))))
     return folder
 
