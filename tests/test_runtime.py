@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,40 @@ def test_two_ranks_meet_and_take_turns(tmp_path: Path, launcher: str) -> None:
     same |= {"refused": refused, "ended": True}
     assert first == same | {"cached": False, "both told": 0, "root's": 5}
     assert second == same | {"cached": True, "both told": 1, "root's": None}
+
+
+def _meet_at_a_store_with_a_past(environ: dict[str, str], delay_s: float) -> float:
+    time.sleep(delay_s)
+    with distributed("cpu", environ=environ, timeout_s=30):
+        total = torch.tensor([1.0])
+        dist.all_reduce(total)
+        return float(total)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_meet_whatever_their_agents_have_counted(late: int) -> None:
+    """Two agents, whose counts differ after one of them alone was restarted; their store knows all earlier starts."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("fedq/generation", "old")  # what a start leaves that was killed when all had met
+    for key, value in {"world_size": "2", "complete": "", "rank0": "1", "rank1": "1", "num_ranks": "2"}.items():
+        store.set(f"fedq/old/{key}", value)
+    store.add("fedq/old/beat", 7)
+    served = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
+    for counts in ((1, 0), (1, 1), (0, 3)):
+        environs = [
+            environ_of(rank, 2, str(store.port)) | served | {"TORCHELASTIC_RESTART_COUNT": str(count)}
+            for rank, count in enumerate(counts)
+        ]
+        delays = [0.5 * (rank == late) for rank in range(2)]
+        assert run_ranks(_meet_at_a_store_with_a_past, *zip(environs, delays, strict=True)) == [2.0, 2.0]
+
+
+def test_a_rank_0_that_does_not_come_is_told() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("fedq/generation", "old")
+    served = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
+    (text,) = run_ranks(_enter, (environ_of(1, 2, str(store.port)) | served, 1))
+    assert text == "RuntimeError: WORLD_SIZE=2, but after 1 s rank 0 has not come to rank 1"
 
 
 def _fail_inside(environ: dict[str, str]) -> bool:

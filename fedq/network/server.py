@@ -30,6 +30,7 @@ from fedq.trainers.federated import show_replica
 from fedq.trainers.job import Job, open_job
 from fedq.trainers.loop import Log, run_to_the_end
 from fedq.trainers.records import finish, log_round, report_left_out
+from fedq.trainers.starts import Finished
 from fedq.trainers.state import Progress, RunState
 
 _SHARED = ("data", "clients", "local", "exchange", "lowbit")
@@ -51,8 +52,11 @@ def run_server(config: ServerConfig) -> dict[str, Any]:
     _speak()
     keep_freed_memory(of_any_size=True)
     identity = load_identity(network.certs, serves=True) if network.certs is not None else None
-    with open_job(config) as job:
-        summary = _serve(job, config, identity)
+    try:
+        with open_job(config) as job:
+            summary = _serve(job, config, identity)
+    except Finished as finished:
+        return finished.summary
     if job.folder.path is not None:
         print_summary(job.folder.path)
     return summary
@@ -73,7 +77,7 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
     rounds = build_rounds(job, None, rounds=NetworkRounds)
     assert isinstance(rounds, NetworkRounds)
     state = RunState(job, rounds, Progress(), None)
-    if not (config.run.resume and state.go_on()):
+    if not (job.config.run.resume and state.go_on()):
         rounds.share_start(job.model)
     show_replica(job, rounds)
     traffic = InterfaceTraffic()

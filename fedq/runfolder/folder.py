@@ -123,7 +123,7 @@ class RunFolder:
             allowed = f"a folder that can be written ({error.strerror})"
             raise FieldError("out", str(target), allowed) from error
         if not exist_ok and any((path / file).exists() for file in ("summary.json", "config.yaml")):
-            raise FieldError("out", str(path), "a folder that does not hold a run already")
+            raise FieldError("out", str(path), "a folder that does not hold a run already (see --on-existing)")
         return cls(path)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -217,7 +217,7 @@ class RunFolder:
         table.flush()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, `schema_version` first.
+        """Write `summary.json`, `schema_version` first, after all rows: a run with a summary is whole.
 
         Raises:
             KeyError: If one of `SUMMARY_KEYS` is missing; names all that are.
@@ -226,6 +226,7 @@ class RunFolder:
         if missing:
             raise KeyError(f"summary lacks {', '.join(missing)}")
         plain = {"schema_version": SCHEMA_VERSION, **_plain(summary)}
+        self._flush()
         self._write_text("summary.json", json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
     def save_model(self, tensors: Mapping[str, Tensor]) -> None:

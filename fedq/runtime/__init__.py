@@ -1,16 +1,19 @@
 """Where this process runs: its rank, its device, and the process group, from the launcher's environment alone."""
 
+from fedq.runtime.generation import agent_store
 from fedq.runtime.group import Runtime, distributed, from_root, local_root_first, on_root
-from fedq.runtime.launcher import Ranks, check_lone_process, detect, rendezvous, without_local_rank
+from fedq.runtime.launcher import Ranks, check_lone_process, detect, num_restarts, rendezvous, without_local_rank
 
 __all__ = [
     "Ranks",
     "Runtime",
+    "agent_store",
     "check_lone_process",
     "detect",
     "distributed",
     "from_root",
     "local_root_first",
+    "num_restarts",
     "on_root",
     "rendezvous",
     "without_local_rank",

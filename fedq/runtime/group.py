@@ -5,7 +5,6 @@ What travels over the group lives in `fedq.collectives`.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +16,10 @@ import torch
 import torch.distributed as dist
 
 from fedq.errors import FieldError
+from fedq.runtime.generation import generation, is_served
 from fedq.runtime.launcher import Ranks, detect, rendezvous
 
 T = TypeVar("T")
-
-# Numbers this process's groups, so that a second one does not find the first one's keys in the launcher's store.
-_group_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -162,11 +159,10 @@ def _note(ranks: Ranks, backend: str | None, num_gpus: int) -> str:
 def _start_group(runtime: Runtime, environ: Mapping[str, str], timeout: timedelta) -> None:
     # A store of our own, as torch's env:// would make, because that one reads os.environ and cannot count the ranks.
     address, port = rendezvous(runtime, environ)
-    is_served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent listens there already
-    is_server = runtime.is_root and not is_served
+    is_server = runtime.is_root and not is_served(environ)  # torchrun's agent listens there already
     server = dist.TCPStore(address, port, is_master=is_server, timeout=timeout, wait_for_workers=False)
-    store = dist.PrefixStore(f"fedq/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_group_numbers)}", server)
-    _count_ranks(store, runtime, timeout)
+    with generation(server, runtime, timeout) as store:
+        _count_ranks(store, runtime, timeout)
     dist.init_process_group(
         runtime.backend,
         store=store,

@@ -94,6 +94,12 @@ def check_lone_process(ranks: Ranks, environ: Mapping[str, str], command: Sequen
         raise FieldError("num_processes", number, allowed)
 
 
+def num_restarts(environ: Mapping[str, str]) -> int:
+    """Return how often torchrun has restarted this process, and SLURM its job, as far as each of them knows."""
+    counts = (environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return sum(int(count) for count in counts if count.isascii() and count.isdecimal())
+
+
 def rendezvous(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and port at which the ranks meet: MASTER_ADDR and MASTER_PORT, or under srun derived.
 

@@ -18,6 +18,7 @@ from fedq.trainers.job import Job, open_job
 from fedq.trainers.loop import Log, run_to_the_end
 from fedq.trainers.personal import run_personal
 from fedq.trainers.records import finish, log_round, report_left_out
+from fedq.trainers.starts import Finished
 from fedq.trainers.state import Progress, RunState
 from fedq.trainers.stepwise import run_steps
 
@@ -31,8 +32,11 @@ def run_job(config: Config) -> dict[str, Any]:
     Raises:
         FieldError: A setting that cannot be used.
     """
-    with open_job(config) as job:
-        summary = _trainer(config)(job)
+    try:
+        with open_job(config) as job:
+            summary = _trainer(config)(job)
+    except Finished as finished:
+        return finished.summary
     if job.folder.path is not None:
         print_summary(job.folder.path)
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import sys
@@ -40,13 +41,24 @@ from fedq.lowbit import use_few_bits
 from fedq.lowbit.update import use_binary_updates
 from fedq.models import build_model, check_model
 from fedq.phases import PhaseTimer, clock_of
-from fedq.report import print_header
+from fedq.report import print_header, print_summary
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
-from fedq.runtime import Runtime, distributed, from_root, local_root_first, on_root
+from fedq.runtime import Runtime, distributed, from_root, local_root_first, num_restarts, on_root
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
 from fedq.trainers.interfaces import InterfaceCount
 from fedq.trainers.profiling import StepTrace
+from fedq.trainers.starts import (
+    Finished,
+    Place,
+    check_progress,
+    finished_summary,
+    note_repeated,
+    note_start,
+    noting_errors,
+    repeated,
+    wire_after_rounds,
+)
 from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
@@ -127,6 +139,8 @@ class Job:
             "seed": config.run.seed,
             "command": command(runtime),
             "git_commit": git_commit(Path(fedq.__file__).parent),
+            "restarts": self.start,
+            **repeated(self.path),
             **environment_info(),
             **results,
         }
@@ -142,18 +156,31 @@ def _sent_back(config: Config) -> str:
 
 @contextmanager
 def open_job(config: Config) -> Iterator[Job]:
-    """Set a job up and close its folder and process group afterwards."""
-    config = keep_choice(config)
-    run = config.run
+    """Set a job up and close its folder and process group afterwards.
+
+    Raises:
+        FieldError: A setting that cannot be used, on every rank.
+        Finished: A start of the same command before this one has finished the run, on every rank.
+    """
+    given, run = config, config.run
     with distributed(run.device, run.threads, timeout_s=run.timeout) as runtime:
         started = time.perf_counter()
         if runtime.device.type == "cpu":
             keep_freed_memory()
-        folder = on_root(runtime, lambda: _open_folder(config)) or NullRunFolder()
+        place = Place(runtime)
+        config = keep_choice(place.found(config))
+        if given.run.resume is None:
+            _stop_if_finished(config, runtime)
+        folder = on_root(runtime, lambda: _open_folder(config, place)) or NullRunFolder()
         path = Path(from_root(runtime, str(folder.path and folder.path.resolve())))
+        place.keep(path)
         start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
+        if runtime.is_root:
+            note_start(path, start, num_restarts(os.environ))
         farewell = partial(_farewell, config, runtime, path)
-        with folder, Watch(runtime.rank, run.timeout, farewell) as watch:
+        with folder, Watch(runtime.rank, run.timeout, farewell) as watch, noting_errors(path, start, runtime.rank):
+            if runtime.is_root and config.run.resume is not None and config.exchange.exchange == "none":
+                _begin_again(folder, path, start)
             dataset = load_data(config, runtime)
             if runtime.is_root:
                 kernels = implementation(runtime.device)
@@ -166,13 +193,44 @@ def open_job(config: Config) -> Iterator[Job]:
                 job.trace.stop()
 
 
-def _open_folder(config: Config) -> RunFolder:
+def _stop_if_finished(config: Config, runtime: Runtime) -> None:
+    """End a start, on every rank, that has nothing left to do.
+
+    Raises:
+        FieldError: The run to go on with has other settings.
+        Finished: It was finished.
+    """
+
+    def look() -> dict[str, Any] | None:
+        if config.run.resume is not None:
+            _check_resumable(config, config.run.resume)
+        return finished_summary(config)
+
+    summary = from_root(runtime, on_root(runtime, look))
+    if summary is None:
+        return
+    if runtime.is_root and (path := config.run.resume) is not None:
+        print_header([f"the run in {path} is finished: nothing is left to do (--on-existing new: begin another)"])
+        print_summary(path)
+    raise Finished(summary if runtime.is_root else {})
+
+
+def _begin_again(folder: RunFolder | NullRunFolder, path: Path, start: int) -> None:
+    """Forget the rounds of a run that has no checkpoints."""
+    before = wire_after_rounds(path)
+    folder.rewind(0, {"metrics_bytes": 0})
+    note_repeated(path, start, before, 0)
+
+
+def _open_folder(config: Config, place: Place) -> RunFolder:
     """Return the run's folder with its settings written; one that is resumed must have been started with the same."""
     run = config.run
     if run.resume is None:
         folder = RunFolder.create(run.out, name=_name(config))
     else:
         _check_resumable(config, run.resume)
+        if place.is_restart:
+            check_progress(run.resume)
         folder = RunFolder.create(run.resume, name="", exist_ok=True)
     folder.write_config(config_dict(replace(config, run=replace(run, resume=None))))
     return folder
@@ -182,10 +240,8 @@ def _check_resumable(config: Config, path: Path) -> None:
     """Refuse settings that would make another run of it.
 
     Raises:
-        FieldError: ``resume`` with ``--exchange none`` or another ``--out``, or a setting that has changed.
+        FieldError: Another ``--out``, or a setting that has changed.
     """
-    if config.exchange.exchange == "none":
-        raise FieldError("resume", str(path), "a run with --exchange round or step")
     stored = load_config(path / "config.yaml", type(config)())
     out = config.run.out  # the stored one may be relative to another working directory, or the run was moved
     if out is not None and out != stored.run.out and out.resolve() != path.resolve():

@@ -22,6 +22,7 @@ from fedq.layout import frozen_parameters
 from fedq.report import print_header
 from fedq.trainers.job import Job
 from fedq.trainers.shards import ServerShards
+from fedq.trainers.starts import note_repeated, wire_after_rounds
 from fedq.trainers.versions import Versions
 from fedq.wire import Kind
 
@@ -82,8 +83,10 @@ class JobState(ABC):
 
     def go_on(self) -> bool:
         """Load the newest checkpoint, if there is one, and say what is gone on with."""
+        before = wire_after_rounds(self.job.path) if self.job.is_root else {}
         found, words = self.resume()
         if self.job.is_root:
+            note_repeated(self.job.path, self.job.start, before, self.so_far.num_rounds)
             print_header([words])
         return found
 

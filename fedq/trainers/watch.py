@@ -95,13 +95,19 @@ class Watch:
             _say(sys.stdout, self.farewell(number.name))
         else:
             time.sleep(_ROOT_FIRST_S)
-        os._exit(EXIT_CODES[number])
+        os._exit(_exit_code(number))
 
     def _give_up(self) -> None:
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         _say(sys.stderr, f"rank {self.rank} made no progress for {self.timeout_s:g} s while {self._doing}:\n{stack}")
         os._exit(STALLED)
+
+
+def _exit_code(number: signal.Signals) -> int:
+    """Return how a rank ends after a signal; torchrun that is to restart ranks would take 0 for the job's success."""
+    is_restarted = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return 128 + number if is_restarted else EXIT_CODES[number]
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
