@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedq.federated.client import RoundContext, is_finite
 from fedq.layout import Layout
+from fedq.text import clean
 from fedq.wire import Frame, Kind, check_layout, join_payloads, split_body
 
 MakeServerOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -167,11 +168,11 @@ def _datas(layout: Layout, frame: Frame) -> list[Tensor]:
 
 
 def why_left_out(frame: Frame) -> str:
-    """Return why a frame carries no update."""
+    """Return why a frame carries no update, in words that can be shown whoever wrote them."""
     if frame.kind == Kind.MISSING:
-        return frame.body.cpu().numpy().tobytes().decode(errors="replace")
+        return clean(frame.body.cpu().numpy().tobytes())
     if frame.kind == Kind.FAILED:
-        return "training failed: " + frame.body.cpu().numpy().tobytes().decode(errors="replace")
+        return "training failed: " + clean(frame.body.cpu().numpy().tobytes())
     return "update is not finite"
 
 
