@@ -194,7 +194,7 @@ class _SlowReader(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        hello = {"run": "", "uplink": "fp32", "feedback": False, "num_examples": 50, "own_data": True}
+        hello = {"kind": "hello", "run": "", "uplink": "fp32", "feedback": False, "num_examples": 50, "own_data": True}
         call = self.link._follow(bytes(note(hello).pack()), metadata=self.link._metadata)
         next(call)  # the welcome; the model, of several megabytes, stays where it is
         self.done.wait(100)
@@ -234,7 +234,7 @@ def test_a_client_is_shut_out_after_too_many_offences(fed: Federation) -> None:
 
 @pytest.mark.slow
 def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
-    server = fed.server("--clients", "2", "--rounds", "2", "--join-timeout", "600")
+    server = fed.server("--clients", "2", "--rounds", "2", "--join-timeout", "600", "--max-offences", "99")
     server.until_it_says("listening")
     for number, words in ((2, "has no seat"), (99, "has no seat")):
         link = Link(fed.address, None, number)
@@ -245,14 +245,15 @@ def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
     described = link.describe()
     for hello, words in (
         ({"uplink": "int99", "feedback": True, "num_examples": 5}, "int99"),
-        ({"uplink": "int8:block=" + "9" * 300, "feedback": True, "num_examples": 5}, "uplink and feedback"),
+        ({"uplink": "int8:block=" + "9" * 300, "feedback": True, "num_examples": 5}, "uplink="),
         ({"uplink": "int8", "feedback": True, "num_examples": -5}, "num_examples=-5"),
         ({"uplink": "int8", "feedback": True, "num_examples": 10**30}, "not a greeting"),
-        ({"uplink": "int8"}, "uplink and feedback"),
+        ({"uplink": "int8"}, "feedback=None"),
+        ({"kind": "task", "uplink": "int8", "feedback": True, "num_examples": 5}, "note kind='task'"),
         ({"uplink": "int8", "feedback": True, "num_examples": 5}, "100, its share"),
     ):
         with pytest.raises(FieldError, match=words):
-            next(iter(link.follow({"run": described["run"], **hello})))
+            next(iter(link.follow({"kind": "hello", "run": described["run"], **hello})))
     channel = grpc.insecure_channel(fed.address)
     for metadata, method, code in (
         ((), FOLLOW, grpc.StatusCode.PERMISSION_DENIED),

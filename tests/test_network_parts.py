@@ -121,7 +121,7 @@ def _federation(**network: Any) -> Federation:
     )
 
 
-HELLO = {"run": "a run", "uplink": "int8", "feedback": True, "num_examples": 5}
+HELLO = {"kind": "hello", "run": "a run", "uplink": "int8", "feedback": True, "num_examples": 5}
 
 
 def _hub(**network: Any) -> Hub:

@@ -24,6 +24,7 @@ from fedq.files import replace_file
 from fedq.layout import frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
+from fedq.network.fields import check_note
 from fedq.network.link import Backoff, Link, Lost, NotWanted
 from fedq.network.member import Diverged, Member, Memory
 from fedq.network.own import OwnTraining, TrainFunction
@@ -199,7 +200,7 @@ def _describe(link: Link, give_up_after: float) -> dict[str, Any]:
     backoff = Backoff(give_up_after)
     while True:
         try:
-            return link.describe()
+            return check_note(link.describe(), "federation")
         except Lost as error:
             backoff.wait(str(error))
 
@@ -319,17 +320,14 @@ def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, A
     if message.frame.kind in (Kind.MODEL, Kind.CHANGE):
         member.take(message)
         return None
-    text = read_note(message)
-    if text.get("kind") == "welcome":
-        link.opened(str(text["session"]))
-    elif text.get("kind") == "task":
-        member.arrive(text)
-        _answer(link, member, message, text, say)
-    elif text.get("kind") == "finished":
-        member.arrive(text)
+    text = check_note(read_note(message), "welcome", "task", "finished")
+    if text["kind"] == "welcome":
+        link.opened(text["session"])
+        return None
+    member.arrive(text)
+    if text["kind"] == "finished":
         return text
-    else:
-        raise FieldError("note", text.get("kind"), "welcome, task, finished")
+    _answer(link, member, message, text, say)
     return None
 
 

@@ -25,16 +25,19 @@ from fedq.federated.downlink import without_raw
 from fedq.federated.rounds import sample_cohort
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import MessageParts
+from fedq.network.fields import check_answer, check_note
 from fedq.network.offer import Offers
 from fedq.network.seat import Seat, Task
 from fedq.network.settings import NetworkConfig
+from fedq.text import clean
 from fedq.wire import Frame, Kind, Limits, Message, note, split_body
 
 _log = logging.getLogger(__name__)
-_MOST_EXAMPLES = 1 << 40
 Moved = tuple[int, str, MessageParts]
 """Client, direction and make-up of a message."""
-_ANSWERS = (Kind.UPDATE, Kind.LEFT_OUT, Kind.FAILED)
+_MOST_TRIES = 10
+"""Times that a client may begin to send an answer to one task."""
+_MOST_MAKEUPS = 256
 
 
 class Refused(Exception):
@@ -47,7 +50,7 @@ class Refused(Exception):
 
     def __init__(self, reason: str, *, is_final: bool = True) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = clean(reason)
         self.is_final = is_final
 
 
@@ -176,17 +179,29 @@ class Hub:
             Refused: It has no seat, or says what cannot be.
         """
         seat = self.seat(number)
-        seat.uplink = self._uplink(hello)
-        has_own_data = hello.get("own_data") is True
-        seat.num_examples = _examples(hello, None if has_own_data else self.federation.shares_held[number])
+        try:
+            hello = check_note(hello, "hello")
+        except FieldError as error:
+            raise self.misgreeted(seat, error) from None
+        uplink, has_own_data = self._uplink(hello), hello.get("own_data") is True
+        num_examples, share = hello["num_examples"], self.federation.shares_held[number]
+        if not has_own_data and num_examples != share:
+            raise Refused(f"num_examples={num_examples} is not allowed; allowed: {share}, its share; or --own-data")
+        seat.uplink, seat.num_examples = uplink, num_examples
         self.own_data = self.own_data | {number} if has_own_data else self.own_data - {number}
-        is_ours = hello.get("run") == self.federation.run
+        is_ours = hello["run"] == self.federation.run
         seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         seat.session = secrets.token_hex(16)
         for follower in seat.followers:
             follower.cancel()
         _log.info("client %d is here with %d examples", number, seat.num_examples)
         return seat
+
+    def misgreeted(self, seat: Seat, error: FieldError) -> Refused:
+        """Note a greeting that broke the rules; return what its sender is told."""
+        seat.offences += 1
+        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, clean(str(error)))
+        return Refused(f"not a greeting: {error}")
 
     def welcome(self, seat: Seat) -> Message:
         """Return what a client is told first."""
@@ -212,7 +227,7 @@ class Hub:
             Refused: It has not joined, or has joined again since.
         """
         seat = self.seats.get(number)
-        if seat is None or not seat.session or not hmac.compare_digest(seat.session, session):
+        if seat is None or not seat.session or not hmac.compare_digest(seat.session.encode(), session.encode()):
             raise Refused(f"client {number} has not joined, or has joined again since", is_final=False)
         return seat
 
@@ -270,6 +285,18 @@ class Hub:
         if self.context is None or not seat.has_open_task(self.context.round):
             raise Refused(f"no answer of client {seat.number} is wanted now", is_final=False)
 
+    def begins(self, seat: Seat) -> None:
+        """Note that a client begins to send an answer.
+
+        Raises:
+            Refused: None is wanted, or it has begun too often.
+        """
+        self.expects(seat)
+        assert seat.task is not None
+        if seat.task.tries >= _MOST_TRIES:
+            raise Refused(f"client {seat.number} has tried {_MOST_TRIES} times to answer", is_final=False)
+        seat.task.tries += 1
+
     def accept(self, seat: Seat, message: Message) -> None:
         """Take a client's answer.
 
@@ -280,18 +307,18 @@ class Hub:
         self.expects(seat)
         assert seat.task is not None
         assert self.context is not None
-        frame, task = message.frame, seat.task
-        if (frame.round, message.sequence) != (task.round, task.sequence):
-            raise FieldError(
-                "round, sequence", (frame.round, message.sequence), f"{(task.round, task.sequence)}, as in the task"
-            )
-        if frame.client != seat.number:
-            raise FieldError("client", frame.client, f"{seat.number}, as in the certificate")
-        if frame.kind not in _ANSWERS or message.exact:
-            raise FieldError("kind", frame.kind.name, "UPDATE, LEFT_OUT or FAILED")
-        task.answer = self._checked(seat, message) if frame.kind == Kind.UPDATE else message
+        task = seat.task
+        check_answer(
+            message,
+            round=task.round,
+            sequence=task.sequence,
+            client=seat.number,
+            num_examples=seat.num_examples,
+        )
+        answer = self._checked(seat, message) if message.frame.kind == Kind.UPDATE else message
+        seat.moved.append(("uplink", self._makeup(answer)))
         self.received += message.nbytes
-        seat.moved.append(("uplink", self._makeup(task.answer)))
+        task.answer = answer
         self._changed.set()
 
     def _checked(self, seat: Seat, message: Message) -> Message:
@@ -302,17 +329,16 @@ class Hub:
             allowed = f"{layout.hash:016x}: the model of this federation in the codec that the client has announced"
             raise FieldError("layout", f"{message.frame.layout_hash:016x}", allowed)
         split_body(layout, message.frame.body)
-        if message.frame.weight != seat.num_examples:
-            raise FieldError("weight", message.frame.weight, f"{seat.num_examples}, as announced")
         return replace(message, layout=layout)
 
     def offend(self, seat: Seat, error: Exception) -> None:
         """Note a message that broke the rules; the round goes on without this client."""
+        reason = clean(str(error))
         seat.offences += 1
-        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, error)
+        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, reason)
         if self.context is not None and seat.has_open_task(self.context.round):
             assert seat.task is not None
-            seat.task.reason = f"refused: {error}"
+            seat.task.reason = f"refused: {reason}"
         if seat.offences >= self.federation.network.max_offences:
             for follower in seat.followers:
                 follower.cancel()
@@ -399,14 +425,14 @@ class Hub:
         return f"no answer within {network.round_timeout:g} s"
 
     def _close(self, seat: Seat, context: RoundContext) -> Message:
-        """Return a client's answer, or why there is none, and let nothing more of this round in."""
-        assert seat.task is not None
-        assert seat.uplink is not None
+        """Return a client's answer, or why there is none; keep neither, and let nothing more of this round in."""
+        task, seat.task = seat.task, None
+        assert task is not None
         for upload in seat.uploads:
             upload.cancel()
-        if seat.task.answer is not None:
-            return seat.task.answer
-        body = torch.frombuffer(bytearray((seat.task.reason or "no answer").encode()), dtype=torch.uint8)
+        if task.answer is not None:
+            return task.answer
+        body = torch.frombuffer(bytearray((task.reason or "no answer").encode()), dtype=torch.uint8)
         frame = Frame(
             Kind.MISSING, context.round, seat.number, 0, 0, float(seat.num_examples), math.nan, math.nan, body
         )
@@ -419,35 +445,16 @@ class Hub:
             return _parts(message)
         key = (layout.hash, message.frame.kind, message.nbytes)
         if key not in self._makeups:
+            if len(self._makeups) >= _MOST_MAKEUPS:  # clients that announce ever other codecs
+                self._makeups.clear()
             self._makeups[key] = _parts(message)
         return self._makeups[key]
 
     def _uplink(self, hello: Mapping[str, Any]) -> LayoutSchedule:
-        spec, feedback = hello.get("uplink"), hello.get("feedback")
-        if not isinstance(spec, str) or len(spec) > 256 or not isinstance(feedback, bool):
-            raise Refused("uplink and feedback must be text and true or false")
         try:
-            return self.federation.schedule(spec, feedback)
+            return self.federation.schedule(hello["uplink"], hello["feedback"])
         except FieldError as error:
             raise Refused(str(error)) from None
-
-
-def _examples(hello: Mapping[str, Any], share: int | None) -> int:
-    """Return the number of examples that a client says it has.
-
-    Args:
-        hello: What it says.
-        share: How many its share of the server's data set has; None: it has data of its own, and is believed.
-
-    Raises:
-        Refused: It is no number, or none that can be.
-    """
-    number = hello.get("num_examples")
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MOST_EXAMPLES:
-        raise Refused(f"num_examples={number!r} is not allowed; allowed: 1 or more")
-    if share not in (None, number):
-        raise Refused(f"num_examples={number} is not allowed; allowed: {share}, its share; or --own-data")
-    return number
 
 
 def _parts(message: Message) -> MessageParts:

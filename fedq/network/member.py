@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
+from ctypes import c_float
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,8 @@ class Member:
         update = layout.to_sent_(trained.flat, self.replica, trained.changes)
         missed = 0 if last is None else context.round - last - 1
         frame = client.message(update, trained, context, memory=self.residual_memory**missed)
+        if math.isinf(c_float(frame.loss).value):  # a server knows finite losses, and those that are not known
+            frame = replace(frame, loss=math.nan)
         self.memory.after(context.round)
         return Message(frame, layout if frame.kind.has_payloads else None, sequence)
 

@@ -50,6 +50,8 @@ class Task:
     answer: Message | None = None
     reason: str | None = None
     """Why there is no answer."""
+    tries: int = 0
+    """Times that the client has begun to send one."""
 
     @property
     def is_open(self) -> bool:
