@@ -30,6 +30,12 @@ JOB = (
 )
 OWN = ("--threads", "1", "--device", "cpu")
 LIMIT_S = 120
+_LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))
+from fedq.cli import main
+sys.exit(main())
+"""
 
 
 class Party:
@@ -69,10 +75,18 @@ class Federation:
         self.run = folder / "run"
         self._parties: list[Party] = []
 
-    def server(self, *flags: str, trust: tuple[str, ...] = ("--insecure",), resume: bool = False) -> Party:
+    def server(
+        self,
+        *flags: str,
+        trust: tuple[str, ...] = ("--insecure",),
+        resume: bool = False,
+        open_files: int | None = None,
+    ) -> Party:
+        """Start a server, which may have so many files open."""
+        how = ("-m", "fedq") if open_files is None else ("-c", _LIMITED.format(open_files))
         what = ("--resume", str(self.run)) if resume else (*JOB, "--out", str(self.run))
         log = self.folder / f"server{len(self._parties)}.log"
-        return self._start(log, "-m", "fedq", "server", "--bind", self.address, *trust, *what, *flags)
+        return self._start(log, *how, "server", "--bind", self.address, *trust, *what, *flags)
 
     def client(self, number: int, *flags: str, trust: tuple[str, ...] | None = None) -> Party:
         trust = ("--insecure", "--number", str(number)) if trust is None else trust

@@ -19,6 +19,7 @@ import grpc
 
 from fedq.errors import FieldError
 from fedq.network.certs import Identity, client_number
+from fedq.network.connections import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.seat import Seat, Task
 from fedq.network.settings import CHUNK_NBYTES
@@ -47,6 +48,8 @@ _SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.max_concurrent_streams", 16),  # of one connection
     ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # of somebody who connects and says nothing
+    ("grpc.max_connection_idle_ms", 60_000),  # without a call; a client that is here follows
 ]
 
 
@@ -150,14 +153,23 @@ class Service(grpc.GenericRpcHandler):
 
     async def _follow(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
-            hello = read_note(unpack(request, self.hub.federation.limits))
-            seat = self.hub.admit(self._number(context), hello)
-        except FieldError as error:
-            return await _refuse(context, Refused(f"not a greeting: {error}"))
+            number = self._number(context)
+            seat = self.hub.admit(number, self._heard(number, request))
         except Refused as refusal:
             return await _refuse(context, refusal)
         with self._following(seat):
             await self._tell(seat, context)
+
+    def _heard(self, number: int, request: bytes) -> dict[str, Any]:
+        """Return what a greeting says.
+
+        Raises:
+            Refused: It is no note.
+        """
+        try:
+            return read_note(unpack(request, self.hub.federation.limits))
+        except FieldError as error:
+            raise self.hub.misgreeted(self.hub.seat(number), error) from None
 
     async def _tell(self, seat: Seat, context: grpc.aio.ServicerContext) -> None:
         """Tell a client what it is asked, until the end."""
@@ -195,7 +207,7 @@ class Service(grpc.GenericRpcHandler):
         metadata = dict(context.invocation_metadata() or ())
         try:
             seat = self.hub.seat_of(self._number(context), str(metadata.get(SESSION, "")))
-            self.hub.expects(seat)
+            self.hub.begins(seat)
         except Refused as refusal:
             return await _refuse(context, refusal)
         if seat.uploads:
@@ -240,7 +252,7 @@ class Service(grpc.GenericRpcHandler):
         """
         if self.identity is None:
             text = str(dict(context.invocation_metadata() or ()).get(NUMBER, ""))
-            if not text.isdigit() or len(text) > 9:
+            if not (text.isascii() and text.isdigit()) or len(text) > 9:
                 raise Refused(f"{NUMBER}={text!r} is not allowed; allowed: the client's number")
             return int(text)
         names = context.auth_context().get("x509_common_name", [])
@@ -264,7 +276,9 @@ class Service(grpc.GenericRpcHandler):
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        self._server = grpc.aio.server(handlers=(self,), options=_SERVER_OPTIONS)
+        most = connection_limit(self.hub.federation.num_clients)
+        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most)]
+        self._server = grpc.aio.server(handlers=(self,), options=options)
         try:
             if self.identity is None:
                 self.port = self._server.add_insecure_port(self.bind)
