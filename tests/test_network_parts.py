@@ -401,6 +401,9 @@ def test_settings_of_a_server_are_checked() -> None:
         ({"round_timeout": 0.0}, "round_timeout"),
         ({"reconnect_grace": math.inf}, "reconnect_grace"),
         ({"max_offences": 0}, "max_offences"),
+        ({"quorum": 0.0}, "quorum"),
+        ({"quorum": 1.5}, "quorum"),
+        ({"quorum": math.nan}, "quorum"),
         ({"insecure": True}, "insecure"),
     ):
         with pytest.raises(FieldError, match=words):

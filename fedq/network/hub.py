@@ -113,6 +113,46 @@ class Assignment:
     version: int
 
 
+class _RoundEnd:
+    """Until when a round waits for each of its clients.
+
+    One that has let a whole round pass in silence is asked again, but waited for only as long again as the others took,
+    until it answers. Once the quorum has answered nobody is waited for.
+
+    Args:
+        asked: The seats of those who were asked, when they were.
+        network: Timeouts and quorum.
+    """
+
+    def __init__(self, asked: Sequence[Seat], network: NetworkConfig) -> None:
+        self._began, self._timeout = time.monotonic(), network.round_timeout
+        self._asked, self._needed = asked, math.ceil(network.quorum * len(asked) - 1e-9)  # 0.7 * 10 is above 7
+        silent = {seat.number for seat in asked if seat.is_silent}
+        self._silent = silent if len(silent) < len(asked) else set()
+        self._others_took: float | None = None
+
+    def moments(self, waiting: Sequence[Seat], now: float) -> list[float]:
+        """Return until when to wait for each of those whose answers are missing."""
+        if sum(seat.task is not None and seat.task.answer is not None for seat in self._asked) >= self._needed:
+            return [now] * len(waiting)
+        last = self._began + self._timeout
+        if not self._silent:
+            return [last] * len(waiting)
+        if self._others_took is None and all(seat.number in self._silent for seat in waiting):
+            self._others_took = now - self._began
+        soon = last if self._others_took is None else min(last, self._began + 2 * self._others_took)
+        return [soon if seat.number in self._silent else last for seat in waiting]
+
+    def why_missing(self, seat: Seat) -> str:
+        """Return the reason, once the moment has come; whoever had the whole time is silent from now on."""
+        if time.monotonic() >= self._began + self._timeout:
+            seat.is_silent = True
+            return f"no answer within {self._timeout:g} s"
+        if seat.number in self._silent:
+            return "no answer; since it was silent for a whole round it is not waited for until it answers"
+        return f"no answer before the quorum of {self._needed} had answered"
+
+
 class Hub:
     """The clients' seats, and one round at a time.
 
@@ -318,7 +358,7 @@ class Hub:
         answer = self._checked(seat, message) if message.frame.kind == Kind.UPDATE else message
         seat.moved.append(("uplink", self._makeup(answer)))
         self.received += message.nbytes
-        task.answer = answer
+        task.answer, seat.is_silent = answer, False
         self._changed.set()
 
     def _checked(self, seat: Seat, message: Message) -> Message:
@@ -359,14 +399,16 @@ class Hub:
             self._sequence += 1
             self.seats[number].task = Task(context.round, self._sequence)
             self.seats[number].told()
-        deadline = time.monotonic() + self.federation.network.round_timeout
-        while waiting := [self.seats[n] for n in cohort if self.seats[n].has_open_task(context.round)]:
+        asked = [self.seats[number] for number in cohort]
+        end = _RoundEnd(asked, self.federation.network)
+        while waiting := [seat for seat in asked if seat.has_open_task(context.round)]:
             now = time.monotonic()
-            until = [min(deadline, self._patience(seat)) for seat in waiting]
+            ends = zip(waiting, end.moments(waiting, now), strict=True)
+            until = [min(moment, self._patience(seat)) for seat, moment in ends]
             for seat, moment in zip(waiting, until, strict=True):
                 if now >= moment:
                     assert seat.task is not None
-                    seat.task.reason = self._why_missing(seat)
+                    seat.task.reason = self._why_missing(seat, end)
             await self._wait(min(until) - now)
         self.context = None
         return [self._close(self.seats[number], context) for number in cohort]
@@ -418,11 +460,12 @@ class Hub:
         """Return until when a client is waited for."""
         return math.inf if seat.is_connected else seat.lost_at + self.federation.network.reconnect_grace
 
-    def _why_missing(self, seat: Seat) -> str:
-        network = self.federation.network
+    def _why_missing(self, seat: Seat, end: _RoundEnd) -> str:
+        """Return why a client has not answered, and note that it is silent if it had all the time there is."""
         if not seat.is_connected:
-            return f"no answer: the connection was lost and not made again within {network.reconnect_grace:g} s"
-        return f"no answer within {network.round_timeout:g} s"
+            grace = self.federation.network.reconnect_grace
+            return f"no answer: the connection was lost and not made again within {grace:g} s"
+        return end.why_missing(seat)
 
     def _close(self, seat: Seat, context: RoundContext) -> Message:
         """Return a client's answer, or why there is none; keep neither, and let nothing more of this round in."""

@@ -79,6 +79,8 @@ class Seat:
     lost_at: float = 0.0
     """When its connection was lost."""
     task: Task | None = None
+    is_silent: bool = False
+    """Whether it was here and has let a whole round pass, and has not answered since."""
     offences: int = 0
     joins: RateLimit = field(default_factory=RateLimit)
     news: asyncio.Event = field(default_factory=asyncio.Event)

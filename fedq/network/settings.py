@@ -31,6 +31,8 @@ class NetworkConfig:
     """No TLS and no certificates: anybody who can connect is a client. On loopback only."""
     round_timeout: float = 600.0
     """Seconds from the start of a round after which it closes with those who have answered."""
+    quorum: float = 1.0
+    """Share of a round's clients whose answers close it at once; 1: all."""
     join_timeout: float = 60.0
     """Seconds that the first round waits for all clients; then --min-cohort of them are enough."""
     reconnect_grace: float = 10.0
@@ -117,6 +119,7 @@ def check_server(config: ServerConfig) -> None:
     check_all(
         [
             *((name, value, 0 < value < math.inf, "above 0") for name, value in timeouts),
+            ("quorum", network.quorum, 0 < network.quorum <= 1, "above 0, at most 1"),
             ("max_offences", network.max_offences, network.max_offences >= 1, "1 or more"),
             ("exchange", exchange.exchange, exchange.exchange == "round", "round, across a network"),
             ("aggregate", exchange.aggregate, exchange.aggregate == "rooted", "rooted, across a network"),
