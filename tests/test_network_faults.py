@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from fedq.models import build_model
 from fedq.network.link import Link, Lost, NotWanted
 from fedq.network.member import Member
 from fedq.network.service import FOLLOW, NUMBER, SEND, SESSION
-from fedq.wire import Frame, Kind, Message, join_payloads, note
+from fedq.wire import Frame, Kind, Message, join_payloads, note, read_note
 
 
 @pytest.fixture
@@ -309,20 +310,42 @@ def test_a_hundred_clients_for_ten_rounds(fed: Federation) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_connection_of_a_client_takes_the_place_of_the_first(fed: Federation) -> None:
+def test_a_second_holder_of_a_certificate_locks_nobody_out(fed: Federation) -> None:
     server = fed.server("--clients", "2", "--rounds", "2")
     server.until_it_says("listening")
     first = Puppet(fed, 0)
     until(lambda: "client 0 is here" in server.said, "the first connection")
     second = Puppet(fed, 0)
-    until(lambda: server.said.count("client 0 is here") == 2, "the second connection")
+    second.join(30)
+    assert isinstance(second.outcome, Lost)
+    assert re.search(r"client 0 is here already, from \S+:\d+; you come from \S+:\d+", str(second.outcome))
     other = Puppet(fed, 1)
-    server.ends_well()
-    for puppet in (first, second, other):
+    said = server.ends_well()
+    for puppet in (first, other):
         puppet.join(30)
-    assert second.outcome["kind"] == other.outcome["kind"] == "finished"
-    assert isinstance(first.outcome, Exception)
+    assert first.outcome["kind"] == other.outcome["kind"] == "finished"
     assert set(fed.statuses().values()) == {"ok"}
+    assert re.search(r"client 0 is here from \S+:\d+; from \S+:\d+ comes another with its certificate", said)
+
+
+@pytest.mark.slow
+def test_a_process_that_joins_again_takes_its_own_place_and_the_old_call_is_told(fed: Federation) -> None:
+    server = fed.server("--clients", "2", "--rounds", "1", "--join-timeout", "600")
+    server.until_it_says("listening")
+    hello = {"kind": "hello", "run": "", "uplink": "fp32", "feedback": False, "num_examples": 50, "own_data": True}
+    hello |= {"instance": "one process"}
+    links = [Link(fed.address, None, 0) for _ in range(2)]
+    calls = [link.follow(hello) for link in links]
+    assert read_note(next(calls[0]))["kind"] == "welcome"
+    for _ in range(15):  # somebody knocks in its name
+        with pytest.raises(Lost, match=r"here already|too often"):
+            next(links[1].follow(hello | {"instance": "another"}))
+    assert read_note(next(calls[1]))["kind"] == "welcome"
+    with pytest.raises(Lost, match="client 0 has joined again, from"):
+        next(calls[0])
+    for link in links:
+        link.close()
+    server.kill()
 
 
 def test_a_proper_answer_is_taken(fed: Federation) -> None:

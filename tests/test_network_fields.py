@@ -35,7 +35,7 @@ TASK = {"kind": "task", "round": 3, "lr": 0.1, "seed": 7, "version": 3, "checksu
 FEDERATION = {"kind": "federation", "run": "r", "number": 0, "clients": 2, "settings": {"run": {"seed": 0}}}
 FINISHED = {"kind": "finished", "rounds": 3, "test_accuracy": None, "version": 3, "checksum": 9}
 GOOD: dict[str, dict[str, Any]] = {
-    "hello": HELLO | {"own_data": True, "version": 2, "checksum": 2**32 - 1},
+    "hello": HELLO | {"own_data": True, "instance": "ab", "version": 2, "checksum": 2**32 - 1},
     "task": TASK,
     "federation": FEDERATION | {"frozen": {"a.weight": 5}},
     "welcome": {"kind": "welcome", "session": "ab" * 16},

@@ -66,6 +66,7 @@ NOTES: dict[str, dict[str, _Field]] = {
         "uplink": _text(256),
         "feedback": _Field("true or false", lambda value: isinstance(value, bool)),
         "num_examples": _whole(1, MOST_EXAMPLES),
+        "instance": _text(64)._replace(is_optional=True),
         "own_data": _Field("true or false", lambda value: isinstance(value, bool), is_optional=True),
         **{name: field._replace(is_optional=True) for name, field in _HOLDS.items()},
     },

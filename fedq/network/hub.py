@@ -27,7 +27,7 @@ from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import MessageParts
 from fedq.network.fields import check_answer, check_note
 from fedq.network.offer import Offers
-from fedq.network.seat import Seat, Task
+from fedq.network.seat import RateLimit, Seat, Task
 from fedq.network.settings import NetworkConfig
 from fedq.text import clean
 from fedq.wire import Frame, Kind, Limits, Message, note, split_body
@@ -188,7 +188,7 @@ class Hub:
             number: Its number, from its certificate.
 
         Raises:
-            Refused: It has no seat here, has broken the rules too often, or calls too often.
+            Refused: It has no seat here, or has broken the rules too often.
         """
         if not 0 <= number < self.federation.num_clients:
             raise Refused(
@@ -196,9 +196,17 @@ class Hub:
             )
         seat = self.seats.setdefault(number, Seat(number))
         if seat.offences >= self.federation.network.max_offences:
-            raise Refused(f"client {number} is shut out after {seat.offences} messages that broke the rules")
-        if not seat.joins.take():
-            raise Refused(f"client {number} connects too often", is_final=False)
+            raise Refused(_shut_out(seat))
+        return seat
+
+    def knock(self, number: int) -> Seat:
+        """Return the seat of somebody who calls in a client's name, unless that happens too often.
+
+        Raises:
+            Refused: As for `seat`; or it calls too often.
+        """
+        seat = self.seat(number)
+        _take(seat.joins, number)
         return seat
 
     def description(self, seat: Seat) -> Message:
@@ -208,21 +216,35 @@ class Hub:
         frozen = {"frozen": dict(federation.frozen)} if federation.frozen else {}
         return note(text | {"settings": dict(federation.shares)} | frozen)
 
-    def admit(self, number: int, hello: Mapping[str, Any]) -> Seat:
+    def admit(self, number: int, hello: Mapping[str, Any], peer: str = "") -> Seat:
         """Give a client its seat, anew if it had lost its connection.
+
+        While a process has the seat, another with the same certificate is sent away, and both are named.
 
         Args:
             number: Its number, from its certificate.
             hello: What it says of itself.
+            peer: Address that it calls from.
 
         Raises:
             Refused: It has no seat, or says what cannot be.
         """
         seat = self.seat(number)
+        returns = bool(seat.instance) and hello.get("instance") == seat.instance
+        _take(seat.returns if returns else seat.joins, number)
         try:
             hello = check_note(hello, "hello")
         except FieldError as error:
             raise self.misgreeted(seat, error) from None
+        if seat.followers and not returns:
+            _log.warning(
+                "client %d is here from %s; from %s comes another with its certificate", number, seat.peer, peer
+            )
+            raise Refused(
+                f"client {number} is here already, from {seat.peer}; you come from {peer}: a certificate is for one "
+                "process, and whoever holds it twice needs a new one",
+                is_final=False,
+            )
         uplink, has_own_data = self._uplink(hello), hello.get("own_data") is True
         num_examples, share = hello["num_examples"], self.federation.shares_held[number]
         if not has_own_data and num_examples != share:
@@ -232,8 +254,8 @@ class Hub:
         is_ours = hello["run"] == self.federation.run
         seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         seat.session = secrets.token_hex(16)
-        for follower in seat.followers:
-            follower.cancel()
+        seat.instance, seat.peer = hello.get("instance") or "", peer
+        seat.end_followers(f"client {number} has joined again, from {peer}")
         _log.info("client %d is here with %d examples", number, seat.num_examples)
         return seat
 
@@ -380,8 +402,7 @@ class Hub:
             assert seat.task is not None
             seat.task.reason = f"refused: {reason}"
         if seat.offences >= self.federation.network.max_offences:
-            for follower in seat.followers:
-                follower.cancel()
+            seat.end_followers(_shut_out(seat))
         self._changed.set()
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
@@ -498,6 +519,15 @@ class Hub:
             return self.federation.schedule(hello["uplink"], hello["feedback"])
         except FieldError as error:
             raise Refused(str(error)) from None
+
+
+def _shut_out(seat: Seat) -> str:
+    return f"client {seat.number} is shut out after {seat.offences} messages that broke the rules"
+
+
+def _take(limit: RateLimit, number: int) -> None:
+    if not limit.take():
+        raise Refused(f"client {number} connects too often", is_final=False)
 
 
 def _parts(message: Message) -> MessageParts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from ctypes import c_float
 from dataclasses import replace
@@ -126,6 +127,8 @@ class Member:
         self.layout = client.training.layout
         self.replica = self.layout.flatten(client.training.model) if has_start else None
         self.version = 0 if has_start else None
+        self.instance = secrets.token_hex(16)
+        """By this the server knows that it is this process which joins again, and no other with its certificate."""
         self._answer: Message | None = None
         memory.begin(run, uplink)
 
@@ -139,6 +142,7 @@ class Member:
             "feedback": self.memory.store is not None,
             "num_examples": len(self.client.indices),
             "own_data": self.has_own_data,
+            "instance": self.instance,
             **held,
         }
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 
@@ -23,6 +24,7 @@ from fedq.network.connections import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.seat import Seat, Task
 from fedq.network.settings import CHUNK_NBYTES
+from fedq.text import clean
 from fedq.wire import Assembler, Message, note, read_note, unpack
 
 _log = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ class Service(grpc.GenericRpcHandler):
 
     async def _describe(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            seat = self.hub.seat(self._number(context))
+            seat = self.hub.knock(self._number(context))
         except Refused as refusal:
             return await _refuse(context, refusal)
         return bytes(self.hub.description(seat).pack())
@@ -154,11 +156,20 @@ class Service(grpc.GenericRpcHandler):
     async def _follow(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
             number = self._number(context)
-            seat = self.hub.admit(number, self._heard(number, request))
+            seat = self.hub.admit(number, self._heard(number, request), clean(unquote(context.peer())))
         except Refused as refusal:
             return await _refuse(context, refusal)
-        with self._following(seat):
-            await self._tell(seat, context)
+        follower = asyncio.current_task()
+        assert follower is not None
+        try:
+            with self._following(seat, follower):
+                await self._tell(seat, context)
+        except asyncio.CancelledError:
+            if follower not in seat.why_ended:
+                raise
+            await _refuse(context, Refused(seat.why_ended[follower], is_final=False))
+        finally:
+            seat.why_ended.pop(follower, None)
 
     def _heard(self, number: int, request: bytes) -> dict[str, Any]:
         """Return what a greeting says.
@@ -169,7 +180,7 @@ class Service(grpc.GenericRpcHandler):
         try:
             return read_note(unpack(request, self.hub.federation.limits))
         except FieldError as error:
-            raise self.hub.misgreeted(self.hub.seat(number), error) from None
+            raise self.hub.misgreeted(self.hub.knock(number), error) from None
 
     async def _tell(self, seat: Seat, context: grpc.aio.ServicerContext) -> None:
         """Tell a client what it is asked, until the end."""
@@ -262,9 +273,7 @@ class Service(grpc.GenericRpcHandler):
         return number
 
     @contextmanager
-    def _following(self, seat: Seat) -> Iterator[None]:
-        follower = asyncio.current_task()
-        assert follower is not None
+    def _following(self, seat: Seat, follower: asyncio.Task[None]) -> Iterator[None]:
         seat.followers.add(follower)
         self.hub.arrived(seat)
         try:
