@@ -20,7 +20,7 @@ from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.hub import Federation, Hub, Refused
 from fedq.network.member import Diverged, Member, Memory, check_same_model
-from fedq.network.offer import Offers, checksum
+from fedq.network.offer import Offers, checksum, whole_model
 from fedq.network.own import OwnTraining
 from fedq.network.seat import RateLimit
 from fedq.network.settings import (
@@ -34,7 +34,7 @@ from fedq.network.settings import (
     resolved,
     short_forms,
 )
-from fedq.wire import Kind, Message, read_note, unpack
+from fedq.wire import Assembler, Kind, Message, read_note, unpack
 
 
 def _model(seed: int = 0) -> nn.Module:
@@ -342,6 +342,19 @@ def test_another_model_is_refused_by_name() -> None:
     with pytest.raises(FieldError, match=r"0\.weight"):
         check_same_model(other, FP32)
     check_same_model(INT8, FP32)
+
+
+def test_a_message_that_is_larger_than_the_model_is_refused_by_its_head(tmp_path: Path) -> None:
+    limits = _member(tmp_path, _model()).limits
+    model = whole_model(FP32, FP32.flatten(_model()), 0)
+    assert Assembler(limits).add(model.pack())[0].nbytes == model.nbytes
+    other = nn.Linear(400, 100)
+    layout = Layout.of(other, "fp32")
+    large = whole_model(layout, layout.flatten(other), 0)
+    assembler = Assembler(limits)
+    with pytest.raises(FieldError, match="message bytes=16"):
+        assembler.add(large.head())
+    assert assembler.pending == 0
 
 
 def test_training_that_fails_is_told(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
         FieldError: The server refuses this client, or could not be reached for too long.
     """
     result: dict[str, Any] | None = None
+    link.limits = member.limits
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.

@@ -85,15 +85,7 @@ class Federation:
     @property
     def limits(self) -> Limits:
         """What a client's message may be: an update of this model in float32 and a table of its tensors, at most."""
-        plain = 4 * self.layout.numel
-        header = 4096 + 1024 * len(self.layout.spans)
-        return Limits(
-            message_bytes=plain + plain // 8 + 16 * len(self.layout.spans) + header + 4096,
-            header_bytes=header,
-            tensors=len(self.layout.spans),
-            decoded_bytes=plain,
-            note_bytes=4096,
-        )
+        return Limits.of_model(self.layout, note_bytes=4096)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.files import replace_file
 from fedq.layout import Layout
 from fedq.network.offer import checksum
-from fedq.wire import Kind, Message
+from fedq.wire import Kind, Limits, Message
 
 _KEPT = 3
 """Versions of the residual on disk: a server that was restarted may ask for its last round again."""
@@ -145,6 +145,11 @@ class Member:
             "instance": self.instance,
             **held,
         }
+
+    @property
+    def limits(self) -> Limits:
+        """What a message of the server may be: nothing is held that is not of this model's size."""
+        return Limits.of_model(self.layout, note_bytes=1 << 20)
 
     def take(self, message: Message) -> None:
         """Take the whole model, or a change of it.
