@@ -171,6 +171,17 @@ def _start_server(run: Path, log: Path, clients: int, rounds: int) -> tuple[subp
     raise RuntimeError(log.read_text(errors="replace"))
 
 
+def _wait(server: subprocess.Popen[bytes], fuzzers: list[Fuzzer]) -> int:
+    """Return how the server ended; without clients it would wait for ever, and is ended."""
+    while server.poll() is None and any(fuzzer.is_alive() for fuzzer in fuzzers):
+        time.sleep(0.1)
+    try:
+        return server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +200,7 @@ def _run(args: argparse.Namespace, run: Path, log: Path) -> int:
     server, address = _start_server(run, log, args.clients, rounds)
     print(f"seed {args.seed}, {args.clients} clients, {rounds} rounds", flush=True)
     fuzzers = [Fuzzer(address, number, args.seed, layout) for number in range(args.clients)]
-    code = server.wait()
+    code = _wait(server, fuzzers)
     for fuzzer in fuzzers:
         fuzzer.join(30)
     outcomes = sum((fuzzer.outcomes for fuzzer in fuzzers), Counter[str]())

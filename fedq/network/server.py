@@ -17,7 +17,7 @@ from fedq.federated.client import RoundContext
 from fedq.federated.frozen import frozen_checksums
 from fedq.files import replace_file
 from fedq.layout import Layout, LayoutSchedule
-from fedq.network.certs import Identity, load_identity
+from fedq.network.certs import Identity, Revoked, load_identity
 from fedq.network.hub import Federation, Hub
 from fedq.network.rounds import NetworkRounds
 from fedq.network.service import Service
@@ -78,7 +78,8 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
     show_replica(job, rounds)
     traffic = InterfaceTraffic()
     hub = Hub(_federation(job, config), first_sequence=job.start << 32)
-    with Service(hub, config.network.bind, identity) as service:
+    revoked = Revoked(config.network.certs) if config.network.certs is not None else None
+    with Service(hub, config.network.bind, identity, revoked) as service:
         rounds.serve_by(service, state.so_far.num_rounds)
         print_header([_listening(config, service.port)])
         results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import grpc
 
 from fedq.errors import FieldError
-from fedq.network.certs import Identity, client_number
+from fedq.network.certs import Identity, Revoked, client_number
 from fedq.network.connections import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.seat import Seat, Task
@@ -62,12 +62,14 @@ class Service(grpc.GenericRpcHandler):
         hub: The clients' seats; used in the service's thread alone.
         bind: Host and port; port 0 takes a free one.
         identity: The server's certificate; None: plaintext.
+        revoked: Certificates that are refused, with an identity.
     """
 
-    def __init__(self, hub: Hub, bind: str, identity: Identity | None) -> None:
+    def __init__(self, hub: Hub, bind: str, identity: Identity | None, revoked: Revoked | None = None) -> None:
         self.hub = hub
         self.bind = bind
         self.identity = identity
+        self.revoked = revoked
         self.port = 0
         """The port that is listened on."""
         self._grace_s: float | None = None  # what was said last may still be on its way
@@ -168,6 +170,8 @@ class Service(grpc.GenericRpcHandler):
             if follower not in seat.why_ended:
                 raise
             await _refuse(context, Refused(seat.why_ended[follower], is_final=False))
+        except Refused as refusal:
+            await _refuse(context, refusal)
         finally:
             seat.why_ended.pop(follower, None)
 
@@ -190,6 +194,7 @@ class Service(grpc.GenericRpcHandler):
             seat.news.clear()
             assignment = hub.assignment(seat)
             if assignment is not None and assignment.task is not None and assignment.task.sequence != asked:
+                self._number(context)  # it may have been revoked since it came
                 asked = assignment.task.sequence
                 await self._assign(seat, context, assignment)
             elif hub.result is None:
@@ -259,7 +264,7 @@ class Service(grpc.GenericRpcHandler):
         """Return who calls: by the certificate, or without TLS by what the call says.
 
         Raises:
-            Refused: A certificate of no client, or no number.
+            Refused: A certificate of no client, or one that is revoked; or no number.
         """
         if self.identity is None:
             text = str(dict(context.invocation_metadata() or ()).get(NUMBER, ""))
@@ -270,6 +275,8 @@ class Service(grpc.GenericRpcHandler):
         number = client_number(names[0].decode(errors="replace")) if len(names) == 1 else None
         if number is None:
             raise Refused(f"{names!r} is no client's certificate")
+        if self.revoked is not None and self.revoked.has(context.auth_context()["x509_pem_cert"][0]):
+            raise Refused(f"this certificate of client {number} is revoked")
         return number
 
     @contextmanager
