@@ -58,6 +58,16 @@ def test_how_many_connections_are_taken(
     assert limits.now == (after, hard)
 
 
+def test_each_address_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(None, None, None, "", (address, 0)) for address in ("127.0.0.1", "::1", "127.0.0.1")]
+    monkeypatch.setattr(connections.socket, "getaddrinfo", lambda host, port, type: found)
+    _Limits(monkeypatch, 128, 128)
+    assert connection_limit(10, "localhost") == 25
+    limits = _Limits(monkeypatch, 1024, 4096)
+    assert connection_limit(10, "localhost") == 1044
+    assert limits.now == (30 + 48 + 2 * 1044, 4096)
+
+
 def test_a_process_that_may_open_too_few_files_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     _Limits(monkeypatch, 128, 128)
     with pytest.raises(FieldError, match=r"num_clients=51.*at most 50.*128 files"):

@@ -23,7 +23,7 @@ from fedq.network.certs import Identity, Revoked, client_number
 from fedq.network.connections import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.seat import Seat, Task
-from fedq.network.settings import CHUNK_NBYTES
+from fedq.network.settings import CHUNK_NBYTES, check_address
 from fedq.text import clean
 from fedq.wire import Assembler, Message, note, read_note, unpack
 
@@ -292,7 +292,7 @@ class Service(grpc.GenericRpcHandler):
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        most = connection_limit(self.hub.federation.num_clients)
+        most = connection_limit(self.hub.federation.num_clients, check_address("bind", self.bind)[0])
         options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most)]
         self._server = grpc.aio.server(handlers=(self,), options=options)
         try:
