@@ -84,7 +84,7 @@ class Federation:
     ) -> Party:
         """Start a server, which may have so many files open."""
         how = ("-m", "fedq") if open_files is None else ("-c", _LIMITED.format(open_files))
-        what = ("--resume", str(self.run)) if resume else (*JOB, "--out", str(self.run))
+        what = ("--resume", str(self.run)) if resume else (*JOB, "--accept-own-data", "--out", str(self.run))
         log = self.folder / f"server{len(self._parties)}.log"
         return self._start(log, *how, "server", "--bind", self.address, *trust, *what, *flags)
 
@@ -144,6 +144,9 @@ class Puppet(threading.Thread):
         number: Its number.
         act: Answers a task; default: properly.
         model: Its model, if not the federation's.
+        uplink: Codec of its updates.
+        examples: That it says it has.
+        step: What its training adds to every parameter.
     """
 
     def __init__(
@@ -154,11 +157,13 @@ class Puppet(threading.Thread):
         *,
         model: nn.Module | None = None,
         uplink: str = "fp32",
+        examples: int = 50,
+        step: float = 0.0,
     ) -> None:
         super().__init__(daemon=True)
         self.fed, self.number, self.act = fed, number, act or answer_properly
         self.model = model or build_model("cnn62k")
-        self.uplink = uplink
+        self.uplink, self.examples, self.step = uplink, examples, step
         self.outcome: Any = None
         self.start()
 
@@ -173,9 +178,9 @@ class Puppet(threading.Thread):
 
     def _take_part(self, link: Link) -> dict[str, Any]:
         described = link.describe()
-        training = AddOne(self.model)
+        training = AddOne(self.model, self.step)
         schedule = LayoutSchedule.of(self.model, self.uplink, feedback=False)
-        client = Client(self.number, torch.arange(50), training, schedule, NoFeedback())
+        client = Client(self.number, torch.arange(self.examples), training, schedule, NoFeedback())
         memory = Memory(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
         member = Member(client, memory, run=described["run"], uplink=self.uplink)
         for message in link.follow(member.hello()):

@@ -110,7 +110,7 @@ def _hub() -> Hub:
         shares_held=[5, 5],
         layout=LAYOUT,
         schedule=lambda spec, feedback: LayoutSchedule.of(MODEL, spec, feedback=feedback),
-        network=NetworkConfig(max_offences=10**9),
+        network=NetworkConfig(max_offences=10**9, accept_own_data=True),
     )
     hub = Hub(job)
     hub.offers.publish(0, LAYOUT.flatten(MODEL))

@@ -117,7 +117,9 @@ def _federation(**network: Any) -> Federation:
         shares_held=[5, 5, 7],
         layout=FP32,
         schedule=lambda spec, feedback: LayoutSchedule.of(_model(), spec, feedback=feedback),
-        network=NetworkConfig(**{"round_timeout": 0.5, "join_timeout": 0.2, "reconnect_grace": 0.1, **network}),
+        network=NetworkConfig(
+            **{"round_timeout": 0.5, "join_timeout": 0.2, "reconnect_grace": 0.1, "accept_own_data": True, **network}
+        ),
     )
 
 
@@ -140,6 +142,8 @@ def test_only_those_with_a_seat_are_admitted() -> None:
         hub.admit(2, HELLO)
     assert hub.admit(2, {**HELLO, "own_data": True}).num_examples == 5
     assert hub.own_data == {2}
+    with pytest.raises(Refused, match="--accept-own-data"):
+        _hub(accept_own_data=False).admit(2, {**HELLO, "own_data": True})
     for odd in ({"uplink": "int99"}, {"uplink": 5}, {"feedback": "yes"}, {"num_examples": True}, {"num_examples": 0}):
         with pytest.raises(Refused):
             hub.admit(0, {**HELLO, **odd})
@@ -415,6 +419,8 @@ def test_settings_of_a_server_are_checked() -> None:
         ({"reconnect_grace": math.inf}, "reconnect_grace"),
         ({"max_offences": 0}, "max_offences"),
         ({"quorum": 0.0}, "quorum"),
+        ({"max_weight_share": 0.0}, "max_weight_share"),
+        ({"max_weight_share": math.nan}, "max_weight_share"),
         ({"quorum": 1.5}, "quorum"),
         ({"quorum": math.nan}, "quorum"),
         ({"insecure": True}, "insecure"),

@@ -238,6 +238,10 @@ class Hub:
                 is_final=False,
             )
         uplink, has_own_data = self._uplink(hello), hello.get("own_data") is True
+        if has_own_data and not self.federation.network.accept_own_data:
+            raise Refused(
+                "own_data=True is not allowed; allowed: a share of the server's data, or --accept-own-data there"
+            )
         num_examples, share = hello["num_examples"], self.federation.shares_held[number]
         if not has_own_data and num_examples != share:
             raise Refused(f"num_examples={num_examples} is not allowed; allowed: {share}, its share; or --own-data")

@@ -81,7 +81,7 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
     revoked = Revoked(config.network.certs) if config.network.certs is not None else None
     with Service(hub, config.network.bind, identity, revoked) as service:
         rounds.serve_by(service, state.so_far.num_rounds)
-        print_header([_listening(config, service.port)])
+        print_header([_listening(config, service.port), *_unbounded(config)])
         results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
         job.watch.beat("telling clients the end")
         last_words = {"rounds": results["rounds"], "test_accuracy": results["test_accuracy"]}
@@ -142,6 +142,13 @@ def _run_name(path: Path) -> str:
     if not file.exists():
         replace_file(file, secrets.token_hex(16).encode())
     return file.read_text()
+
+
+def _unbounded(config: ServerConfig) -> list[str]:
+    """Return a warning where a client's own weight cannot be bounded."""
+    if config.network.accept_own_data and config.cohort_size < 3:
+        return ["with fewer than three clients a round nobody's own weight is bounded (--max-weight-share)"]
+    return []
 
 
 def _listening(config: ServerConfig, port: int) -> str:
