@@ -403,7 +403,7 @@ def _exchange_ours(exchange: Exchange, folder: Path, address: str) -> dict[str, 
         "--bind": address,
         "--out": out,
     }
-    server = [*_fedq("server"), *(str(part) for pair in values.items() for part in pair)]
+    server = [*_fedq("server"), "--accept-own-data", *(str(part) for pair in values.items() for part in pair)]
     clients = []
     for number in range(exchange.clients):
         told = {"model": exchange.model, "connect": address, "certs": str(folder / "certs" / f"client-{number}")}

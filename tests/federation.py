@@ -30,6 +30,12 @@ JOB = (
 )
 OWN = ("--threads", "1", "--device", "cpu")
 LIMIT_S = 120
+_LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))
+from fedq.cli import main
+sys.exit(main())
+"""
 
 
 class Party:
@@ -69,10 +75,18 @@ class Federation:
         self.run = folder / "run"
         self._parties: list[Party] = []
 
-    def server(self, *flags: str, trust: tuple[str, ...] = ("--insecure",), resume: bool = False) -> Party:
-        what = ("--resume", str(self.run)) if resume else (*JOB, "--out", str(self.run))
+    def server(
+        self,
+        *flags: str,
+        trust: tuple[str, ...] = ("--insecure",),
+        resume: bool = False,
+        open_files: int | None = None,
+    ) -> Party:
+        """Start a server, which may have so many files open."""
+        how = ("-m", "fedq") if open_files is None else ("-c", _LIMITED.format(open_files))
+        what = ("--resume", str(self.run)) if resume else (*JOB, "--accept-own-data", "--out", str(self.run))
         log = self.folder / f"server{len(self._parties)}.log"
-        return self._start(log, "-m", "fedq", "server", "--bind", self.address, *trust, *what, *flags)
+        return self._start(log, *how, "server", "--bind", self.address, *trust, *what, *flags)
 
     def client(self, number: int, *flags: str, trust: tuple[str, ...] | None = None) -> Party:
         trust = ("--insecure", "--number", str(number)) if trust is None else trust
@@ -130,6 +144,9 @@ class Puppet(threading.Thread):
         number: Its number.
         act: Answers a task; default: properly.
         model: Its model, if not the federation's.
+        uplink: Codec of its updates.
+        examples: That it says it has.
+        step: What its training adds to every parameter.
     """
 
     def __init__(
@@ -140,11 +157,13 @@ class Puppet(threading.Thread):
         *,
         model: nn.Module | None = None,
         uplink: str = "fp32",
+        examples: int = 50,
+        step: float = 0.0,
     ) -> None:
         super().__init__(daemon=True)
         self.fed, self.number, self.act = fed, number, act or answer_properly
         self.model = model or build_model("cnn62k")
-        self.uplink = uplink
+        self.uplink, self.examples, self.step = uplink, examples, step
         self.outcome: Any = None
         self.start()
 
@@ -159,9 +178,9 @@ class Puppet(threading.Thread):
 
     def _take_part(self, link: Link) -> dict[str, Any]:
         described = link.describe()
-        training = AddOne(self.model)
+        training = AddOne(self.model, self.step)
         schedule = LayoutSchedule.of(self.model, self.uplink, feedback=False)
-        client = Client(self.number, torch.arange(50), training, schedule, NoFeedback())
+        client = Client(self.number, torch.arange(self.examples), training, schedule, NoFeedback())
         memory = Memory(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
         member = Member(client, memory, run=described["run"], uplink=self.uplink)
         for message in link.follow(member.hello()):

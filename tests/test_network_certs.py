@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from federation import Federation, federation
 
 from fedq.errors import FieldError
-from fedq.network.certs import Identity, client_number, load_identity, main, make_certs
+from fedq.network.certs import Identity, Revoked, client_number, load_identity, main, make_certs
 from fedq.network.link import Link, Lost
 
 
@@ -101,6 +101,77 @@ def test_an_expired_certificate_is_named_before_anybody_is_called(tmp_path: Path
 
 def _read(folder: Path) -> Identity:
     return Identity(*((folder / name).read_bytes() for name in ("ca.pem", "cert.pem", "key.pem")))
+
+
+def test_an_authority_outlives_what_it_signs_and_is_renewed(tmp_path: Path) -> None:
+    certs, day = tmp_path / "certs", datetime.timedelta(days=1)
+    make_certs(certs, 2, hosts=["localhost"], days=10)
+    first, old = _certificate(certs / "authority" / "ca.pem"), _certificate(certs / "client-1" / "cert.pem")
+    assert first.not_valid_after_utc - old.not_valid_after_utc > 89 * day
+    assert make_certs(certs, 3, hosts=["localhost"], days=90) == [certs / "client-2"]  # it lasts for these
+    assert _certificate(certs / "client-2" / "ca.pem") == first
+    assert certs / "authority" in make_certs(certs, 4, hosts=["localhost"], days=200)
+    second = _certificate(certs / "authority" / "ca.pem")
+    assert second.not_valid_after_utc - first.not_valid_after_utc > 1800 * day
+    assert second.public_key() == first.public_key()
+    for number in range(4):  # those that were there are as good as before, under either
+        assert _certificate(certs / f"client-{number}" / "ca.pem") == second
+        assert load_identity(certs / f"client-{number}", serves=False).name == f"client-{number}"
+    for authority in (first, second):
+        old.verify_directly_issued_by(authority)
+        _certificate(certs / "server" / "cert.pem").verify_directly_issued_by(authority)
+    assert make_certs(certs, 1, hosts=["localhost"], days=10, renew=True)[0] == certs / "authority"
+
+
+def test_an_authority_that_has_expired_is_renewed(tmp_path: Path) -> None:
+    import fedq.network.certs as module
+
+    certs = tmp_path / "certs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BACKDATED", datetime.timedelta(days=3000))
+        patch.setattr(module, "_OUTLIVES", -1)
+        make_certs(certs, 1, hosts=["localhost"], days=10)
+    with pytest.raises(FieldError, match=r"ca\.pem.*valid now"):
+        load_identity(certs / "client-0", serves=False)
+    make_certs(certs, 1, hosts=["localhost"], days=10)
+    assert load_identity(certs / "client-0", serves=False).name == "client-0"
+    assert load_identity(certs / "server", serves=True).name == "server"
+
+
+def test_all_that_a_client_has_had_is_revoked(certs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    revoked = Revoked(certs / "server")
+    first = (certs / "client-1" / "cert.pem").read_bytes()
+    assert not revoked.has(first)
+    make_certs(certs, 2, hosts=["localhost"], renew=True)
+    second, other = ((certs / f"client-{number}" / "cert.pem").read_bytes() for number in (1, 0))
+    assert main(["--out", str(certs), "--revoke", "1"], "fedq certs") == 0
+    assert "revoked.txt" in capsys.readouterr().out
+    third = (certs / "client-1" / "cert.pem").read_bytes()
+    assert [revoked.has(one) for one in (first, second, third, other)] == [True, True, False, False]
+    assert load_identity(certs / "client-1", serves=False).name == "client-1"
+    main(["--out", str(certs), "--revoke", "1", "--revoke", "0"], "fedq certs")
+    assert [revoked.has(one) for one in (first, second, third, other)] == [True] * 4
+    with pytest.raises(FieldError, match="revoke=7"):
+        main(["--out", str(certs), "--revoke", "7"], "fedq certs")
+
+
+@pytest.mark.slow
+def test_a_server_refuses_a_revoked_certificate_without_a_restart(tmp_path: Path) -> None:
+    certs = tmp_path / "certs"
+    make_certs(certs, 2, hosts=["localhost"])
+    old = _read(certs / "client-0")
+    with federation(tmp_path) as fed:
+        server = fed.server("--clients", "2", "--rounds", "1", trust=("--certs", str(certs / "server")))
+        server.until_it_says("listening")
+        _describe(fed, old)
+        main(["--out", str(certs), "--revoke", "0"], "fedq certs")
+        with pytest.raises(FieldError, match="client 0 is revoked"):
+            _describe(fed, old)
+        trusts = [("--certs", str(certs / f"client-{number}")) for number in range(2)]
+        clients = [fed.client(number, trust=trust) for number, trust in enumerate(trusts)]
+        server.ends_well()
+        for client in clients:
+            client.ends_well()
 
 
 @pytest.mark.slow

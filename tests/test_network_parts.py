@@ -20,7 +20,7 @@ from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.hub import Federation, Hub, Refused
 from fedq.network.member import Diverged, Member, Memory, check_same_model
-from fedq.network.offer import Offers, checksum
+from fedq.network.offer import Offers, checksum, whole_model
 from fedq.network.own import OwnTraining
 from fedq.network.seat import RateLimit
 from fedq.network.settings import (
@@ -34,7 +34,7 @@ from fedq.network.settings import (
     resolved,
     short_forms,
 )
-from fedq.wire import Kind, Message, read_note, unpack
+from fedq.wire import Assembler, Kind, Message, read_note, unpack
 
 
 def _model(seed: int = 0) -> nn.Module:
@@ -117,11 +117,13 @@ def _federation(**network: Any) -> Federation:
         shares_held=[5, 5, 7],
         layout=FP32,
         schedule=lambda spec, feedback: LayoutSchedule.of(_model(), spec, feedback=feedback),
-        network=NetworkConfig(**{"round_timeout": 0.5, "join_timeout": 0.2, "reconnect_grace": 0.1, **network}),
+        network=NetworkConfig(
+            **{"round_timeout": 0.5, "join_timeout": 0.2, "reconnect_grace": 0.1, "accept_own_data": True, **network}
+        ),
     )
 
 
-HELLO = {"run": "a run", "uplink": "int8", "feedback": True, "num_examples": 5}
+HELLO = {"kind": "hello", "run": "a run", "uplink": "int8", "feedback": True, "num_examples": 5}
 
 
 def _hub(**network: Any) -> Hub:
@@ -140,6 +142,8 @@ def test_only_those_with_a_seat_are_admitted() -> None:
         hub.admit(2, HELLO)
     assert hub.admit(2, {**HELLO, "own_data": True}).num_examples == 5
     assert hub.own_data == {2}
+    with pytest.raises(Refused, match="--accept-own-data"):
+        _hub(accept_own_data=False).admit(2, {**HELLO, "own_data": True})
     for odd in ({"uplink": "int99"}, {"uplink": 5}, {"feedback": "yes"}, {"num_examples": True}, {"num_examples": 0}):
         with pytest.raises(Refused):
             hub.admit(0, {**HELLO, **odd})
@@ -344,6 +348,19 @@ def test_another_model_is_refused_by_name() -> None:
     check_same_model(INT8, FP32)
 
 
+def test_a_message_that_is_larger_than_the_model_is_refused_by_its_head(tmp_path: Path) -> None:
+    limits = _member(tmp_path, _model()).limits
+    model = whole_model(FP32, FP32.flatten(_model()), 0)
+    assert Assembler(limits).add(model.pack())[0].nbytes == model.nbytes
+    other = nn.Linear(400, 100)
+    layout = Layout.of(other, "fp32")
+    large = whole_model(layout, layout.flatten(other), 0)
+    assembler = Assembler(limits)
+    with pytest.raises(FieldError, match="message bytes=16"):
+        assembler.add(large.head())
+    assert assembler.pending == 0
+
+
 def test_training_that_fails_is_told(tmp_path: Path) -> None:
     member = _member(tmp_path, _model())
     replica = _with_model(member)
@@ -401,6 +418,11 @@ def test_settings_of_a_server_are_checked() -> None:
         ({"round_timeout": 0.0}, "round_timeout"),
         ({"reconnect_grace": math.inf}, "reconnect_grace"),
         ({"max_offences": 0}, "max_offences"),
+        ({"quorum": 0.0}, "quorum"),
+        ({"max_weight_share": 0.0}, "max_weight_share"),
+        ({"max_weight_share": math.nan}, "max_weight_share"),
+        ({"quorum": 1.5}, "quorum"),
+        ({"quorum": math.nan}, "quorum"),
         ({"insecure": True}, "insecure"),
     ):
         with pytest.raises(FieldError, match=words):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from fedq.federated.client import Client, RoundContext, Trained
 from fedq.federated.downlink import DownlinkCost
 from fedq.federated.exchange import Exchange, Ranked, Rooted
 from fedq.federated.frozen import check_ranks
-from fedq.federated.server import NormLimit, Server, aggregate, apply_change
+from fedq.federated.server import NormLimit, Server, WeightLimit, aggregate, apply_change
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
@@ -59,7 +59,7 @@ class RoundResult:
     Args:
         frames: The clients' messages, or rank 0's share of each, with the rank that each came from.
         left_out: Clients whose update was not used, with the reason.
-        clipped: Clients whose update was scaled down, with the words for it.
+        clipped: Clients whose update was scaled down, or whose weight was cut, with the words for it.
     """
 
     frames: list[tuple[int, Frame]] = field(default_factory=list)
@@ -265,6 +265,7 @@ class FederatedRounds:
                 self.replica.device,
                 min_cohort=self.min_cohort,
                 norm_limit=self.norm_limit,
+                weight_limit=self._weight_limit(),
                 facts=self.exchange,
                 others=self._others(context),
             )
@@ -274,7 +275,13 @@ class FederatedRounds:
                 self.server.step(layout.to_change_(outcome.mean, self.replica))
             with self.timer.phase("encode"):
                 change = self.server.change(self.replica, context)
+        if outcome.cut:
+            ranked = [(rank, replace(f, weight=outcome.cut.get(f.client, f.weight))) for rank, f in ranked]
         return RoundResult(ranked, outcome.left_out, outcome.clipped), change
+
+    def _weight_limit(self) -> WeightLimit | None:
+        """Return what a client may count for whose weight nobody else knows."""
+        return None
 
     def _others(self, context: RoundContext) -> Mapping[int, Layout]:
         """Return layouts of clients with codecs of their own, by hash."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedq.federated.client import RoundContext, is_finite
 from fedq.layout import Layout
+from fedq.text import clean
 from fedq.wire import Frame, Kind, check_layout, join_payloads, split_body
 
 MakeServerOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -36,11 +37,13 @@ class Aggregate:
         mean: Weighted mean update, flat float32; None if no client remained.
         left_out: Clients whose update was not used, with the reason.
         clipped: Clients whose update was scaled down, with the words for it.
+        cut: Weights of clients that counted for less than they said.
     """
 
     mean: Tensor | None
     left_out: dict[int, str]
     clipped: dict[int, str] = field(default_factory=dict)
+    cut: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,40 @@ class NormLimit:
 
     multiple: float
     rule: Literal["clip", "drop"] = "clip"
+
+
+@dataclass(frozen=True)
+class WeightLimit:
+    """How much a client with a weight of its own may count for.
+
+    Args:
+        share: The most, of a mean of three updates or more; of fewer nobody's weight is cut.
+        clients: Those whose weight nobody else knows.
+    """
+
+    share: float
+    clients: frozenset[int]
+
+    def cut(self, weights: Mapping[int, float]) -> dict[int, float]:
+        """Return the weights that are lower than said, by client: just so low that no share is beyond the limit.
+
+        Where that cannot be (three updates, a limit below a third), those cut weigh as much as the lightest.
+
+        Args:
+            weights: Of the updates that are averaged, by client.
+        """
+        if len(weights) < 3:
+            return {}
+        rest, heavy = sum(weights.values()), list[int]()  # exact: whole numbers far below 2^53
+        for client in sorted(self.clients & weights.keys(), key=lambda client: -weights[client]):
+            left = 1 - self.share * len(heavy)
+            if left > 0 and weights[client] <= self.share * rest / left:
+                break
+            heavy.append(client)
+            rest -= weights[client]
+        left = 1 - self.share * len(heavy)
+        limit = max(self.share * rest / left if left > 0 else 0.0, min(weights.values()))
+        return {client: limit for client in heavy if weights[client] > limit}
 
 
 class Facts:
@@ -87,6 +124,7 @@ def aggregate(
     *,
     min_cohort: int = 1,
     norm_limit: NormLimit | None = None,
+    weight_limit: WeightLimit | None = None,
     facts: Facts = _SEEN_WHOLE,
     others: Mapping[int, Layout] = _NO_OTHERS,
 ) -> Aggregate:
@@ -101,6 +139,7 @@ def aggregate(
         device: Where to decode.
         min_cohort: Fewest updates that make a mean.
         norm_limit: What happens to updates that are far too large.
+        weight_limit: What one client may count for.
         facts: What the other servers know; by them all servers decide the same.
         others: Layouts, by hash, of clients that use codecs of their own.
 
@@ -117,16 +156,25 @@ def aggregate(
     clipped = {client: f"norm clipped to {scale:.3g} of itself" for client, scale in scales.items()}
     while True:
         kept = [f for f in frames if f.client not in left_out]
-        total = sum(f.weight for f in kept)
+        cut = weight_limit.cut({f.client: f.weight for f in kept}) if weight_limit else {}
+        weights = [cut.get(f.client, f.weight) for f in kept]
+        total = sum(weights)
         if len(kept) < max(1, min_cohort) or not 0 < total < math.inf:
             reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
             return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
-        mean = _weighted_sum(layouts, kept, [scales.get(f.client, 1.0) * f.weight / total for f in kept], device)
+        factors = [scales.get(f.client, 1.0) * weight / total for f, weight in zip(kept, weights, strict=True)]
+        mean = _weighted_sum(layouts, kept, factors, device)
         if facts.everywhere(torch.tensor([_is_finite(mean)])).all():
-            return Aggregate(mean, left_out, clipped)
+            return Aggregate(mean, left_out, _with_cuts(clipped, kept, cut), cut)
         fine = facts.everywhere(torch.tensor([_decodes_finite(layouts, f, device) for f in kept])).tolist()
         culprits = {f.client: "decoded update is not finite" for f, ok in zip(kept, fine, strict=True) if not ok}
         left_out |= culprits or {f.client: "sum of updates overflows" for f in kept}
+
+
+def _with_cuts(clipped: dict[int, str], frames: Sequence[Frame], cut: Mapping[int, float]) -> dict[int, str]:
+    """Return the words of what was scaled down, with those of weights."""
+    words = {f.client: f"weight cut from {f.weight:g} to {cut[f.client]:g}" for f in frames if f.client in cut}
+    return clipped | {c: f"{clipped[c]}, {said}" if c in clipped else said for c, said in words.items()}
 
 
 @dataclass(frozen=True)
@@ -167,11 +215,11 @@ def _datas(layout: Layout, frame: Frame) -> list[Tensor]:
 
 
 def why_left_out(frame: Frame) -> str:
-    """Return why a frame carries no update."""
+    """Return why a frame carries no update, in words that can be shown whoever wrote them."""
     if frame.kind == Kind.MISSING:
-        return frame.body.cpu().numpy().tobytes().decode(errors="replace")
+        return clean(frame.body.cpu().numpy().tobytes())
     if frame.kind == Kind.FAILED:
-        return "training failed: " + frame.body.cpu().numpy().tobytes().decode(errors="replace")
+        return "training failed: " + clean(frame.body.cpu().numpy().tobytes())
     return "update is not finite"
 
 

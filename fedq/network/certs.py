@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
@@ -27,6 +28,11 @@ from fedq.files import replace_file, writable
 _BACKDATED = datetime.timedelta(hours=1)
 """Clocks of other machines may be slow."""
 _AUTHORITY = "fedq federation"
+_MOST_DAYS = 36_500
+_OUTLIVES = 10
+"""Times the days of a certificate that the authority which signs it lasts, where it is made or renewed."""
+_ISSUED, REVOKED = "issued.txt", "revoked.txt"
+"""Serial numbers with names, a line each: of all that an authority has signed, and of those that a server refuses."""
 _CLIENT = re.compile(r"client-(\d{1,9})")
 
 
@@ -60,13 +66,23 @@ def main(argv: Sequence[str], program: str) -> int:
     )
     parser.add_argument("--days", type=float, default=365.0, help="days until the certificates expire (default: 365)")
     parser.add_argument(
-        "--renew", action="store_true", help="replace certificates that are there, of the same authority"
+        "--renew", action="store_true", help="replace certificates that are there; the authority keeps its key"
+    )
+    parser.add_argument(
+        "--revoke",
+        type=int,
+        action="append",
+        metavar="N",
+        help="refuse all certificates that client N has had, and make a new one; may be given again",
     )
     given = parser.parse_args(argv)
     made = make_certs(
         given.out, given.clients, hosts=given.host or ["localhost", "127.0.0.1"], days=given.days, renew=given.renew
     )
+    made += [revoke(given.out, number, days=given.days) for number in given.revoke or []]
     print("\n".join(f"made {folder}" for folder in made) or f"{given.out} has them all; --renew replaces them")
+    if given.revoke:
+        print(f"Put {given.out}/server/{REVOKED} into the server's folder; it is read again without a restart.")
     print(
         f"Give {given.out}/server to the server, each {given.out}/client-N to one client; keep {given.out}/authority."
     )
@@ -78,12 +94,15 @@ def make_certs(
 ) -> list[Path]:
     """Make what is missing: the authority, the server, ``clients`` clients. Each in a folder under ``out``.
 
+    The authority lasts ten times as long as what it signs. It is renewed where it would not outlive that, with its name
+    and key, so that certificates and copies of ``ca.pem`` that are elsewhere stay good for as long as they say.
+
     Args:
         out: A folder; an authority that is there is gone on with.
         clients: How many, from client-0.
         hosts: Names and addresses in the server's certificate.
         days: How long they are valid from now.
-        renew: Whether to replace those that are there.
+        renew: Whether to replace those that are there; the authority keeps its key.
 
     Returns:
         The folders written.
@@ -93,16 +112,84 @@ def make_certs(
     """
     if not 1 <= clients <= 100_000:
         raise FieldError("clients", clients, "1 to 100000")
-    if not 0 < days <= 36_500:
-        raise FieldError("days", days, "above 0 and at most 36500")
+    if not 0 < days <= _MOST_DAYS:
+        raise FieldError("days", days, f"above 0 and at most {_MOST_DAYS}")
     authority = out / "authority"
-    made = [] if (authority / "key.pem").exists() else [_make_authority(authority, days)]
+    made = [] if _lasts(authority, days) and not renew else [_make_authority(authority, days)]
     signer = _load_signer(authority)
+    for folder in sorted({path.parent for path in out.glob("*/ca.pem")} - {authority}) if made else []:
+        _write(folder, {"ca.pem": _pem(signer.certificate)})
     people = [("server", hosts)] + [(f"client-{number}", []) for number in range(clients)]
     for name, names in people:
         if renew or not (out / name / "cert.pem").exists():
             made.append(_make_member(out / name, name, names, days, signer))
     return made
+
+
+def revoke(out: Path, number: int, *, days: float = 365.0) -> Path:
+    """Add all certificates that a client has had to the server's list, and make it a new one.
+
+    Args:
+        out: As for `make_certs`.
+        number: The client's.
+        days: How long the new one is valid.
+
+    Returns:
+        The client's folder.
+
+    Raises:
+        FieldError: There is no such client.
+    """
+    name, authority = f"client-{number}", out / "authority"
+    if not (out / name / "cert.pem").exists():
+        raise FieldError("revoke", number, f"the number of a client whose folder is in {out}")
+    now = x509.load_pem_x509_certificate(_read(out / name / "cert.pem"))
+    serials = {serial for serial, owner in _lines(authority / _ISSUED) if owner == name} | {f"{now.serial_number:x}"}
+    _add_lines(out / "server" / REVOKED, [(serial, name) for serial in sorted(serials)])
+    return _make_member(out / name, name, [], days, _load_signer(authority))
+
+
+class Revoked:
+    """The certificates that a server refuses; its list is read again whenever it has changed.
+
+    Args:
+        folder: The server's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / REVOKED
+        self._seen: tuple[int, int] | None = None
+        self._serials: frozenset[str] = frozenset()
+
+    def has(self, certificate: bytes) -> bool:
+        """Say whether a certificate, in PEM, is among them."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return False
+        if self._seen != (found.st_mtime_ns, found.st_size):
+            self._serials = frozenset(serial for serial, _ in _lines(self._path))
+            self._seen = found.st_mtime_ns, found.st_size
+        return _serial(certificate) in self._serials
+
+
+@lru_cache(1024)
+def _serial(certificate: bytes) -> str:
+    return f"{x509.load_pem_x509_certificate(certificate).serial_number:x}"
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Return the serial numbers and names of a list; none where there is no list."""
+    if not path.exists():
+        return []
+    words = (line.split() for line in _read(path).decode(errors="replace").splitlines())
+    return [(pair[0], pair[1]) for pair in words if len(pair) >= 2]
+
+
+def _add_lines(path: Path, lines: Sequence[tuple[str, str]]) -> None:
+    kept = dict.fromkeys([*_lines(path), *lines])
+    with writable("out", path.parent):
+        replace_file(path, "".join(f"{serial} {name}\n" for serial, name in kept).encode())
 
 
 def load_identity(folder: Path, *, serves: bool) -> Identity:
@@ -157,6 +244,7 @@ def _common_name(certificate: x509.Certificate) -> str:
 
 @dataclass(frozen=True)
 class _Signer:
+    folder: Path
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
 
@@ -166,14 +254,24 @@ def _load_signer(folder: Path) -> _Signer:
     key = serialization.load_pem_private_key(_read(folder / "key.pem"), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise FieldError("certs", str(folder), "an authority that `fedq certs` made")
-    return _Signer(certificate, key)
+    return _Signer(folder, certificate, key)
+
+
+def _lasts(authority: Path, days: float) -> bool:
+    """Whether there is an authority that outlives what it signs now."""
+    if not (authority / "key.pem").exists():
+        return False
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return _load_signer(authority).certificate.not_valid_after_utc >= now + datetime.timedelta(days=days)
 
 
 def _make_authority(folder: Path, days: float) -> Path:
-    key = ec.generate_private_key(ec.SECP256R1())
+    """Make an authority, or renew the one that is there."""
+    has_key = (folder / "key.pem").exists()
+    key = _load_signer(folder).key if has_key else ec.generate_private_key(ec.SECP256R1())
     name = _name(_AUTHORITY)
     builder = (
-        _builder(name, name, key, days)
+        _builder(name, name, key, min(_OUTLIVES * days, _MOST_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
     )
@@ -198,6 +296,7 @@ def _make_member(folder: Path, name: str, hosts: Sequence[str], days: float, sig
         )
     )
     certificate = builder.sign(signer.key, hashes.SHA256())
+    _add_lines(signer.folder / _ISSUED, [(f"{certificate.serial_number:x}", name)])
     _write(folder, {"ca.pem": _pem(signer.certificate), "cert.pem": _pem(certificate), "key.pem": _key_pem(key)})
     return folder
 

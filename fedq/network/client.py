@@ -24,6 +24,7 @@ from fedq.files import replace_file
 from fedq.layout import frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
+from fedq.network.fields import check_note
 from fedq.network.link import Backoff, Link, Lost, NotWanted
 from fedq.network.member import Diverged, Member, Memory
 from fedq.network.own import OwnTraining, TrainFunction
@@ -136,6 +137,7 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
         FieldError: The server refuses this client, or could not be reached for too long.
     """
     result: dict[str, Any] | None = None
+    link.limits = member.limits
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.
@@ -199,7 +201,7 @@ def _describe(link: Link, give_up_after: float) -> dict[str, Any]:
     backoff = Backoff(give_up_after)
     while True:
         try:
-            return link.describe()
+            return check_note(link.describe(), "federation")
         except Lost as error:
             backoff.wait(str(error))
 
@@ -319,17 +321,14 @@ def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, A
     if message.frame.kind in (Kind.MODEL, Kind.CHANGE):
         member.take(message)
         return None
-    text = read_note(message)
-    if text.get("kind") == "welcome":
-        link.opened(str(text["session"]))
-    elif text.get("kind") == "task":
-        member.arrive(text)
-        _answer(link, member, message, text, say)
-    elif text.get("kind") == "finished":
-        member.arrive(text)
+    text = check_note(read_note(message), "welcome", "task", "finished")
+    if text["kind"] == "welcome":
+        link.opened(text["session"])
+        return None
+    member.arrive(text)
+    if text["kind"] == "finished":
         return text
-    else:
-        raise FieldError("note", text.get("kind"), "welcome, task, finished")
+    _answer(link, member, message, text, say)
     return None
 
 

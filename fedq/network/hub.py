@@ -25,16 +25,19 @@ from fedq.federated.downlink import without_raw
 from fedq.federated.rounds import sample_cohort
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import MessageParts
+from fedq.network.fields import check_answer, check_note
 from fedq.network.offer import Offers
-from fedq.network.seat import Seat, Task
+from fedq.network.seat import RateLimit, Seat, Task
 from fedq.network.settings import NetworkConfig
+from fedq.text import clean
 from fedq.wire import Frame, Kind, Limits, Message, note, split_body
 
 _log = logging.getLogger(__name__)
-_MOST_EXAMPLES = 1 << 40
 Moved = tuple[int, str, MessageParts]
 """Client, direction and make-up of a message."""
-_ANSWERS = (Kind.UPDATE, Kind.LEFT_OUT, Kind.FAILED)
+_MOST_TRIES = 10
+"""Times that a client may begin to send an answer to one task."""
+_MOST_MAKEUPS = 256
 
 
 class Refused(Exception):
@@ -47,7 +50,7 @@ class Refused(Exception):
 
     def __init__(self, reason: str, *, is_final: bool = True) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = clean(reason)
         self.is_final = is_final
 
 
@@ -82,15 +85,7 @@ class Federation:
     @property
     def limits(self) -> Limits:
         """What a client's message may be: an update of this model in float32 and a table of its tensors, at most."""
-        plain = 4 * self.layout.numel
-        header = 4096 + 1024 * len(self.layout.spans)
-        return Limits(
-            message_bytes=plain + plain // 8 + 16 * len(self.layout.spans) + header + 4096,
-            header_bytes=header,
-            tensors=len(self.layout.spans),
-            decoded_bytes=plain,
-            note_bytes=4096,
-        )
+        return Limits.of_model(self.layout, note_bytes=4096)
 
 
 @dataclass(frozen=True)
@@ -108,6 +103,46 @@ class Assignment:
     models: list[Message]
     note: Message
     version: int
+
+
+class _RoundEnd:
+    """Until when a round waits for each of its clients.
+
+    One that has let a whole round pass in silence is asked again, but waited for only as long again as the others took,
+    until it answers. Once the quorum has answered nobody is waited for.
+
+    Args:
+        asked: The seats of those who were asked, when they were.
+        network: Timeouts and quorum.
+    """
+
+    def __init__(self, asked: Sequence[Seat], network: NetworkConfig) -> None:
+        self._began, self._timeout = time.monotonic(), network.round_timeout
+        self._asked, self._needed = asked, math.ceil(network.quorum * len(asked) - 1e-9)  # 0.7 * 10 is above 7
+        silent = {seat.number for seat in asked if seat.is_silent}
+        self._silent = silent if len(silent) < len(asked) else set()
+        self._others_took: float | None = None
+
+    def moments(self, waiting: Sequence[Seat], now: float) -> list[float]:
+        """Return until when to wait for each of those whose answers are missing."""
+        if sum(seat.task is not None and seat.task.answer is not None for seat in self._asked) >= self._needed:
+            return [now] * len(waiting)
+        last = self._began + self._timeout
+        if not self._silent:
+            return [last] * len(waiting)
+        if self._others_took is None and all(seat.number in self._silent for seat in waiting):
+            self._others_took = now - self._began
+        soon = last if self._others_took is None else min(last, self._began + 2 * self._others_took)
+        return [soon if seat.number in self._silent else last for seat in waiting]
+
+    def why_missing(self, seat: Seat) -> str:
+        """Return the reason, once the moment has come; whoever had the whole time is silent from now on."""
+        if time.monotonic() >= self._began + self._timeout:
+            seat.is_silent = True
+            return f"no answer within {self._timeout:g} s"
+        if seat.number in self._silent:
+            return "no answer; since it was silent for a whole round it is not waited for until it answers"
+        return f"no answer before the quorum of {self._needed} had answered"
 
 
 class Hub:
@@ -145,7 +180,7 @@ class Hub:
             number: Its number, from its certificate.
 
         Raises:
-            Refused: It has no seat here, has broken the rules too often, or calls too often.
+            Refused: It has no seat here, or has broken the rules too often.
         """
         if not 0 <= number < self.federation.num_clients:
             raise Refused(
@@ -153,9 +188,17 @@ class Hub:
             )
         seat = self.seats.setdefault(number, Seat(number))
         if seat.offences >= self.federation.network.max_offences:
-            raise Refused(f"client {number} is shut out after {seat.offences} messages that broke the rules")
-        if not seat.joins.take():
-            raise Refused(f"client {number} connects too often", is_final=False)
+            raise Refused(_shut_out(seat))
+        return seat
+
+    def knock(self, number: int) -> Seat:
+        """Return the seat of somebody who calls in a client's name, unless that happens too often.
+
+        Raises:
+            Refused: As for `seat`; or it calls too often.
+        """
+        seat = self.seat(number)
+        _take(seat.joins, number)
         return seat
 
     def description(self, seat: Seat) -> Message:
@@ -165,28 +208,58 @@ class Hub:
         frozen = {"frozen": dict(federation.frozen)} if federation.frozen else {}
         return note(text | {"settings": dict(federation.shares)} | frozen)
 
-    def admit(self, number: int, hello: Mapping[str, Any]) -> Seat:
+    def admit(self, number: int, hello: Mapping[str, Any], peer: str = "") -> Seat:
         """Give a client its seat, anew if it had lost its connection.
+
+        While a process has the seat, another with the same certificate is sent away, and both are named.
 
         Args:
             number: Its number, from its certificate.
             hello: What it says of itself.
+            peer: Address that it calls from.
 
         Raises:
             Refused: It has no seat, or says what cannot be.
         """
         seat = self.seat(number)
-        seat.uplink = self._uplink(hello)
-        has_own_data = hello.get("own_data") is True
-        seat.num_examples = _examples(hello, None if has_own_data else self.federation.shares_held[number])
+        returns = bool(seat.instance) and hello.get("instance") == seat.instance
+        _take(seat.returns if returns else seat.joins, number)
+        try:
+            hello = check_note(hello, "hello")
+        except FieldError as error:
+            raise self.misgreeted(seat, error) from None
+        if seat.followers and not returns:
+            _log.warning(
+                "client %d is here from %s; from %s comes another with its certificate", number, seat.peer, peer
+            )
+            raise Refused(
+                f"client {number} is here already, from {seat.peer}; you come from {peer}: a certificate is for one "
+                "process, and whoever holds it twice needs a new one",
+                is_final=False,
+            )
+        uplink, has_own_data = self._uplink(hello), hello.get("own_data") is True
+        if has_own_data and not self.federation.network.accept_own_data:
+            raise Refused(
+                "own_data=True is not allowed; allowed: a share of the server's data, or --accept-own-data there"
+            )
+        num_examples, share = hello["num_examples"], self.federation.shares_held[number]
+        if not has_own_data and num_examples != share:
+            raise Refused(f"num_examples={num_examples} is not allowed; allowed: {share}, its share; or --own-data")
+        seat.uplink, seat.num_examples = uplink, num_examples
         self.own_data = self.own_data | {number} if has_own_data else self.own_data - {number}
-        is_ours = hello.get("run") == self.federation.run
+        is_ours = hello["run"] == self.federation.run
         seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         seat.session = secrets.token_hex(16)
-        for follower in seat.followers:
-            follower.cancel()
+        seat.instance, seat.peer = hello.get("instance") or "", peer
+        seat.end_followers(f"client {number} has joined again, from {peer}")
         _log.info("client %d is here with %d examples", number, seat.num_examples)
         return seat
+
+    def misgreeted(self, seat: Seat, error: FieldError) -> Refused:
+        """Note a greeting that broke the rules; return what its sender is told."""
+        seat.offences += 1
+        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, clean(str(error)))
+        return Refused(f"not a greeting: {error}")
 
     def welcome(self, seat: Seat) -> Message:
         """Return what a client is told first."""
@@ -212,7 +285,7 @@ class Hub:
             Refused: It has not joined, or has joined again since.
         """
         seat = self.seats.get(number)
-        if seat is None or not seat.session or not hmac.compare_digest(seat.session, session):
+        if seat is None or not seat.session or not hmac.compare_digest(seat.session.encode(), session.encode()):
             raise Refused(f"client {number} has not joined, or has joined again since", is_final=False)
         return seat
 
@@ -270,6 +343,18 @@ class Hub:
         if self.context is None or not seat.has_open_task(self.context.round):
             raise Refused(f"no answer of client {seat.number} is wanted now", is_final=False)
 
+    def begins(self, seat: Seat) -> None:
+        """Note that a client begins to send an answer.
+
+        Raises:
+            Refused: None is wanted, or it has begun too often.
+        """
+        self.expects(seat)
+        assert seat.task is not None
+        if seat.task.tries >= _MOST_TRIES:
+            raise Refused(f"client {seat.number} has tried {_MOST_TRIES} times to answer", is_final=False)
+        seat.task.tries += 1
+
     def accept(self, seat: Seat, message: Message) -> None:
         """Take a client's answer.
 
@@ -280,18 +365,18 @@ class Hub:
         self.expects(seat)
         assert seat.task is not None
         assert self.context is not None
-        frame, task = message.frame, seat.task
-        if (frame.round, message.sequence) != (task.round, task.sequence):
-            raise FieldError(
-                "round, sequence", (frame.round, message.sequence), f"{(task.round, task.sequence)}, as in the task"
-            )
-        if frame.client != seat.number:
-            raise FieldError("client", frame.client, f"{seat.number}, as in the certificate")
-        if frame.kind not in _ANSWERS or message.exact:
-            raise FieldError("kind", frame.kind.name, "UPDATE, LEFT_OUT or FAILED")
-        task.answer = self._checked(seat, message) if frame.kind == Kind.UPDATE else message
+        task = seat.task
+        check_answer(
+            message,
+            round=task.round,
+            sequence=task.sequence,
+            client=seat.number,
+            num_examples=seat.num_examples,
+        )
+        answer = self._checked(seat, message) if message.frame.kind == Kind.UPDATE else message
+        seat.moved.append(("uplink", self._makeup(answer)))
         self.received += message.nbytes
-        seat.moved.append(("uplink", self._makeup(task.answer)))
+        task.answer, seat.is_silent = answer, False
         self._changed.set()
 
     def _checked(self, seat: Seat, message: Message) -> Message:
@@ -302,20 +387,18 @@ class Hub:
             allowed = f"{layout.hash:016x}: the model of this federation in the codec that the client has announced"
             raise FieldError("layout", f"{message.frame.layout_hash:016x}", allowed)
         split_body(layout, message.frame.body)
-        if message.frame.weight != seat.num_examples:
-            raise FieldError("weight", message.frame.weight, f"{seat.num_examples}, as announced")
         return replace(message, layout=layout)
 
     def offend(self, seat: Seat, error: Exception) -> None:
         """Note a message that broke the rules; the round goes on without this client."""
+        reason = clean(str(error))
         seat.offences += 1
-        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, error)
+        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, reason)
         if self.context is not None and seat.has_open_task(self.context.round):
             assert seat.task is not None
-            seat.task.reason = f"refused: {error}"
+            seat.task.reason = f"refused: {reason}"
         if seat.offences >= self.federation.network.max_offences:
-            for follower in seat.followers:
-                follower.cancel()
+            seat.end_followers(_shut_out(seat))
         self._changed.set()
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
@@ -333,14 +416,16 @@ class Hub:
             self._sequence += 1
             self.seats[number].task = Task(context.round, self._sequence)
             self.seats[number].told()
-        deadline = time.monotonic() + self.federation.network.round_timeout
-        while waiting := [self.seats[n] for n in cohort if self.seats[n].has_open_task(context.round)]:
+        asked = [self.seats[number] for number in cohort]
+        end = _RoundEnd(asked, self.federation.network)
+        while waiting := [seat for seat in asked if seat.has_open_task(context.round)]:
             now = time.monotonic()
-            until = [min(deadline, self._patience(seat)) for seat in waiting]
+            ends = zip(waiting, end.moments(waiting, now), strict=True)
+            until = [min(moment, self._patience(seat)) for seat, moment in ends]
             for seat, moment in zip(waiting, until, strict=True):
                 if now >= moment:
                     assert seat.task is not None
-                    seat.task.reason = self._why_missing(seat)
+                    seat.task.reason = self._why_missing(seat, end)
             await self._wait(min(until) - now)
         self.context = None
         return [self._close(self.seats[number], context) for number in cohort]
@@ -392,21 +477,22 @@ class Hub:
         """Return until when a client is waited for."""
         return math.inf if seat.is_connected else seat.lost_at + self.federation.network.reconnect_grace
 
-    def _why_missing(self, seat: Seat) -> str:
-        network = self.federation.network
+    def _why_missing(self, seat: Seat, end: _RoundEnd) -> str:
+        """Return why a client has not answered, and note that it is silent if it had all the time there is."""
         if not seat.is_connected:
-            return f"no answer: the connection was lost and not made again within {network.reconnect_grace:g} s"
-        return f"no answer within {network.round_timeout:g} s"
+            grace = self.federation.network.reconnect_grace
+            return f"no answer: the connection was lost and not made again within {grace:g} s"
+        return end.why_missing(seat)
 
     def _close(self, seat: Seat, context: RoundContext) -> Message:
-        """Return a client's answer, or why there is none, and let nothing more of this round in."""
-        assert seat.task is not None
-        assert seat.uplink is not None
+        """Return a client's answer, or why there is none; keep neither, and let nothing more of this round in."""
+        task, seat.task = seat.task, None
+        assert task is not None
         for upload in seat.uploads:
             upload.cancel()
-        if seat.task.answer is not None:
-            return seat.task.answer
-        body = torch.frombuffer(bytearray((seat.task.reason or "no answer").encode()), dtype=torch.uint8)
+        if task.answer is not None:
+            return task.answer
+        body = torch.frombuffer(bytearray((task.reason or "no answer").encode()), dtype=torch.uint8)
         frame = Frame(
             Kind.MISSING, context.round, seat.number, 0, 0, float(seat.num_examples), math.nan, math.nan, body
         )
@@ -419,35 +505,25 @@ class Hub:
             return _parts(message)
         key = (layout.hash, message.frame.kind, message.nbytes)
         if key not in self._makeups:
+            if len(self._makeups) >= _MOST_MAKEUPS:  # clients that announce ever other codecs
+                self._makeups.clear()
             self._makeups[key] = _parts(message)
         return self._makeups[key]
 
     def _uplink(self, hello: Mapping[str, Any]) -> LayoutSchedule:
-        spec, feedback = hello.get("uplink"), hello.get("feedback")
-        if not isinstance(spec, str) or len(spec) > 256 or not isinstance(feedback, bool):
-            raise Refused("uplink and feedback must be text and true or false")
         try:
-            return self.federation.schedule(spec, feedback)
+            return self.federation.schedule(hello["uplink"], hello["feedback"])
         except FieldError as error:
             raise Refused(str(error)) from None
 
 
-def _examples(hello: Mapping[str, Any], share: int | None) -> int:
-    """Return the number of examples that a client says it has.
+def _shut_out(seat: Seat) -> str:
+    return f"client {seat.number} is shut out after {seat.offences} messages that broke the rules"
 
-    Args:
-        hello: What it says.
-        share: How many its share of the server's data set has; None: it has data of its own, and is believed.
 
-    Raises:
-        Refused: It is no number, or none that can be.
-    """
-    number = hello.get("num_examples")
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MOST_EXAMPLES:
-        raise Refused(f"num_examples={number!r} is not allowed; allowed: 1 or more")
-    if share not in (None, number):
-        raise Refused(f"num_examples={number} is not allowed; allowed: {share}, its share; or --own-data")
-    return number
+def _take(limit: RateLimit, number: int) -> None:
+    if not limit.take():
+        raise Refused(f"client {number} connects too often", is_final=False)
 
 
 def _parts(message: Message) -> MessageParts:

@@ -14,6 +14,7 @@ from fedq.errors import FieldError
 from fedq.network.certs import Identity
 from fedq.network.service import CHANNEL_OPTIONS, DESCRIBE, FOLLOW, NUMBER, SEND, SESSION
 from fedq.network.settings import CHUNK_NBYTES
+from fedq.text import clean
 from fedq.wire import Assembler, Limits, Message, note, read_note, unpack
 
 _FIRST_S, _LONGEST_S = 0.2, 15.0
@@ -176,12 +177,12 @@ class Link:
                 grpc.StatusCode.CANCELLED,
                 grpc.StatusCode.DEADLINE_EXCEEDED,
             ):
-                raise NotWanted(error.details() or code.name) from None
+                raise NotWanted(clean(error.details() or code.name)) from None
             raise self._meaning(error) from None
 
     def _meaning(self, error: grpc.RpcError) -> Exception:
         """Return what a failed call means for this client."""
-        code, details = error.code(), error.details() or ""
+        code, details = error.code(), clean(error.details() or "", 2048)
         if code in _FINAL:
             return FieldError("connect", self.address, f"a server that takes this client; it says: {details}")
         if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import secrets
 from collections.abc import Mapping
+from ctypes import c_float
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.files import replace_file
 from fedq.layout import Layout
 from fedq.network.offer import checksum
-from fedq.wire import Kind, Message
+from fedq.wire import Kind, Limits, Message
 
 _KEPT = 3
 """Versions of the residual on disk: a server that was restarted may ask for its last round again."""
@@ -124,6 +127,8 @@ class Member:
         self.layout = client.training.layout
         self.replica = self.layout.flatten(client.training.model) if has_start else None
         self.version = 0 if has_start else None
+        self.instance = secrets.token_hex(16)
+        """By this the server knows that it is this process which joins again, and no other with its certificate."""
         self._answer: Message | None = None
         memory.begin(run, uplink)
 
@@ -137,8 +142,14 @@ class Member:
             "feedback": self.memory.store is not None,
             "num_examples": len(self.client.indices),
             "own_data": self.has_own_data,
+            "instance": self.instance,
             **held,
         }
+
+    @property
+    def limits(self) -> Limits:
+        """What a message of the server may be: nothing is held that is not of this model's size."""
+        return Limits.of_model(self.layout, note_bytes=1 << 20)
 
     def take(self, message: Message) -> None:
         """Take the whole model, or a change of it.
@@ -193,6 +204,8 @@ class Member:
         update = layout.to_sent_(trained.flat, self.replica, trained.changes)
         missed = 0 if last is None else context.round - last - 1
         frame = client.message(update, trained, context, memory=self.residual_memory**missed)
+        if math.isinf(c_float(frame.loss).value):  # a server knows finite losses, and those that are not known
+            frame = replace(frame, loss=math.nan)
         self.memory.after(context.round)
         return Message(frame, layout if frame.kind.has_payloads else None, sequence)
 

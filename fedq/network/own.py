@@ -8,11 +8,12 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from fedq.errors import FieldError
 from fedq.federated.client import Start, Trained, seed_torch
 from fedq.layout import Layout
 
 TrainFunction = Callable[..., "float | Sequence[float] | None"]
-"""``train(lr)``: trains the model in place; returns its mean loss, or loss and accuracy, or nothing."""
+"""``train(lr)``: trains the model in place; returns its mean loss, or loss and accuracy (0 to 1), or nothing."""
 
 
 class OwnTraining:
@@ -45,6 +46,7 @@ class OwnTraining:
 def _measures(told: float | Sequence[float] | None) -> tuple[float, float]:
     if told is None:
         return math.nan, math.nan
-    if isinstance(told, Sequence):
-        return float(told[0]), float(told[1])
-    return float(told), math.nan
+    loss, accuracy = map(float, told[:2] if isinstance(told, Sequence) else (told, math.nan))
+    if not (math.isnan(accuracy) or 0 <= accuracy <= 1):
+        raise FieldError("accuracy", accuracy, "0 to 1, as the second number that train returns")
+    return loss, accuracy

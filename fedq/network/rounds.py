@@ -6,7 +6,7 @@ from typing import Any
 
 from fedq.federated.client import RoundContext
 from fedq.federated.rounds import FederatedRounds, RoundResult
-from fedq.federated.server import apply_change
+from fedq.federated.server import WeightLimit, apply_change
 from fedq.layout import Layout
 from fedq.network.hub import Hub, Moved
 from fedq.network.service import Service
@@ -62,6 +62,9 @@ class NetworkRounds(FederatedRounds):
     def with_own_data(self) -> list[int]:
         """Return the clients whose examples are no share of the server's data set."""
         return sorted(self._hub.own_data)
+
+    def _weight_limit(self) -> WeightLimit | None:
+        return WeightLimit(self._hub.federation.network.max_weight_share, self._hub.own_data)
 
     def _others(self, context: RoundContext) -> dict[int, Layout]:
         return self._layouts

@@ -50,6 +50,8 @@ class Task:
     answer: Message | None = None
     reason: str | None = None
     """Why there is no answer."""
+    tries: int = 0
+    """Times that the client has begun to send one."""
 
     @property
     def is_open(self) -> bool:
@@ -77,12 +79,22 @@ class Seat:
     lost_at: float = 0.0
     """When its connection was lost."""
     task: Task | None = None
+    is_silent: bool = False
+    """Whether it was here and has let a whole round pass, and has not answered since."""
     offences: int = 0
+    instance: str = ""
+    """Word that the process which has this seat says whenever it joins; nobody else knows it."""
+    peer: str = ""
+    """Address that it came from."""
     joins: RateLimit = field(default_factory=RateLimit)
+    returns: RateLimit = field(default_factory=RateLimit)
+    """Of the process that has the seat: no other that knocks in its name takes its calls."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there is something to tell it."""
     followers: set[asyncio.Task[None]] = field(default_factory=set)
     """What is telling it; one, or two for a moment while it reconnects."""
+    why_ended: dict[asyncio.Task[None], str] = field(default_factory=dict)
+    """What those that were ended say to their caller."""
     uploads: set[asyncio.Task[None]] = field(default_factory=set)
     moved: list[tuple[str, MessageParts]] = field(default_factory=list)
     """Direction and make-up of what crossed since it was last booked."""
@@ -90,6 +102,12 @@ class Seat:
     def told(self) -> None:
         """Wake whoever tells it."""
         self.news.set()
+
+    def end_followers(self, reason: str) -> None:
+        """End what is telling it, with words for its caller."""
+        for follower in self.followers:
+            self.why_ended[follower] = reason
+            follower.cancel()
 
     def has_open_task(self, round: int) -> bool:
         """Whether its answer of a round is still wanted."""

@@ -17,7 +17,7 @@ from fedq.federated.client import RoundContext
 from fedq.federated.frozen import frozen_checksums
 from fedq.files import replace_file
 from fedq.layout import Layout, LayoutSchedule
-from fedq.network.certs import Identity, load_identity
+from fedq.network.certs import Identity, Revoked, load_identity
 from fedq.network.hub import Federation, Hub
 from fedq.network.rounds import NetworkRounds
 from fedq.network.service import Service
@@ -82,9 +82,10 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
     show_replica(job, rounds)
     traffic = InterfaceTraffic()
     hub = Hub(_federation(job, config), first_sequence=job.start << 32)
-    with Service(hub, config.network.bind, identity) as service:
+    revoked = Revoked(config.network.certs) if config.network.certs is not None else None
+    with Service(hub, config.network.bind, identity, revoked) as service:
         rounds.serve_by(service, state.so_far.num_rounds)
-        print_header([_listening(config, service.port)])
+        print_header([_listening(config, service.port), *_unbounded(config)])
         results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
         job.watch.beat("telling clients the end")
         last_words = {"rounds": results["rounds"], "test_accuracy": results["test_accuracy"]}
@@ -145,6 +146,13 @@ def _run_name(path: Path) -> str:
     if not file.exists():
         replace_file(file, secrets.token_hex(16).encode())
     return file.read_text()
+
+
+def _unbounded(config: ServerConfig) -> list[str]:
+    """Return a warning where a client's own weight cannot be bounded."""
+    if config.network.accept_own_data and config.cohort_size < 3:
+        return ["with fewer than three clients a round nobody's own weight is bounded (--max-weight-share)"]
+    return []
 
 
 def _listening(config: ServerConfig, port: int) -> str:

@@ -14,14 +14,17 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 
 from fedq.errors import FieldError
-from fedq.network.certs import Identity, client_number
+from fedq.network.certs import Identity, Revoked, client_number
+from fedq.network.connections import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.seat import Seat, Task
-from fedq.network.settings import CHUNK_NBYTES
+from fedq.network.settings import CHUNK_NBYTES, check_address
+from fedq.text import clean
 from fedq.wire import Assembler, Message, note, read_note, unpack
 
 _log = logging.getLogger(__name__)
@@ -47,6 +50,8 @@ _SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.max_concurrent_streams", 16),  # of one connection
     ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # of somebody who connects and says nothing
+    ("grpc.max_connection_idle_ms", 60_000),  # without a call; a client that is here follows
 ]
 
 
@@ -57,12 +62,14 @@ class Service(grpc.GenericRpcHandler):
         hub: The clients' seats; used in the service's thread alone.
         bind: Host and port; port 0 takes a free one.
         identity: The server's certificate; None: plaintext.
+        revoked: Certificates that are refused, with an identity.
     """
 
-    def __init__(self, hub: Hub, bind: str, identity: Identity | None) -> None:
+    def __init__(self, hub: Hub, bind: str, identity: Identity | None, revoked: Revoked | None = None) -> None:
         self.hub = hub
         self.bind = bind
         self.identity = identity
+        self.revoked = revoked
         self.port = 0
         """The port that is listened on."""
         self._grace_s: float | None = None  # what was said last may still be on its way
@@ -143,21 +150,41 @@ class Service(grpc.GenericRpcHandler):
 
     async def _describe(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            seat = self.hub.seat(self._number(context))
+            seat = self.hub.knock(self._number(context))
         except Refused as refusal:
             return await _refuse(context, refusal)
         return bytes(self.hub.description(seat).pack())
 
     async def _follow(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
-            hello = read_note(unpack(request, self.hub.federation.limits))
-            seat = self.hub.admit(self._number(context), hello)
-        except FieldError as error:
-            return await _refuse(context, Refused(f"not a greeting: {error}"))
+            number = self._number(context)
+            seat = self.hub.admit(number, self._heard(number, request), clean(unquote(context.peer())))
         except Refused as refusal:
             return await _refuse(context, refusal)
-        with self._following(seat):
-            await self._tell(seat, context)
+        follower = asyncio.current_task()
+        assert follower is not None
+        try:
+            with self._following(seat, follower):
+                await self._tell(seat, context)
+        except asyncio.CancelledError:
+            if follower not in seat.why_ended:
+                raise
+            await _refuse(context, Refused(seat.why_ended[follower], is_final=False))
+        except Refused as refusal:
+            await _refuse(context, refusal)
+        finally:
+            seat.why_ended.pop(follower, None)
+
+    def _heard(self, number: int, request: bytes) -> dict[str, Any]:
+        """Return what a greeting says.
+
+        Raises:
+            Refused: It is no note.
+        """
+        try:
+            return read_note(unpack(request, self.hub.federation.limits))
+        except FieldError as error:
+            raise self.hub.misgreeted(self.hub.knock(number), error) from None
 
     async def _tell(self, seat: Seat, context: grpc.aio.ServicerContext) -> None:
         """Tell a client what it is asked, until the end."""
@@ -167,6 +194,7 @@ class Service(grpc.GenericRpcHandler):
             seat.news.clear()
             assignment = hub.assignment(seat)
             if assignment is not None and assignment.task is not None and assignment.task.sequence != asked:
+                self._number(context)  # it may have been revoked since it came
                 asked = assignment.task.sequence
                 await self._assign(seat, context, assignment)
             elif hub.result is None:
@@ -195,7 +223,7 @@ class Service(grpc.GenericRpcHandler):
         metadata = dict(context.invocation_metadata() or ())
         try:
             seat = self.hub.seat_of(self._number(context), str(metadata.get(SESSION, "")))
-            self.hub.expects(seat)
+            self.hub.begins(seat)
         except Refused as refusal:
             return await _refuse(context, refusal)
         if seat.uploads:
@@ -236,23 +264,23 @@ class Service(grpc.GenericRpcHandler):
         """Return who calls: by the certificate, or without TLS by what the call says.
 
         Raises:
-            Refused: A certificate of no client, or no number.
+            Refused: A certificate of no client, or one that is revoked; or no number.
         """
         if self.identity is None:
             text = str(dict(context.invocation_metadata() or ()).get(NUMBER, ""))
-            if not text.isdigit() or len(text) > 9:
+            if not (text.isascii() and text.isdigit()) or len(text) > 9:
                 raise Refused(f"{NUMBER}={text!r} is not allowed; allowed: the client's number")
             return int(text)
         names = context.auth_context().get("x509_common_name", [])
         number = client_number(names[0].decode(errors="replace")) if len(names) == 1 else None
         if number is None:
             raise Refused(f"{names!r} is no client's certificate")
+        if self.revoked is not None and self.revoked.has(context.auth_context()["x509_pem_cert"][0]):
+            raise Refused(f"this certificate of client {number} is revoked")
         return number
 
     @contextmanager
-    def _following(self, seat: Seat) -> Iterator[None]:
-        follower = asyncio.current_task()
-        assert follower is not None
+    def _following(self, seat: Seat, follower: asyncio.Task[None]) -> Iterator[None]:
         seat.followers.add(follower)
         self.hub.arrived(seat)
         try:
@@ -264,7 +292,9 @@ class Service(grpc.GenericRpcHandler):
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        self._server = grpc.aio.server(handlers=(self,), options=_SERVER_OPTIONS)
+        most = connection_limit(self.hub.federation.num_clients, check_address("bind", self.bind)[0])
+        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most)]
+        self._server = grpc.aio.server(handlers=(self,), options=options)
         try:
             if self.identity is None:
                 self.port = self._server.add_insecure_port(self.bind)

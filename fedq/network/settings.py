@@ -31,10 +31,16 @@ class NetworkConfig:
     """No TLS and no certificates: anybody who can connect is a client. On loopback only."""
     round_timeout: float = 600.0
     """Seconds from the start of a round after which it closes with those who have answered."""
+    quorum: float = 1.0
+    """Share of a round's clients whose answers close it at once; 1: all."""
     join_timeout: float = 60.0
     """Seconds that the first round waits for all clients; then --min-cohort of them are enough."""
     reconnect_grace: float = 10.0
     """Seconds that a round waits for a client whose connection is lost; then it closes without it."""
+    accept_own_data: bool = False
+    """Take clients with data of their own, and believe how many examples they have. Default: shares of the data set."""
+    max_weight_share: float = 0.5
+    """Most that one client with data of its own may count for in a mean of three or more; the excess is cut."""
     max_offences: int = 3
     """Messages that break the rules after which a client is shut out."""
 
@@ -113,10 +119,13 @@ def check_server(config: ServerConfig) -> None:
     network, exchange = config.network, config.exchange
     check_address("bind", network.bind)
     check_trust("bind", network.bind, network.certs, insecure=network.insecure)
+    share = network.max_weight_share
     timeouts = [(name, getattr(network, name)) for name in ("round_timeout", "join_timeout", "reconnect_grace")]
     check_all(
         [
             *((name, value, 0 < value < math.inf, "above 0") for name, value in timeouts),
+            ("quorum", network.quorum, 0 < network.quorum <= 1, "above 0, at most 1"),
+            ("max_weight_share", share, 0 < share <= 1, "above 0, at most 1"),
             ("max_offences", network.max_offences, network.max_offences >= 1, "1 or more"),
             ("exchange", exchange.exchange, exchange.exchange == "round", "round, across a network"),
             ("aggregate", exchange.aggregate, exchange.aggregate == "rooted", "rooted, across a network"),

@@ -5,6 +5,7 @@ Which rows there are is decided in `folder`; the ledger brings its own table.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +16,23 @@ from torch import Tensor
 
 from fedq.errors import FieldError, one_of
 from fedq.files import replacing
+from fedq.text import clean
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
+_NO_VALUE = (ArithmeticError, TypeError, ValueError)  # of pyarrow: OverflowError, ArrowTypeError, ArrowInvalid, ...
 _NUM_BINS = 64
 _MAX_CODES = 1 << 16
 
 
 class ParquetRows:
     """Rows of one Parquet file, kept as columns. A file that exists already is read and added to.
+
+    A row with a value that its column cannot hold is left out, which is said once a file: it costs nobody the job.
 
     Args:
         path: The file.
@@ -40,6 +46,7 @@ class ParquetRows:
         self._tables: list[pa.Table] = []
         self._rows: list[dict[str, Any]] = []  # since the file was written
         self._stale = not path.exists() and not is_optional
+        self._has_said = False
         if path.exists():
             import pyarrow.parquet as pq
 
@@ -84,9 +91,29 @@ class ParquetRows:
         """Return all rows."""
         import pyarrow as pa
 
-        self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows = []
+        rows, self._rows = self._rows, []
+        try:
+            self._tables.append(self._stored(rows))
+        except _NO_VALUE:
+            self._tables += self._one_by_one(rows)
         return pa.concat_tables(self._tables)
+
+    def _stored(self, rows: list[dict[str, Any]]) -> pa.Table:
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _one_by_one(self, rows: Sequence[dict[str, Any]]) -> list[pa.Table]:
+        """Return the rows that can be stored, and say the first that cannot."""
+        tables = [self._stored([])]
+        for row in rows:
+            try:
+                tables.append(self._stored([row]))
+            except _NO_VALUE as error:
+                if not self._has_said:
+                    _log.warning("%s: a row is left out, as are others like it: %s", self._path.name, clean(str(error)))
+                self._has_said = True
+        return tables
 
 
 def client_schema() -> pa.Schema:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedq.layout import Layout
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -30,6 +32,24 @@ class Limits:
     dims: int = 8
     decoded_bytes: int = 1 << 33
     note_bytes: int = 1 << 20
+
+    @classmethod
+    def of_model(cls, layout: Layout, *, note_bytes: int) -> Limits:
+        """Return limits for whoever knows the model: it in float32 with a table of its tensors, and no more.
+
+        Args:
+            layout: Of the model.
+            note_bytes: As above.
+        """
+        plain, num = 4 * layout.numel, len(layout.spans)
+        header = 4096 + 1024 * num
+        return cls(
+            message_bytes=plain + plain // 8 + 16 * num + header + 4096,
+            header_bytes=header,
+            tensors=num,
+            decoded_bytes=plain,
+            note_bytes=note_bytes,
+        )
 
 
 DEFAULT_LIMITS = Limits()

@@ -1,0 +1,37 @@
+"""Text that others have written, made fit for a log, a table, a terminal and a page."""
+
+from __future__ import annotations
+
+import re
+
+LONGEST = 512
+"""Characters of a text that are kept."""
+# Letters, marks and symbols by their category, but nobody sees them: fillers, joiners, variation selectors.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
+def clean(text: str | bytes, longest: int = LONGEST) -> str:
+    r"""Return a text on one line of characters that can be seen; cleaning it again changes nothing.
+
+    White space, line ends too, becomes one space. What else has no glyph or steers a terminal is spelt as Python does
+    (``\x1b``, ``\u202e``): control characters, escapes, marks of direction, characters without width, halves of pairs.
+
+    Args:
+        text: Anything; bytes that are no UTF-8 are replaced.
+        longest: Characters that are kept; where there are more, the last three say so.
+    """
+    if isinstance(text, bytes):
+        text = text[: 4 * longest + 4].decode(errors="replace")
+    cut = text[: longest + 1]
+    seen = " ".join("".join(map(_visible, cut)).split())
+    return seen if len(seen) <= longest and len(text) <= longest else seen[: longest - 3] + "..."
+
+
+def _visible(character: str) -> str:
+    if character.isspace():
+        return " "
+    if character.isprintable() and not _UNSEEN.match(character):
+        return character
+    return character.encode("unicode_escape").decode()

@@ -1,0 +1,125 @@
+"""Clients that are here and say nothing cost one timeout; a quorum closes a round."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from fedq.federated.client import RoundContext
+from fedq.federated.server import why_left_out
+from fedq.layout import Layout, LayoutSchedule
+from fedq.network.hub import Federation, Hub, Refused
+from fedq.network.settings import NetworkConfig
+from fedq.wire import Frame, Kind, Message
+
+MODEL = nn.Linear(4, 3)
+LAYOUT = Layout.of(MODEL, "fp32")
+HELLO = {"kind": "hello", "run": "a run", "uplink": "fp32", "feedback": False, "num_examples": 5}
+
+
+def _hub(num_clients: int = 3, **network: float) -> Hub:
+    federation = Federation(
+        run="a run",
+        num_clients=num_clients,
+        cohort_size=num_clients,
+        min_cohort=1,
+        shares={},
+        shares_held=[5] * num_clients,
+        layout=LAYOUT,
+        schedule=lambda spec, feedback: LayoutSchedule.of(MODEL, spec, feedback=feedback),
+        network=NetworkConfig(**{"round_timeout": 0.4, "join_timeout": 0.2, **network}),  # type: ignore[arg-type]
+    )
+    hub = Hub(federation)
+    hub.offers.publish(0, LAYOUT.flatten(MODEL))
+    for number in range(num_clients):
+        hub.arrived(hub.admit(number, HELLO))
+    return hub
+
+
+def _answer(hub: Hub, number: int) -> None:
+    seat = hub.seats[number]
+    if seat.task is None:
+        raise Refused("the round is over")
+    body = torch.zeros(4 * LAYOUT.numel, dtype=torch.uint8)
+    frame = Frame(Kind.UPDATE, seat.task.round, number, LAYOUT.hash, 0, 5.0, 1.0, 0.5, body)
+    hub.accept(seat, Message(frame, LAYOUT, seat.task.sequence))
+
+
+async def _round(hub: Hub, number: int, answers: Sequence[int], breaks: Sequence[int] = ()) -> Mapping[int, str]:
+    """Play a round in which some answer, one after another, and some break the rules first; return how all did."""
+    running = asyncio.create_task(hub.run_round(RoundContext(number, 0.1, 0)))
+    await asyncio.sleep(0.01)
+    for one in breaks:
+        hub.offend(hub.seats[one], ValueError("odd"))
+    for one in answers:
+        try:
+            _answer(hub, one)
+        except Refused:
+            continue
+        await asyncio.sleep(0.01)
+    messages = await running
+    return {m.frame.client: "ok" if m.frame.kind == Kind.UPDATE else why_left_out(m.frame) for m in messages}
+
+
+def test_a_silent_client_costs_one_timeout_until_it_answers() -> None:
+    hub = _hub()
+
+    async def play() -> list[Mapping[int, str]]:
+        said = [[0, 1], [0, 1], [1, 0], [2, 0, 1], [0, 1], [0, 1]]
+        return [await _round(hub, number, answers) for number, answers in enumerate(said)]
+
+    ends = asyncio.run(play())
+    assert all(end[0] == end[1] == "ok" for end in ends)
+    whole, not_awaited = "no answer within 0.4 s", "no answer; since it was silent"
+    assert [end[2][:22] if end[2] == whole else end[2][:30] for end in ends] == [
+        *(whole, not_awaited, not_awaited, "ok"),
+        *(whole, not_awaited),
+    ]
+
+
+def test_where_all_are_silent_all_are_awaited() -> None:
+    hub = _hub(2)
+
+    async def play() -> list[Mapping[int, str]]:
+        return [await _round(hub, number, answers) for number, answers in enumerate([[], [], [0]])]
+
+    ends = asyncio.run(play())
+    assert [end[1] for end in ends] == ["no answer within 0.4 s"] * 3
+    assert ends[2][0] == "ok"
+
+
+def test_a_silent_client_that_answers_soon_after_the_others_is_taken() -> None:
+    hub = _hub(2, round_timeout=1.0)
+
+    async def play() -> Mapping[int, str]:
+        await _round(hub, 0, [0])
+        running = asyncio.create_task(hub.run_round(RoundContext(1, 0.1, 0)))
+        await asyncio.sleep(0.3)
+        _answer(hub, 0)  # the round waits for as long again
+        await asyncio.sleep(0.01)
+        _answer(hub, 1)
+        return {message.frame.client: message.frame.kind.name for message in await running}
+
+    assert asyncio.run(play()) == {0: "UPDATE", 1: "UPDATE"}
+    assert not hub.seats[1].is_silent
+
+
+@pytest.mark.parametrize(("quorum", "needed"), [(0.5, 2), (0.75, 3), (0.2, 1)])
+def test_a_quorum_closes_a_round(quorum: float, needed: int) -> None:
+    hub = _hub(4, quorum=quorum, round_timeout=30)
+    end = asyncio.run(_round(hub, 0, [3, 2, 1, 0]))
+    words = f"no answer before the quorum of {needed} had answered"
+    assert end == {number: "ok" if number > 3 - needed else words for number in range(4)}
+    assert not any(seat.is_silent for seat in hub.seats.values())
+    assert needed == math.ceil(4 * quorum)
+
+
+def test_whoever_breaks_the_rules_is_no_part_of_a_quorum() -> None:
+    hub = _hub(4, quorum=0.5, round_timeout=30)
+    end = asyncio.run(_round(hub, 0, [2, 3], breaks=[0, 1]))
+    assert end == {0: "refused: odd", 1: "refused: odd", 2: "ok", 3: "ok"}
