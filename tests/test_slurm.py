@@ -121,7 +121,7 @@ def test_a_sweep_ends_in_one_table(cluster: dict[str, str], tmp_path: Path) -> N
     )
     assert header[:2] == ["run", "uplink"]
     assert [row[1] for row in rows] == ["fp32", "blocktopk:k=1,block=64"]
-    shares = [float(row[6].removeprefix("1/")) for row in rows]
+    shares = [float(row[7].removeprefix("1/")) for row in rows]
     assert shares[0] == 1.0
     assert shares[1] > 20
     for row in rows:

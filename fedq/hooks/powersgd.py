@@ -9,7 +9,8 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,7 +97,7 @@ class PowerSGDExchange(StepExchange):
         self._numbers = list(self.parameters.trained)
         self._seed = seed % 2**32
         self._sent = Sent()
-        self._torch = self._torch_state(peers.group)
+        self._torch = self._torch_state(None if peers.group is None else _Waiting(peers.group))
         found = {n: _matrix(self._names[n], as_real(self.parameters[n].detach()), options.rank) for n in self._numbers}
         self._matrices = {matrix.name: matrix for matrix in found.values() if matrix is not None}
         self._buckets: list[_Part] = []
@@ -280,10 +281,16 @@ class PowerSGDExchange(StepExchange):
         return waiting
 
     def _run_hook(self, timer: Timer) -> None:
-        with timer.phase("encode"):
-            exchanged = torch_powersgd.powerSGD_hook(self._torch, self._whole)
-        with timer.phase("exchange"):
-            exchanged.wait()
+        with ExitStack() as phase:
+            phase.enter_context(timer.phase("encode"))
+
+            def sends() -> None:
+                phase.close()
+                phase.enter_context(timer.phase("exchange"))
+
+            if isinstance(self._torch.process_group, _Waiting):
+                self._torch.process_group.sends = sends
+            torch_powersgd.powerSGD_hook(self._torch, self._whole).wait()
 
     def _begin(self) -> None:
         """Make error memory, P and Q; Q is what torch's hook would draw, without touching the generators of others."""
@@ -363,6 +370,30 @@ class PowerSGDExchange(StepExchange):
                 found = {name: tuple(value.shape) for name, value in state.get(part, {}).items()}
                 if found != shapes:
                     raise FieldError(f"shapes of powersgd's {part}", found, f"{shapes}: the same model and rank")
+
+
+class _Waiting(dist.ProcessGroup):
+    """A process group that waits for what it starts, so that an error arises in the thread that asked.
+
+    PyTorch's hook goes on in callbacks, which otherwise run in a thread of Gloo's: an error there, when another rank
+    has gone, ends the process without a word of why.
+
+    Args:
+        group: Which does the work.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
+        self._group = group
+        self.sends: Callable[[], None] = lambda: None
+        """Called before each all-reduce."""
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> Any:  # type: ignore[override]
+        """Sum the tensors over the ranks, in place."""
+        self.sends()
+        work = self._group.allreduce(tensors, options)
+        work.wait()
+        return work
 
 
 class _OneBucket:
