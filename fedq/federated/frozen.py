@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedq.collectives import Transport
 from fedq.errors import FieldError
 from fedq.layout import frozen_parameters
-from fedq.wire import crc32c
+from fedq.wire import crc32c, values_crc32c
 
 _ALLOWED = "the same values everywhere, as frozen parameters do not travel"
 
@@ -21,8 +21,7 @@ def frozen_checksums(module: nn.Module) -> dict[str, int]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    what = f"{tensor.dtype} {list(tensor.shape)}".encode()
-    return crc32c(tensor.cpu().contiguous().reshape(-1).view(torch.uint8), crc32c(what))
+    return values_crc32c(tensor, crc32c(f"{tensor.dtype} {list(tensor.shape)}".encode()))
 
 
 def check_frozen(own: Mapping[str, int], theirs: Mapping[str, int], whose: str) -> None:

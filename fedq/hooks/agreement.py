@@ -6,13 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
-from fedq.kernels import crc32c
+from fedq.wire import crc32c, values_crc32c
 
 Settings = dict[str, Any]
 _FAILED = "a setting that this rank cannot have"
@@ -49,8 +47,8 @@ def agreed(
 
 def _compare(peers: Peers, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
     """Raise the same error on every rank if one has another setting or tensor, or has failed."""
-    table = {name: [_kind(tensor), _checksum(tensor)] for name, tensor in tensors.items()}
-    whole = crc32c(np.frombuffer(json.dumps(table).encode(), np.uint8))
+    table = {name: [_kind(tensor), values_crc32c(tensor)] for name, tensor in tensors.items()}
+    whole = crc32c(json.dumps(table).encode())
     described = [json.loads(text) for text in peers.gather_texts(json.dumps({"settings": settings, "model": whole}))]
     found = [rank["settings"] for rank in described]
     failures = {rank: one[_FAILED] for rank, one in enumerate(found) if _FAILED in one}
@@ -67,13 +65,6 @@ def _compare(peers: Peers, settings: Settings, tensors: Mapping[str, Tensor]) ->
 def _kind(tensor: Tensor) -> str:
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}{'' if tensor.requires_grad else ' (frozen)'}"
-
-
-def _checksum(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):  # a quantized weight, say, of a class that has no bytes of its own
-        return 0
-    flat = tensor.detach().contiguous().reshape(-1).cpu()
-    return crc32c(flat.view(torch.uint8).numpy()) if flat.numel() else 0
 
 
 def _refuse_different_models(tables: Sequence[Mapping[str, list]]) -> None:

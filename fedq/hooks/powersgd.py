@@ -157,8 +157,7 @@ class PowerSGDExchange(StepExchange):
         if bucket.index() == 0:
             self._buckets = []  # what a backward pass that raised has left
         numbers, params, buffer = self._numbers_in(bucket), bucket.parameters(), bucket.buffer()
-        if buffer.layout != torch.strided or buffer.numel() != sum(as_real(p.detach()).numel() for p in params):
-            check_bucket(buffer, params, [self._names[number] for number in numbers])
+        check_bucket(buffer, params, [self._names[number] for number in numbers])
         if bucket.is_last():
             self._check_ddp()
         # Not the bucket's own list, which is wrong for complex parameters.

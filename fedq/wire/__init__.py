@@ -5,7 +5,7 @@ fields and tables, `payload` the message of a single tensor, `limits` what a rec
 How bytes travel is not decided here.
 """
 
-from fedq.wire.crc32c import crc32c
+from fedq.wire.crc32c import crc32c, values_crc32c
 from fedq.wire.frame import (
     HEADER_NBYTES,
     MAGIC,
@@ -43,4 +43,5 @@ __all__ = [
     "read_note",
     "split_body",
     "unpack",
+    "values_crc32c",
 ]
