@@ -23,7 +23,7 @@ from fedq.config import Config, validate
 from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
-from fedq.errors import FieldError
+from fedq.errors import DivergedError, FieldError
 from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
 
 _DEFAULTS = Config()
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         defaults: Settings that neither a flag nor the file gives.
 
     Returns:
-        The exit code: 0, or 2 for settings or data that cannot be used.
+        The exit code: 0, 1 for a model that has diverged, or 2 for settings or data that cannot be used.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _COMMANDS:
@@ -155,6 +155,8 @@ def _command(name: str, argv: Sequence[str]) -> int:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
     except (FieldError, DataError) as error:
         return _refuse(error, "error")
+    except DivergedError as error:
+        return _give_up(error)
 
 
 def _list_runs(argv: Sequence[str], program: str) -> int:
@@ -266,8 +268,7 @@ def _client(argv: Sequence[str], program: str) -> int:
 
     config = tyro.cli(ClientConfig, prog=program, description=_client.__doc__, args=argv)
     check_client(config)
-    run_client(config)
-    return 0
+    return 1 if "stopped" in run_client(config) else 0
 
 
 _COMMANDS = {
@@ -295,11 +296,22 @@ def _run(config: Config, ranks: Ranks) -> int:
         if ranks.local_rank == 0:
             return _refuse(error, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
         return _refuse(error, None)
+    except DivergedError as error:
+        return _give_up(error, is_heard=ranks.rank == 0)
     except Exception as error:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank} of {ranks.world_size} failed: {type(error).__name__}: {error}", file=sys.stderr)
         raise
     return 0
+
+
+def _give_up(error: DivergedError, *, is_heard: bool = True) -> int:
+    """Say, on one rank, that the model is lost, and return the exit code."""
+    if is_heard:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_GRACE_S)
+    return 1
 
 
 def _refuse(error: FieldError | DataError, heading: str | None) -> int:

@@ -224,6 +224,8 @@ class RunConfig:
     """Go on with the run in this folder, as if it had never stopped; its config.yaml gives the settings."""
     on_existing: Literal["auto", "resume", "refuse", "new"] = "auto"
     """If --out holds a run: go on with it, refuse, or begin another beside it. auto: go on unless it is finished."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """If the model diverges: stop at the last good checkpoint; or go back to it, and on with half of the lr."""
     timeout: float = 1800.0
     """Seconds without progress after which a rank ends the job, with its name and traceback."""
     chaos: str = ""
@@ -315,6 +317,8 @@ def _checks(config: Config) -> Iterator[Check]:
     yield "max_update_norm", limit, limit is None or 0 < limit < math.inf, "above 0"
     memory = config.exchange.residual_memory
     yield "residual_memory", memory, 0 <= memory <= 1, "0 to 1"
+    fits = run.on_divergence == "stop" or config.exchange.exchange != "none"
+    yield "on_divergence", run.on_divergence, fits, "stop with --exchange none, which has no checkpoints"
     yield "timeout", run.timeout, 0 < run.timeout < math.inf, "above 0"
     is_model = local.model in MODELS or is_own(local.model)
     yield "model", local.model, is_model, one_of(MODELS, local.model) + ", or package.module:function"

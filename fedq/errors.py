@@ -1,9 +1,10 @@
-"""The one error class for bad settings: it names the field, the value and what is allowed."""
+"""What ends a job in one line: a bad setting, which names the field, the value and what is allowed; a lost model."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FieldError(ValueError):
@@ -20,6 +21,23 @@ class FieldError(ValueError):
         self.field = field
         self.value = value
         self.allowed = allowed
+
+
+class DivergedError(RuntimeError):
+    """A run whose model has diverged.
+
+    Args:
+        words: What happened, and how to go on.
+        path: The run's folder, with its last good checkpoint.
+        rollbacks: How often the run was rolled back before.
+        is_final: Whether it is not rolled back now.
+    """
+
+    def __init__(self, words: str, *, path: Path, rollbacks: int, is_final: bool) -> None:
+        super().__init__(words)
+        self.path = path
+        self.rollbacks = rollbacks
+        self.is_final = is_final
 
 
 Check = tuple[str, object, bool, str]

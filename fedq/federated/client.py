@@ -260,11 +260,8 @@ def is_finite(values: Tensor) -> bool:
     """Say whether no value is NaN or infinite: one pass and no temporary, ten times faster than `torch.isfinite`.
 
     A NaN anywhere makes both the smallest and the largest value NaN.
-
-    Args:
-        values: At least one.
     """
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 @contextmanager

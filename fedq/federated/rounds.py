@@ -28,7 +28,7 @@ from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import Ledger, MessageParts
 from fedq.phases import PhaseTimer
-from fedq.wire import Frame
+from fedq.wire import Frame, Kind
 
 _log = logging.getLogger(__name__)
 
@@ -54,17 +54,28 @@ def assign(cohort: Sequence[int], world_size: int, *, sticky: bool) -> list[list
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What rank 0 knows after a round; the lists are empty on other ranks.
+    """What rank 0 knows after a round; other ranks know only whether there was a change.
 
     Args:
         frames: The clients' messages, or rank 0's share of each, with the rank that each came from.
         left_out: Clients whose update was not used, with the reason.
         clipped: Clients whose update was scaled down, or whose weight was cut, with the words for it.
+        skipped: Those left out only because the round had too few updates.
+        has_change: Whether the model was changed; on every rank.
     """
 
     frames: list[tuple[int, Frame]] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)
     clipped: dict[int, str] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
+    has_change: bool = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no update was used, and most of those that came could not have been; on rank 0."""
+        came = {frame.client for _, frame in self.frames if frame.kind != Kind.MISSING}
+        useless = came & self.left_out.keys() - self.skipped
+        return came <= self.left_out.keys() and 2 * len(useless) > len(came)
 
     @property
     def train_loss(self) -> float:
@@ -191,8 +202,9 @@ class FederatedRounds:
         layout = self.uplink.at(context.round)
         ranked = self.exchange.collect(frames, [len(share) for share in shares], layout, context.round)
         result, change = self._serve(ranked, context) if self.server else (RoundResult(), None)
-        self._apply(self.exchange.spread(change, self.downlink, context), context)
-        return result if self._is_root else RoundResult()
+        change = self.exchange.spread(change, self.downlink, context)
+        self._apply(change, context)
+        return replace(result if self._is_root else RoundResult(), has_change=change is not None)
 
     @property
     def _is_root(self) -> bool:
@@ -277,7 +289,7 @@ class FederatedRounds:
                 change = self.server.change(self.replica, context)
         if outcome.cut:
             ranked = [(rank, replace(f, weight=outcome.cut.get(f.client, f.weight))) for rank, f in ranked]
-        return RoundResult(ranked, outcome.left_out, outcome.clipped), change
+        return RoundResult(ranked, outcome.left_out, outcome.clipped, outcome.skipped), change
 
     def _weight_limit(self) -> WeightLimit | None:
         """Return what a client may count for whose weight nobody else knows."""

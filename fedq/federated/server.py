@@ -38,12 +38,14 @@ class Aggregate:
         left_out: Clients whose update was not used, with the reason.
         clipped: Clients whose update was scaled down, with the words for it.
         cut: Weights of clients that counted for less than they said.
+        skipped: Those left out only because the round had too few updates.
     """
 
     mean: Tensor | None
     left_out: dict[int, str]
     clipped: dict[int, str] = field(default_factory=dict)
     cut: dict[int, float] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,11 @@ def aggregate(
         total = sum(weights)
         if len(kept) < max(1, min_cohort) or not 0 < total < math.inf:
             reason = f"the round is skipped: {len(kept)} updates of {total:g} examples, min_cohort {min_cohort}"
-            return Aggregate(None, left_out | dict.fromkeys((f.client for f in kept), reason), clipped)
+            skipped = frozenset(f.client for f in kept)
+            return Aggregate(None, left_out | dict.fromkeys(sorted(skipped), reason), clipped, skipped=skipped)
         factors = [scales.get(f.client, 1.0) * weight / total for f, weight in zip(kept, weights, strict=True)]
         mean = _weighted_sum(layouts, kept, factors, device)
-        if facts.everywhere(torch.tensor([_is_finite(mean)])).all():
+        if facts.everywhere(torch.tensor([is_finite(mean)])).all():
             return Aggregate(mean, left_out, _with_cuts(clipped, kept, cut), cut)
         fine = facts.everywhere(torch.tensor([_decodes_finite(layouts, f, device) for f in kept])).tolist()
         culprits = {f.client: "decoded update is not finite" for f, ok in zip(kept, fine, strict=True) if not ok}
@@ -257,11 +260,7 @@ def _decodes_finite(layouts: _Layouts, frame: Frame, device: torch.device) -> bo
     layout = layouts.of(frame)
     decoded = torch.zeros(layout.numel, device=device)
     _decode_add(layout, frame, decoded, 1.0)
-    return _is_finite(decoded)
-
-
-def _is_finite(values: Tensor) -> bool:
-    return not values.numel() or is_finite(values)
+    return is_finite(decoded)
 
 
 class Server:

@@ -99,7 +99,7 @@ def join(
         say: Told of progress, a line at a time.
 
     Returns:
-        What the server said at the end: ``rounds``, ``test_accuracy``.
+        What the server said at the end: ``rounds``, ``test_accuracy``; or ``stopped``, why the run was given up.
 
     Raises:
         FieldError: A setting that cannot be used, another model than the server's, or a server that refuses.
@@ -229,9 +229,10 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     path = _save(member, member.memory.folder)
     accuracy = result.get("test_accuracy")
     words = "" if accuracy is None else f", test accuracy {100 * accuracy:.2f} %"
+    end = f"the server has stopped: {result['stopped']};" if "stopped" in result else "finished"
     print_header(
         [
-            f"finished after {result.get('rounds')} rounds{words}",
+            f"{end} after {result.get('rounds')} rounds{words}",
             f"sent {human_bytes(link.sent)}, received {human_bytes(link.received)}; model in {path}",
         ]
     )

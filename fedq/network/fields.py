@@ -81,6 +81,7 @@ NOTES: dict[str, dict[str, _Field]] = {
     "finished": {
         "rounds": _whole(0, _LAST_ROUND)._replace(is_optional=True),
         "test_accuracy": _number(1.0)._replace(is_optional=True),
+        "stopped": _text(256)._replace(is_optional=True),
         **_HOLDS,
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fedq.federated.client import RoundContext
@@ -45,7 +46,7 @@ class NetworkRounds(FederatedRounds):
         self._layouts = {m.frame.layout_hash: m.layout for m in messages if m.layout is not None}
         result, change = self._serve([(0, message.frame) for message in messages], context)
         self._apply(change, context)
-        return result
+        return replace(result, has_change=change is not None)
 
     def book(self, round: int) -> None:
         """Book what crossed since the last time."""

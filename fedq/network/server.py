@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedq.errors import DivergedError
 from fedq.federated.client import RoundContext
 from fedq.federated.frozen import frozen_checksums
 from fedq.files import replace_file
@@ -26,11 +27,11 @@ from fedq.network.traffic import InterfaceTraffic
 from fedq.report import NETWORK_SERVER, print_header, print_summary
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.build import build_rounds, uplink_schedule
+from fedq.trainers.divergence import rolling_back
 from fedq.trainers.federated import show_replica
 from fedq.trainers.job import Job, open_job
-from fedq.trainers.loop import Log, run_to_the_end
-from fedq.trainers.records import finish, log_round, report_left_out
-from fedq.trainers.starts import Finished
+from fedq.trainers.loop import Ran, run_to_the_end
+from fedq.trainers.records import finish, is_lost, log_round, report_left_out
 from fedq.trainers.state import Progress, RunState
 
 _SHARED = ("data", "clients", "local", "exchange", "lowbit")
@@ -47,19 +48,21 @@ def run_server(config: ServerConfig) -> dict[str, Any]:
 
     Raises:
         FieldError: A setting that cannot be used, or a port that is taken.
+        DivergedError: The model has diverged.
     """
     network = config.network
     _speak()
     keep_freed_memory(of_any_size=True)
     identity = load_identity(network.certs, serves=True) if network.certs is not None else None
-    try:
-        with open_job(config) as job:
+
+    def serve_once(config: ServerConfig, rollbacks: int) -> dict[str, Any]:
+        with open_job(config, rollbacks) as job:
             summary = _serve(job, config, identity)
-    except Finished as finished:
-        return finished.summary
-    if job.folder.path is not None:
-        print_summary(job.folder.path)
-    return summary
+        if job.folder.path is not None:
+            print_summary(job.folder.path)
+        return summary
+
+    return rolling_back(config, serve_once)
 
 
 def _speak() -> None:
@@ -86,7 +89,13 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
     with Service(hub, config.network.bind, identity, revoked) as service:
         rounds.serve_by(service, state.so_far.num_rounds)
         print_header([_listening(config, service.port), *_unbounded(config)])
-        results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
+        try:
+            results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
+        except DivergedError as error:
+            if error.is_final:
+                words = {"rounds": state.so_far.num_rounds, "stopped": "the model has diverged"}
+                service.say_goodbye(words, config.network.round_timeout, job.watch.beat)
+            raise
         job.watch.beat("telling clients the end")
         last_words = {"rounds": results["rounds"], "test_accuracy": results["test_accuracy"]}
         service.say_goodbye(last_words, config.network.round_timeout, job.watch.beat)
@@ -102,14 +111,13 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
         )
 
 
-def _run_round(job: Job, rounds: NetworkRounds, state: RunState, number: int) -> Log:
-    """Run one round, and return what writes its rows."""
-    result = rounds.run(RoundContext(number, job.lr(number), job.config.run.seed))
+def _run_round(job: Job, rounds: NetworkRounds, state: RunState, number: int) -> Ran:
+    result = rounds.run(RoundContext(number, state.lr(number), job.config.run.seed))
     for client in rounds.with_own_data():
         job.label_counts[client] = 0  # nobody but the client knows them
     state.so_far.left_out += report_left_out(number, result)
     show_replica(job, rounds)
-    return lambda metrics: log_round(job, number, result, metrics)
+    return Ran(lambda metrics: log_round(job, number, result, metrics), is_lost(job, number, result))
 
 
 def _federation(job: Job, config: ServerConfig) -> Federation:

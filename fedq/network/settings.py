@@ -117,13 +117,15 @@ def check_server(config: ServerConfig) -> None:
     """
     validate(config)
     network, exchange = config.network, config.exchange
-    check_address("bind", network.bind)
     check_trust("bind", network.bind, network.certs, insecure=network.insecure)
     share = network.max_weight_share
+    _, port = check_address("bind", network.bind)
+    goes_back = config.run.on_divergence == "rollback"
     timeouts = [(name, getattr(network, name)) for name in ("round_timeout", "join_timeout", "reconnect_grace")]
     check_all(
         [
             *((name, value, 0 < value < math.inf, "above 0") for name, value in timeouts),
+            ("bind", network.bind, port > 0 or not goes_back, "a port that stays, with --on-divergence rollback"),
             ("quorum", network.quorum, 0 < network.quorum <= 1, "above 0, at most 1"),
             ("max_weight_share", share, 0 < share <= 1, "above 0, at most 1"),
             ("max_offences", network.max_offences, network.max_offences >= 1, "1 or more"),

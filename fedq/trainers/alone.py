@@ -17,6 +17,7 @@ from fedq.federated.evaluate import Scores
 from fedq.federated.rounds import assign
 from fedq.kernels import derive_seed
 from fedq.report import round_progress
+from fedq.trainers.divergence import check_losses
 from fedq.trainers.job import Job
 from fedq.trainers.records import accuracy_text, book_metrics, client_row, finish, log_phases
 
@@ -102,6 +103,7 @@ def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:
     """Evaluate every client, write the round's rows, and return the mean validation accuracy."""
     mine = {c: [t.loss, t.accuracy, _scores(job, t.flat, job.dataset.val).accuracy] for c, t in trained.items()}
     values = share(job, mine, round, 3)
+    check_losses(job, round, values[:, 0])
     world_size = job.transport.world_size
     job.folder.log_clients(
         [

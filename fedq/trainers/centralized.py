@@ -19,6 +19,7 @@ from fedq.personalize.learners import Quantization
 from fedq.personalize.own_models import FLOAT_BITS, Network, OwnModel
 from fedq.personalize.settings import parse_client_bits
 from fedq.trainers.alone import rounds_alone, scores_here, share
+from fedq.trainers.divergence import check_losses
 from fedq.trainers.job import Job
 from fedq.trainers.quantized import log_centres, make_quantization, starts_at_one
 from fedq.trainers.records import client_row, finish
@@ -127,6 +128,7 @@ def _measure(job: Job, student: _Student, passed: list[Passed], round: int, can_
 def _log_round(job: Job, students: list[_Student], rows: Mapping[int, list[float]], round: int) -> float:
     """Write the round's rows on rank 0; return the mean validation accuracy of quantized models, on every rank."""
     values = share(job, dict(rows), round, len(_METRICS))
+    check_losses(job, round, values[:, 0])
     world_size = job.transport.world_size
     job.folder.log_clients(
         [

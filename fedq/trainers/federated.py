@@ -14,11 +14,11 @@ from fedq.report import print_summary
 from fedq.trainers.alone import run_alone
 from fedq.trainers.build import build_rounds, residual_store
 from fedq.trainers.centralized import run_centralized
+from fedq.trainers.divergence import rolling_back
 from fedq.trainers.job import Job, open_job
-from fedq.trainers.loop import Log, run_to_the_end
+from fedq.trainers.loop import Ran, run_to_the_end
 from fedq.trainers.personal import run_personal
-from fedq.trainers.records import finish, log_round, report_left_out
-from fedq.trainers.starts import Finished
+from fedq.trainers.records import finish, is_lost, log_round, report_left_out
 from fedq.trainers.state import Progress, RunState
 from fedq.trainers.stepwise import run_steps
 
@@ -31,12 +31,14 @@ def run_job(config: Config) -> dict[str, Any]:
 
     Raises:
         FieldError: A setting that cannot be used.
+        DivergedError: The model has diverged.
     """
-    try:
-        with open_job(config) as job:
-            summary = _trainer(config)(job)
-    except Finished as finished:
-        return finished.summary
+    return rolling_back(config, _run_once)
+
+
+def _run_once(config: Config, rollbacks: int) -> dict[str, Any]:
+    with open_job(config, rollbacks) as job:
+        summary = _trainer(config)(job)
     if job.folder.path is not None:
         print_summary(job.folder.path)
     return summary
@@ -62,13 +64,12 @@ def run_rounds(job: Job) -> dict[str, Any]:
     return finish(job, feedback=rounds.sticky, root_ingress_bytes=job.transport.received, **results)
 
 
-def _run_round(job: Job, rounds: FederatedRounds, state: RunState, number: int) -> Log:
-    """Run one round, and return what writes its rows."""
-    result = rounds.run(RoundContext(number, job.lr(number), job.config.run.seed))
+def _run_round(job: Job, rounds: FederatedRounds, state: RunState, number: int) -> Ran:
+    result = rounds.run(RoundContext(number, state.lr(number), job.config.run.seed))
     state.note(result)
     state.so_far.left_out += report_left_out(number, result)
     show_replica(job, rounds)
-    return lambda metrics: log_round(job, number, result, metrics)
+    return Ran(lambda metrics: log_round(job, number, result, metrics), is_lost(job, number, result))
 
 
 def show_replica(job: Job, rounds: FederatedRounds) -> None:

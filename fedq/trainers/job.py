@@ -94,6 +94,8 @@ class Job:
     """The profiler's, where one is wanted."""
     interfaces: InterfaceCount
     """What the machines' network interfaces have sent since this start."""
+    rollbacks: int = 0
+    """How often the run has gone back to a checkpoint because its model had diverged."""
 
     @property
     def is_root(self) -> bool:
@@ -155,8 +157,12 @@ def _sent_back(config: Config) -> str:
 
 
 @contextmanager
-def open_job(config: Config) -> Iterator[Job]:
+def open_job(config: Config, rollbacks: int = 0) -> Iterator[Job]:
     """Set a job up and close its folder and process group afterwards.
+
+    Args:
+        config: Its settings.
+        rollbacks: How often the run has gone back to a checkpoint because its model had diverged.
 
     Raises:
         FieldError: A setting that cannot be used, on every rank.
@@ -167,7 +173,7 @@ def open_job(config: Config) -> Iterator[Job]:
         started = time.perf_counter()
         if runtime.device.type == "cpu":
             keep_freed_memory()
-        place = Place(runtime)
+        place = Place(runtime, is_new=not rollbacks)
         config = keep_choice(place.found(config))
         if given.run.resume is None:
             _stop_if_finished(config, runtime)
@@ -188,7 +194,7 @@ def open_job(config: Config) -> Iterator[Job]:
                 print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}", *dataset.notes])
             job = _job(config, runtime, folder, dataset, started, path, watch, start)
             try:
-                yield job
+                yield replace(job, rollbacks=rollbacks)
             finally:
                 job.trace.stop()
 
@@ -229,7 +235,7 @@ def _open_folder(config: Config, place: Place) -> RunFolder:
         folder = RunFolder.create(run.out, name=_name(config))
     else:
         _check_resumable(config, run.resume)
-        if place.is_restart:
+        if place.is_restart and place.is_new:
             check_progress(run.resume)
         folder = RunFolder.create(run.resume, name="", exist_ok=True)
     folder.write_config(config_dict(replace(config, run=replace(run, resume=None))))

@@ -4,43 +4,64 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fedq.data import Split
 from fedq.federated.evaluate import Scores
 from fedq.report import round_progress
+from fedq.trainers.divergence import Divergence
 from fedq.trainers.job import Job
 from fedq.trainers.records import compare_interfaces, evaluate, log_phases, progress_text
 from fedq.trainers.state import JobState
 
 Log = Callable[[dict[str, Any]], None]
+"""Writes a round's rows, given its metrics."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A round that was run.
+
+    Args:
+        log: Writes its rows.
+        is_lost: Whether nothing of it could be used; the same on every rank.
+    """
+
+    log: Log
+    is_lost: bool = False
+
+
 Measure = Callable[[Job, Split, int], Scores]
 
 
 def run_to_the_end(
-    job: Job, state: JobState, run_one: Callable[[int], Log], *, noun: str = "round", measure: Measure = evaluate
+    job: Job, state: JobState, run_one: Callable[[int], Ran], *, noun: str = "round", measure: Measure = evaluate
 ) -> dict[str, Any]:
     """Run rounds, evaluate where it is due, save a checkpoint after each, and test at the end.
 
     Args:
         job: The job.
         state: What its checkpoints hold, with its progress.
-        run_one: Runs the round of a number, leaves what is to be evaluated in the job's model, and returns what
-            writes the round's rows, given its metrics.
+        run_one: Runs the round of a number, and leaves what is to be evaluated in the job's model.
         noun: What a round is called.
         measure: From the validation set, or at the end the test set, and the round to the scores.
 
     Returns:
         What the summary says of it.
+
+    Raises:
+        DivergedError: The model has diverged.
     """
+    divergence = Divergence(job, state, has_one_model=measure is evaluate)
     run, so_far = job.config.run, state.so_far
     setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
     job.timer.take()  # the start is no round's
     with round_progress(run.rounds, job.is_root, noun=noun) as progress:
         while not so_far.is_done(run):
-            _run_and_evaluate(job, state, run_one, noun, measure)
+            _run_and_evaluate(job, state, run_one, noun, measure, divergence)
             so_far.seconds = seconds_before + time.perf_counter() - job.started
-            if so_far.num_rounds % run.checkpoint_every == 0 or so_far.is_done(run):
+            if state.is_due(run):
                 job.watch.beat(f"saving {noun} {so_far.num_rounds}")
                 with job.watch.writing():
                     state.save()
@@ -55,6 +76,7 @@ def run_to_the_end(
         "test_loss": test.loss,
         "best_val_accuracy": so_far.best_val_accuracy,
         "left_out": so_far.left_out,
+        "rollbacks": so_far.rollbacks,
         "seconds": seconds_before + time.perf_counter() - job.started,
         "seconds_setup": setup_s,
         "seconds_per_round": so_far.seconds_in_rounds / so_far.num_rounds,
@@ -63,12 +85,14 @@ def run_to_the_end(
     }
 
 
-def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], noun: str, measure: Measure) -> None:
+def _run_and_evaluate(
+    job: Job, state: JobState, run_one: Callable[[int], Ran], noun: str, measure: Measure, divergence: Divergence
+) -> None:
     run, so_far, begin = job.config.run, state.so_far, time.perf_counter()
-    number = so_far.num_rounds
-    log = run_one(number)
+    number, val = so_far.num_rounds, None
+    ran = run_one(number)
     so_far.num_rounds = number + 1
-    metrics: dict[str, Any] = {"lr": job.lr(number)}
+    metrics: dict[str, Any] = {"lr": state.lr(number)}
     if so_far.num_rounds % run.eval_every == 0 or so_far.num_rounds == run.rounds:
         job.watch.beat(f"evaluating {noun} {number}")
         with job.timer.phase("evaluation"):
@@ -81,4 +105,5 @@ def _run_and_evaluate(job: Job, state: JobState, run_one: Callable[[int], Log], 
     job.trace.stop()
     for phase, spent in log_phases(job, number).items():
         so_far.seconds_by_phase[phase] = so_far.seconds_by_phase.get(phase, 0.0) + spent
-    log(metrics | {"seconds": seconds})
+    ran.log(metrics | {"seconds": seconds})
+    divergence.check(number, is_lost=ran.is_lost, val_loss=None if val is None else val.loss)

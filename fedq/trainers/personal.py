@@ -25,11 +25,11 @@ from fedq.personalize.settings import SHARED, parse_client_bits, parse_client_mo
 from fedq.personalize.silent import SilentRounds
 from fedq.trainers.build import build_rounds, residual_store
 from fedq.trainers.job import GIB, Job, make_model
-from fedq.trainers.loop import Log, run_to_the_end
+from fedq.trainers.loop import Log, Ran, run_to_the_end
 from fedq.trainers.personal_scores import PersonalScores
 from fedq.trainers.personal_state import PersonalState
 from fedq.trainers.quantized import make_quantization, starts_at_one
-from fedq.trainers.records import finish, log_round, report_left_out
+from fedq.trainers.records import finish, is_lost, log_round, report_left_out
 from fedq.trainers.state import Progress
 from fedq.trainers.warm import load_weights
 
@@ -121,13 +121,13 @@ def _store(job: Job, name: str) -> ResidualStore:
     return ResidualStore(int(job.config.run.memory_limit_gib * GIB) // 2, job.path / "personal" / name)
 
 
-def _run_round(job: Job, rounds: FederatedRounds, state: PersonalState, test: PersonalScores, number: int) -> Log:
-    """Run one round, and return what writes its rows."""
+def _run_round(job: Job, rounds: FederatedRounds, state: PersonalState, test: PersonalScores, number: int) -> Ran:
     test.method.round = number
-    result = rounds.run(RoundContext(number, job.lr(number), job.config.run.seed))
+    result = rounds.run(RoundContext(number, state.lr(number), job.config.run.seed))
     state.note(result)
     state.so_far.left_out += report_left_out(number, result)
-    return lambda metrics: log_round(job, number, result, metrics, test.val_accuracies(number))
+    log: Log = lambda metrics: log_round(job, number, result, metrics, test.val_accuracies(number))  # noqa: E731
+    return Ran(log, is_lost(job, number, result))
 
 
 def _final_model(job: Job, rounds: FederatedRounds, test: PersonalScores) -> nn.Module:

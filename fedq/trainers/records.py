@@ -47,6 +47,18 @@ def book_metrics(job: Job, nbytes: int, round: int) -> None:
     book_peer(job, round, framing("metrics", nbytes))
 
 
+def on_any_rank(job: Job, holds: bool, round: int) -> bool:
+    """Return whether something holds on any rank, on every rank."""
+    told, moved = job.transport.all_gather(torch.tensor([float(holds)], dtype=torch.float64))
+    book_metrics(job, moved.payload, round)
+    return bool(told.any())
+
+
+def is_lost(job: Job, round: int, result: RoundResult) -> bool:
+    """Return whether no update of a round could be used, on every rank; a round that has changed the model is none."""
+    return not result.has_change and on_any_rank(job, result.is_lost, round)
+
+
 def evaluate(job: Job, split: Split, round: int) -> Scores:
     """Return how the job's model does as it is, on every rank, and book the shared sums; test data also by class."""
     num_classes = job.dataset.num_classes if split is job.dataset.test else 0

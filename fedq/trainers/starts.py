@@ -44,6 +44,7 @@ _OF_LOST_RANKS = ("gloo/", "NCCL", "Connection closed by peer", "Connection rese
 
 # Numbers this process's jobs: a script may run several, and does so in the same order when it is started again.
 _job_numbers = itertools.count()
+_last_job = 0
 
 
 class Finished(Exception):
@@ -64,13 +65,15 @@ class Place:
     Args:
         runtime: This rank's.
         environ: The launcher's environment; default `os.environ`.
+        is_new: Whether this is another job of the process than the one before, which may have been rolled back.
     """
 
-    def __init__(self, runtime: Runtime, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, runtime: Runtime, environ: Mapping[str, str] | None = None, *, is_new: bool = True) -> None:
         environ = os.environ if environ is None else environ
+        self.is_new = is_new
         self.runtime = runtime
         argv = hashlib.sha256("\0".join(sys.argv).encode(errors="surrogateescape")).hexdigest()
-        self._key = f"fedq/run/{argv}/{next(_job_numbers)}"
+        self._key = f"fedq/run/{argv}/{_job_number(is_new)}"
         self._store = agent_store(runtime, environ) if runtime.is_root else None
         self._known = self._look_up()
         self.is_restart = self._known is not None or num_restarts(environ) > 0
@@ -114,6 +117,14 @@ class Place:
         if self._store is None or not self._store.check([self._key]):
             return None
         return Path(self._store.get(self._key).decode())
+
+
+def _job_number(is_new: bool) -> int:
+    """Return the number of this process's job."""
+    global _last_job
+    if is_new:
+        _last_job = next(_job_numbers)
+    return _last_job
 
 
 def holds_run(path: Path) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from fedq.checkpoint import CheckpointError, Checkpoints, Loaded
 from fedq.config import RunConfig
 from fedq.errors import FieldError
+from fedq.federated.client import is_finite
 from fedq.federated.rounds import FederatedRounds, RoundResult
 from fedq.feedback import ResidualStore
 from fedq.layout import frozen_parameters
@@ -35,6 +36,10 @@ class Progress:
     val_accuracy: float = math.nan
     best_val_accuracy: float = 0.0
     left_out: list[dict[str, Any]] = field(default_factory=list)
+    lost_in_a_row: int = 0
+    """Rounds up to now of which no update could be used."""
+    rollbacks: int = 0
+    """How often the model has diverged and the run gone back; each halves the learning rate."""
     seconds: float = 0.0
     """Seconds of the job, those of stopped processes included."""
     seconds_in_rounds: float = 0.0
@@ -60,6 +65,11 @@ class JobState(ABC):
         self.so_far = so_far
         self.checkpoints = Checkpoints(job.path / "checkpoints")
 
+    def is_due(self, run: RunConfig) -> bool:
+        """Whether a checkpoint is to be written now: not of a model that nobody has trained since the last one."""
+        so_far = self.so_far
+        return so_far.is_done(run) or not (so_far.num_rounds % run.checkpoint_every or so_far.lost_in_a_row)
+
     @abstractmethod
     def save(self) -> None:
         """Write a checkpoint of the rounds so far; every rank calls it."""
@@ -71,6 +81,10 @@ class JobState(ABC):
         Raises:
             FieldError: It belongs to another model or other codecs.
         """
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether the model that everybody holds has finite values alone; the same on every rank."""
 
     @abstractmethod
     def check(self, loaded: Loaded) -> None:
@@ -85,6 +99,9 @@ class JobState(ABC):
         """Load the newest checkpoint, if there is one, and say what is gone on with."""
         before = wire_after_rounds(self.job.path) if self.job.is_root else {}
         found, words = self.resume()
+        if self.job.rollbacks > self.so_far.rollbacks:
+            self.so_far.rollbacks = self.job.rollbacks
+            words += f"; rolled back, with {0.5**self.job.rollbacks:g} of the learning rate"
         if self.job.is_root:
             note_repeated(self.job.path, self.job.start, before, self.so_far.num_rounds)
             print_header([words])
@@ -109,6 +126,10 @@ class JobState(ABC):
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
         lines = [f"resumed after round {loaded.number}", *changed, *loaded.refused]
         return True, "; ".join(lines)
+
+    def lr(self, round: int) -> float:
+        """Return the local learning rate of a round: half as high after each rollback."""
+        return float(self.job.lr(round) * 0.5**self.so_far.rollbacks)
 
     def where(self) -> dict[str, Any]:
         """Return where the job runs: what may change when it is resumed."""
@@ -200,6 +221,10 @@ class RunState(JobState):
             self.federation.downlink_cost.load_state_dict(state["downlink_cost"])
             self.job.ledger.load_state_dict(state["ledger"])
             self.job.folder.rewind(self.so_far.num_rounds, state["files"])
+
+    def is_finite(self) -> bool:
+        """Whether the model that everybody holds has finite values alone."""
+        return is_finite(self.federation.replica)
 
     def save(self) -> None:
         """Write a checkpoint of the rounds so far; every rank calls it."""

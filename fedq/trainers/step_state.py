@@ -9,6 +9,7 @@ from typing import Any
 from fedq.checkpoint import Checkpoints, Loaded
 from fedq.engines import Engine
 from fedq.errors import FieldError
+from fedq.federated.client import is_finite
 from fedq.hooks import StepExchange
 from fedq.layout import uncompiled_name
 from fedq.trainers.job import Job
@@ -32,6 +33,10 @@ class StepRunState(JobState):
         super().__init__(job, so_far)
         self.engine = engine
         self.shared = shared
+
+    def is_finite(self) -> bool:
+        """Whether the model has finite values alone."""
+        return is_finite(self.job.training.layout.flatten(self.job.model))
 
     def save(self) -> None:
         """Write a checkpoint of the epochs so far; every rank calls it."""

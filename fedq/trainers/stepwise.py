@@ -21,9 +21,9 @@ from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.trainers.job import Job
-from fedq.trainers.loop import Log, run_to_the_end
+from fedq.trainers.loop import Ran, run_to_the_end
 from fedq.trainers.records import book_metrics, book_peer, client_row, finish, log_metrics
-from fedq.trainers.state import Progress
+from fedq.trainers.state import JobState, Progress
 from fedq.trainers.step_ledger import StepLedger, statistics_parts
 from fedq.trainers.step_state import StepRunState
 
@@ -38,7 +38,7 @@ def run_steps(job: Job) -> dict[str, Any]:
     if job.config.run.resume:
         state.go_on()
     books = StepLedger(job.ledger, shared, job.runtime.world_size)
-    results = run_to_the_end(job, state, lambda number: _run_epoch(job, shared, books, number), noun="epoch")
+    results = run_to_the_end(job, state, lambda number: _run_epoch(job, state, shared, books, number), noun="epoch")
     return finish(job, feedback=shared.feedback, **results)
 
 
@@ -78,11 +78,10 @@ def share_weights(layout: Layout, model: nn.Module, transport: Transport) -> Mov
     return moved
 
 
-def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -> Log:
-    """Train one epoch, and return what writes its rows."""
+def _run_epoch(job: Job, state: JobState, shared: StepExchange, books: StepLedger, number: int) -> Ran:
     job.watch.beat(f"training in epoch {number}")
     training = job.training
-    training.steps_by.set_lr(job.lr(number))
+    training.steps_by.set_lr(state.lr(number))
     generator = seeded(derive_seed(job.config.run.seed, "local", number, job.runtime.rank))
     indices = epoch_indices(job, number)
     with job.timer.phase("compute"):
@@ -91,7 +90,8 @@ def _run_epoch(job: Job, shared: StepExchange, books: StepLedger, number: int) -
     book_peer(job, number, statistics_parts(share_statistics(training.layout, job.model, job.transport)))
     rows = _share_totals(job, passed, shared, number)
     books.book_steps(number, passed.num_steps, rows[:, 3:])
-    return lambda metrics: _log(job, number, rows, metrics)
+    has_loss = bool(rows[:, 0].isfinite().any())
+    return Ran(lambda metrics: _log(job, number, rows, metrics), is_lost=not has_loss)
 
 
 def epoch_indices(job: Job, epoch: int) -> Tensor:
