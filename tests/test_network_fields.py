@@ -19,14 +19,18 @@ from fedq.errors import FieldError
 from fedq.federated.client import RoundContext
 from fedq.federated.server import why_left_out
 from fedq.layout import Layout, LayoutSchedule
-from fedq.network.fields import MOST_EXAMPLES, NOTES, check_answer, check_note
+from fedq.network import client
+from fedq.network.client import settings_of
+from fedq.network.fields import MOST_EXAMPLES, NOTES, SETTINGS, check_answer, check_note
 from fedq.network.hub import Federation as Job
 from fedq.network.hub import Hub, Refused
 from fedq.network.link import NotWanted
 from fedq.network.own import OwnTraining
 from fedq.network.seat import RateLimit, Task
-from fedq.network.settings import NetworkConfig
+from fedq.network.server import run_server, shared_settings
+from fedq.network.settings import SERVER_DEFAULTS, ClientConfig, NetworkConfig
 from fedq.runfolder.tables import ParquetRows, client_schema
+from fedq.runtime import distributed
 from fedq.wire import Frame, Kind, Message, note, unpack
 
 EVIL = "\x1b[2J\x1b[1;31mPWNED\x1b[0m\nround 9/9  val accuracy 100 %\r\x9b31m\u202eevil\u2066\u200b\ufeff\x00 end"
@@ -39,7 +43,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "task": TASK,
     "federation": FEDERATION | {"frozen": {"a.weight": 5}},
     "welcome": {"kind": "welcome", "session": "ab" * 16},
-    "finished": FINISHED,
+    "finished": FINISHED | {"stopped": "the model has diverged"},
 }
 ODD = (
     *(None, True, -1, -(2**63), 2**63, 2**64, 10**19, 1.5, -0.5, 1e300, -1e300, math.inf, math.nan),
@@ -311,3 +315,97 @@ def test_random_messages_are_legal_on_the_wire() -> None:
     for _ in range(300):
         message = fuzz_server.random_answer(rng, LAYOUT, round=3, sequence=1, client=0, num_examples=5)
         assert unpack(message.pack()).frame.kind == message.frame.kind
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+SENT = shared_settings(SERVER_DEFAULTS)
+NAMES = [(group, name) for group, fields in SETTINGS.items() for name in fields]
+
+
+def as_told(groups: dict[str, Any]) -> dict[str, Any]:
+    return {"settings": groups, "number": 0}
+
+
+def with_value(group: str, name: str, value: Any) -> dict[str, Any]:
+    return {**SENT, group: SENT[group] | {name: value}}
+
+
+def test_what_a_server_sends_is_what_a_client_takes() -> None:
+    assert {group: set(values) for group, values in SENT.items()} == {g: set(f) for g, f in SETTINGS.items()}
+    took, had = settings_of(as_told(SENT), ClientConfig()), SERVER_DEFAULTS
+    for group, name in NAMES:
+        assert getattr(getattr(took, group), name) == getattr(getattr(had, group), name), name
+
+
+@pytest.mark.parametrize(("group", "name"), NAMES)
+def test_a_setting_is_refused_by_name_or_is_within_bounds(group: str, name: str) -> None:
+    for value in ODD:
+        try:
+            took = settings_of(as_told(with_value(group, name, value)), ClientConfig())
+        except FieldError as error:
+            refused = str(error)
+            assert name in refused or "cohort" in refused
+            assert len(refused) < 2000
+        else:
+            assert getattr(getattr(took, group), name) == value
+            assert SETTINGS[group][name].holds(value) or value is None
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("data", "dataset", "/home/somebody/private"),
+        ("data", "dataset", "../photos"),
+        ("data", "image_size", 20_000),
+        ("clients", "num_clients", 10**9),
+        ("local", "local_steps", 10**12),
+        ("local", "local_epochs", 10**6),
+        ("local", "batch_size", 10**9),
+        ("local", "model", "os:getcwd"),
+        ("local", "momentum", 1.0),
+    ],
+)
+def test_what_would_use_a_client_is_refused(group: str, name: str, value: Any) -> None:
+    with pytest.raises(FieldError) as caught:
+        settings_of(as_told(with_value(group, name, value)), ClientConfig())
+    assert (caught.value.field, caught.value.value) == (name, value)
+
+
+def test_what_is_not_in_the_list_is_the_clients_own(tmp_path: Path) -> None:
+    evil = {
+        "data": SENT["data"] | {"data_dir": "/etc", "download": True},
+        "run": SENT["run"] | {"out": "elsewhere", "log_with": "wandb", "chaos": "kill=1", "resume": "x", "device": "x"},
+        "exchange": SENT["exchange"] | {"link": "/etc/passwd"},
+        "personal": {"warm_start": "/etc/passwd", "algorithm": "local"},
+        "network": {"bind": "0.0.0.0:1"},
+        "odd": {"a": 1},
+    }
+    own = ClientConfig(data_dir=tmp_path, device="cpu", threads=3, uplink="sign")
+    took = settings_of(as_told(SENT | evil), own)
+    assert took == settings_of(as_told(SENT), own)
+    assert (took.data.data_dir, took.data.download, took.run.device, took.run.threads) == (tmp_path, False, "cpu", 3)
+    assert took.exchange.uplink == "sign"
+
+
+def test_a_clients_folder_is_its_own(tmp_path: Path) -> None:
+    server = replace(SERVER_DEFAULTS, data=replace(SERVER_DEFAULTS.data, dataset="/srv/secret/photos"))
+    sent = shared_settings(server)
+    assert "secret" not in str(sent)
+    assert settings_of(as_told(sent), ClientConfig(data_dir=tmp_path)).data.dataset == str(tmp_path)
+
+
+def test_a_server_that_no_client_would_take_does_not_start() -> None:
+    config = replace(SERVER_DEFAULTS, local=replace(SERVER_DEFAULTS.local, local_steps=10**6))
+    with pytest.raises(FieldError, match="local_steps"):
+        run_server(config)
+
+
+def test_a_model_that_is_too_large_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "make_model", lambda *given: pytest.fail("it was built"))
+    data = {"dataset": "digits", "image_size": 256, "train_examples": 50}
+    sent = SENT | {"data": SENT["data"] | data, "local": SENT["local"] | {"model": "cnn1m"}}
+    own = ClientConfig(max_model_mb=200.0, device="cpu")
+    with distributed("cpu", 1) as runtime, pytest.raises(FieldError, match=r"max_model_mb=200.0") as caught:
+        client._prepare(own, settings_of(as_told(sent), own), runtime, as_told(sent))
+    assert "cnn1m at 256x256" in caught.value.allowed

@@ -5,10 +5,12 @@ Imports nothing of fedq but `fedq.errors`; who trains on what is `fedq.federated
 
 from fedq.data.batch import augment, batches, crop_and_flip, draw_crops, normalize
 from fedq.data.dataset import Dataset, Split
+from fedq.data.find import NAMED
 from fedq.data.load import load_dataset
 from fedq.data.source import DataError
 
 __all__ = [
+    "NAMED",
     "DataError",
     "Dataset",
     "Split",

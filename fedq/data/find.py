@@ -75,6 +75,8 @@ _MNIST = _Known(
     image_size=32,
 )
 _KNOWN = {known.name: known for known in (_CIFAR10, _MNIST)}
+NAMED = (*_KNOWN, "auto", "digits")
+"""Data sets that have a name; every other is a folder."""
 
 
 def find_source(dataset: str, data_dir: Path, *, download: bool) -> Source:
@@ -147,7 +149,7 @@ def _fetch(known: _Known, data_dir: Path) -> None:
 def _folder(dataset: str, data_dir: Path) -> Source:
     folder = next((place for place in (Path(dataset), data_dir / dataset) if place.is_dir()), None)
     if folder is None:
-        names = one_of([*_KNOWN, "auto", "digits"], dataset)
+        names = one_of(NAMED, dataset)
         raise FieldError("dataset", dataset, f"{names}, or a folder, here or under {data_dir}")
     name = folder.resolve().name
     files = find_parquet(folder)

@@ -72,10 +72,11 @@ class RoundResult:
 
     @property
     def is_lost(self) -> bool:
-        """Whether no update was used, and most of those that came could not have been; on rank 0."""
+        """Whether no update was used, and most clients sent one that could not have been; on rank 0."""
+        asked = {frame.client for _, frame in self.frames}
         came = {frame.client for _, frame in self.frames if frame.kind != Kind.MISSING}
         useless = came & self.left_out.keys() - self.skipped
-        return came <= self.left_out.keys() and 2 * len(useless) > len(came)
+        return came <= self.left_out.keys() and 2 * len(useless) > len(asked)
 
     @property
     def train_loss(self) -> float:

@@ -21,10 +21,10 @@ from fedq.federated.client import Client, Training
 from fedq.federated.frozen import check_frozen, frozen_checksums
 from fedq.federated.server import why_left_out
 from fedq.files import replace_file
-from fedq.layout import frozen_parameters
-from fedq.models import is_own
+from fedq.layout import Layout, frozen_parameters
+from fedq.models import build_model, is_own
 from fedq.network.certs import Identity, client_number, load_identity
-from fedq.network.fields import check_note
+from fedq.network.fields import FOLDER, check_note, check_settings
 from fedq.network.link import Backoff, Link, Lost, NotWanted
 from fedq.network.member import Diverged, Member, Memory
 from fedq.network.own import OwnTraining, TrainFunction
@@ -162,11 +162,13 @@ def settings_of(federation: dict[str, Any], config: ClientConfig, *, has_own_mod
     Raises:
         FieldError: The server's settings are none of this version, or name a model that only its owner has.
     """
-    shared = {name: value for group in federation["settings"].values() for name, value in group.items()}
+    shared = check_settings(federation["settings"])
     if has_own_model:
-        del shared["model"]
+        shared.pop("model", None)
     elif is_own(str(shared.get("model"))):  # importing what a server names would be running it
         raise FieldError("model", shared["model"], "a model of fedq's; for another use fedq.network.join")
+    if shared.get("dataset") == FOLDER:
+        shared["dataset"] = str(config.data_dir)
     settings = with_settings(Config(), shared)
     own = {"data_dir": str(config.data_dir), "download": config.download, "device": config.device}
     if config.threads is not None:
@@ -256,6 +258,7 @@ def _prepare(
     data = load_data(settings, runtime)
     parts = [torch.arange(len(data.train))] if config.own_data else client_parts(settings, data.train.labels)
     indices = parts[0 if config.own_data else int(federation["number"])]
+    _check_size(settings, data, config.max_model_mb)
     precision = choose_precision(settings.local.precision, runtime.device)
     model = make_model(settings, settings.local.model, data, runtime.device, precision)
     engine = make_engine(
@@ -274,6 +277,21 @@ def _prepare(
         downlink=config.inner_downlink,
     )
     return data, site, indices
+
+
+def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
+    """Refuse a model that is too large, before it has any memory.
+
+    Raises:
+        FieldError: It is.
+    """
+    channels, size = data.image_shape[:2]
+    name, norm = settings.local.model, settings.local.norm
+    with torch.device("meta"):
+        model = build_model(name, num_classes=data.num_classes, in_channels=channels, image_size=size, norm=norm)
+    mb = 4 * Layout.of(model, "fp32").numel / 1e6
+    if mb > limit_mb:
+        raise FieldError("max_model_mb", limit_mb, f"{mb:.0f} or more for the server's model, {name} at {size}x{size}")
 
 
 def _member(

@@ -1,4 +1,4 @@
-"""What every field of a message may be: one table for notes, one for answers. Nothing is used or stored before.
+"""What every field of a message may be: tables for notes, answers and settings. Nothing is used or stored before.
 
 `fedq.wire` has checked sizes, checksums, tables and payloads by then; here is what the numbers and words must be.
 """
@@ -9,9 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fedq.data import NAMED
 from fedq.errors import FieldError, check_all
 from fedq.wire import Kind, Message
 
+FOLDER = "folder"
+"""What clients are told in place of a folder's name: each has one of its own."""
+SHARED = (*NAMED, FOLDER)
 MOST_EXAMPLES = 1 << 40
 """Examples that a client may say it has: sums over all clients stay exact in float64 and fit 64-bit columns."""
 _UINT32, _UINT64 = (1 << 32) - 1, (1 << 64) - 1
@@ -88,6 +92,53 @@ NOTES: dict[str, dict[str, _Field]] = {
 """Fields of every note that is read, by its kind. What else it says is ignored, and so are notes that only knock."""
 
 
+_BOOL = _Field("true or false", lambda value: isinstance(value, bool))
+_WORD, _SPEC = _text(64), _text(256)  # which words there are, and what a spec may say, `fedq.config` checks
+SETTINGS: dict[str, dict[str, _Field]] = {
+    "data": {
+        "dataset": _Field(f"one of {', '.join(SHARED)}", lambda value: isinstance(value, str) and value in SHARED),
+        "image_size": _whole(1, 256)._replace(is_optional=True),
+        "train_examples": _whole(1, 10**9)._replace(is_optional=True),
+        "val_fraction": _number(0.5),
+        "augment": _BOOL,
+    },
+    "clients": {"num_clients": _whole(1, 100_000), "partition": _SPEC, "min_examples": _whole(1, 10**9)},
+    "local": {
+        "model": _SPEC,
+        "norm": _WORD,
+        "local_epochs": _whole(1, 1_000),
+        "local_steps": _whole(1, 100_000)._replace(is_optional=True),
+        "batch_size": _whole(1, 65_536),
+        "optimizer": _WORD,
+        "momentum": _number(1.0),
+        "weight_decay": _number(1e3),
+        "prox_mu": _number(1e6),
+        "precision": _WORD,
+    },
+    "exchange": {"uplink": _SPEC, "feedback": _WORD, "residual_memory": _number(1.0), "start": _WORD},
+    "lowbit": {"weights": _SPEC, "activations": _WORD, "sends": _WORD, "server_sends": _WORD},
+    "run": {"seed": _whole(0, _UINT64), "rounds": _whole(1, _LAST_ROUND)},
+}
+"""What a server may set at a client, by group. What else it sends is ignored: folders, for one, are the client's."""
+
+
+def check_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a server may set, by name; those it leaves out keep their defaults.
+
+    Args:
+        groups: As a server sends them.
+
+    Raises:
+        FieldError: The first that is not what it may be.
+    """
+    return {
+        name: _checked(groups[group], name, field)
+        for group, fields in SETTINGS.items()
+        for name, field in fields.items()
+        if name in groups.get(group, {})
+    }
+
+
 def check_note(said: Mapping[str, Any], *kinds: str) -> dict[str, Any]:
     """Return the fields of a note of one of these kinds, and nothing else that it says.
 
@@ -99,12 +150,17 @@ def check_note(said: Mapping[str, Any], *kinds: str) -> dict[str, Any]:
         raise FieldError("note kind", _shown(kind), ", ".join(kinds))
     fields: dict[str, Any] = {"kind": kind}
     for name, field in NOTES[kind].items():
-        value = said.get(name)
-        if not ((field.is_optional and value is None) or field.holds(value)):
-            raise FieldError(name, _shown(value), field.allowed)
+        value = _checked(said, name, field)
         if name in said:
             fields[name] = value
     return fields
+
+
+def _checked(said: Mapping[str, Any], name: str, field: _Field) -> Any:
+    value = said.get(name)
+    if not ((field.is_optional and value is None) or field.holds(value)):
+        raise FieldError(name, _shown(value), field.allowed)
+    return value
 
 
 def check_answer(message: Message, *, round: int, sequence: int, client: int, num_examples: int) -> None:

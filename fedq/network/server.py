@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedq.data import NAMED
 from fedq.errors import DivergedError
 from fedq.federated.client import RoundContext
 from fedq.federated.frozen import frozen_checksums
 from fedq.files import replace_file
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.certs import Identity, Revoked, load_identity
+from fedq.network.fields import FOLDER, SETTINGS, check_settings
 from fedq.network.hub import Federation, Hub
 from fedq.network.rounds import NetworkRounds
 from fedq.network.service import Service
@@ -34,11 +36,6 @@ from fedq.trainers.loop import Ran, run_to_the_end
 from fedq.trainers.records import finish, is_lost, log_round, report_left_out
 from fedq.trainers.state import Progress, RunState
 
-_SHARED = ("data", "clients", "local", "exchange", "lowbit")
-"""Groups of settings that every client gets."""
-_OWN = {"data": ("data_dir", "download"), "exchange": ("link",)}
-"""Settings in them that are the server's own."""
-
 
 def run_server(config: ServerConfig) -> dict[str, Any]:
     """Serve a federation until its last round or target accuracy.
@@ -47,10 +44,11 @@ def run_server(config: ServerConfig) -> dict[str, Any]:
         The summary; the run's folder has everything else.
 
     Raises:
-        FieldError: A setting that cannot be used, or a port that is taken.
+        FieldError: A setting that cannot be used, or that no client would take; or a port that is taken.
         DivergedError: The model has diverged.
     """
     network = config.network
+    check_settings(shared_settings(config))
     _speak()
     keep_freed_memory(of_any_size=True)
     identity = load_identity(network.certs, serves=True) if network.certs is not None else None
@@ -129,7 +127,7 @@ def _federation(job: Job, config: ServerConfig) -> Federation:
         num_clients=config.clients.num_clients,
         cohort_size=config.cohort_size,
         min_cohort=config.clients.min_cohort,
-        shares=shared_settings(config),
+        shares=shared_settings(_named(config, job.dataset.name)),
         shares_held=[len(part) for part in job.parts],
         layout=Layout.of(job.model, "fp32"),
         schedule=schedule,
@@ -141,11 +139,18 @@ def _federation(job: Job, config: ServerConfig) -> Federation:
 def shared_settings(config: ServerConfig) -> dict[str, Any]:
     """Return the settings that every client of a federation has in common, as plain values."""
     shared = {
-        group: {name: value for name, value in values.items() if name not in _OWN.get(group, ())}
-        for group, values in asdict(config).items()
-        if group in _SHARED
+        group: {name: getattr(getattr(config, group), name) for name in names} for group, names in SETTINGS.items()
     }
-    return shared | {"run": {"seed": config.run.seed, "rounds": config.run.rounds}}
+    if config.data.dataset not in NAMED:
+        shared["data"]["dataset"] = FOLDER
+    return shared
+
+
+def _named(config: ServerConfig, dataset: str) -> ServerConfig:
+    """Return the settings with the data set that was found in place of `auto`: a client might find another."""
+    if config.data.dataset != "auto":
+        return config
+    return replace(config, data=replace(config.data, dataset=dataset))
 
 
 def _run_name(path: Path) -> str:

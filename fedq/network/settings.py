@@ -77,7 +77,7 @@ class ClientConfig:
     server_name: str | None = None
     """Name in the server's certificate, if it is not the host that is connected to."""
     data_dir: Path = Path("data")
-    """Where data sets lie on disk."""
+    """Where data sets lie on disk; or this client's folder of images, if the server's data set is one."""
     download: bool = False
     """Fetch a missing data set (never done without this flag)."""
     own_data: bool = False
@@ -96,6 +96,8 @@ class ClientConfig:
     """Where residuals and the model are kept. Default: clients/<number>."""
     give_up_after: float = 600.0
     """Seconds without a server after which the client ends."""
+    max_model_mb: float = 1000.0
+    """Largest model in float32, in MB, that the server may have this client build; training takes five times that."""
     device: str = "auto"
     """Where to train: auto, cpu or cuda."""
     threads: int | None = None
@@ -154,6 +156,7 @@ def check_client(config: ClientConfig) -> None:
             ("number", number, not config.insecure or number is not None, "this client's number, with --insecure"),
             ("number", number, number is None or number >= 0, "0 or more"),
             ("exchange", config.exchange, config.exchange in ("step", "round"), "step, round"),
+            ("max_model_mb", config.max_model_mb, 0 < config.max_model_mb < math.inf, "above 0"),
             ("give_up_after", give_up, 0 < give_up < math.inf, "above 0"),
             ("device", config.device, config.device in ("auto", "cpu", "cuda"), "auto, cpu, cuda"),
             ("threads", config.threads, config.threads is None or config.threads >= 1, "1 or more"),
