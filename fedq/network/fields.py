@@ -132,7 +132,7 @@ def check_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
         FieldError: The first that is not what it may be.
     """
     return {
-        name: _checked(groups[group], name, field)
+        name: _checked(groups[group], name, field, whose="the server's ")
         for group, fields in SETTINGS.items()
         for name, field in fields.items()
         if name in groups.get(group, {})
@@ -156,10 +156,10 @@ def check_note(said: Mapping[str, Any], *kinds: str) -> dict[str, Any]:
     return fields
 
 
-def _checked(said: Mapping[str, Any], name: str, field: _Field) -> Any:
+def _checked(said: Mapping[str, Any], name: str, field: _Field, whose: str = "") -> Any:
     value = said.get(name)
     if not ((field.is_optional and value is None) or field.holds(value)):
-        raise FieldError(name, _shown(value), field.allowed)
+        raise FieldError(whose + name, _shown(value), field.allowed)
     return value
 
 
