@@ -65,6 +65,9 @@ class NormLimit:
 class WeightLimit:
     """How much a client with a weight of its own may count for.
 
+    Whoever says more is not believed: it counts as the heaviest of the others. At the limit itself one in two parts of
+    a mean would be its own, and it could take back what all the others want.
+
     Args:
         share: The most, of a mean of three updates or more; of fewer nobody's weight is cut.
         clients: Those whose weight nobody else knows.
@@ -74,9 +77,10 @@ class WeightLimit:
     clients: frozenset[int]
 
     def cut(self, weights: Mapping[int, float]) -> dict[int, float]:
-        """Return the weights that are lower than said, by client: just so low that no share is beyond the limit.
+        """Return the weights that are lower than said, by client.
 
-        Where that cannot be (three updates, a limit below a third), those cut weigh as much as the lightest.
+        They are that of the heaviest client that is not cut, if no share is beyond the limit then, or just so low that
+        none is. Where that cannot be (three updates, a limit below a third), those cut weigh as much as the lightest.
 
         Args:
             weights: Of the updates that are averaged, by client.
@@ -91,7 +95,9 @@ class WeightLimit:
             heavy.append(client)
             rest -= weights[client]
         left = 1 - self.share * len(heavy)
-        limit = max(self.share * rest / left if left > 0 else 0.0, min(weights.values()))
+        others = [weight for client, weight in weights.items() if client not in heavy]
+        limit = min(self.share * rest / left, max(others)) if left > 0 and others else 0.0
+        limit = max(limit, min(weights.values()))
         return {client: limit for client in heavy if weights[client] > limit}
 
 

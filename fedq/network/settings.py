@@ -40,7 +40,7 @@ class NetworkConfig:
     accept_own_data: bool = False
     """Take clients with data of their own, and believe how many examples they have. Default: shares of the data set."""
     max_weight_share: float = 0.5
-    """Most that one client with data of its own may count for in a mean of three or more; the excess is cut."""
+    """Most that a client with data of its own may count for of three or more; one that says more: as the next one."""
     max_offences: int = 3
     """Messages that break the rules after which a client is shut out."""
 
