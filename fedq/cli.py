@@ -23,7 +23,7 @@ from fedq.config import Config, validate
 from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
-from fedq.errors import FieldError
+from fedq.errors import FieldError, RendezvousError
 from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
 
 _DEFAULTS = Config()
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         defaults: Settings that neither a flag nor the file gives.
 
     Returns:
-        The exit code: 0, or 2 for settings or data that cannot be used.
+        The exit code: 0; 1 for ranks that did not meet, or 2 for settings or data that cannot be used.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _COMMANDS:
@@ -155,6 +155,8 @@ def _command(name: str, argv: Sequence[str]) -> int:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
     except (FieldError, DataError) as error:
         return _refuse(error, "error")
+    except RendezvousError as error:
+        return _miss(error)
 
 
 def _list_runs(argv: Sequence[str], program: str) -> int:
@@ -295,11 +297,19 @@ def _run(config: Config, ranks: Ranks) -> int:
         if ranks.local_rank == 0:
             return _refuse(error, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
         return _refuse(error, None)
+    except RendezvousError as error:
+        return _miss(error)
     except Exception as error:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank} of {ranks.world_size} failed: {type(error).__name__}: {error}", file=sys.stderr)
         raise
     return 0
+
+
+def _miss(error: RendezvousError) -> int:
+    """Say on every rank why it has not met the others, and return the exit code."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _refuse(error: FieldError | DataError, heading: str | None) -> int:

@@ -1,4 +1,4 @@
-"""The one error class for bad settings: it names the field, the value and what is allowed."""
+"""The one error class for bad settings: it names the field, the value and what is allowed; and that of lost ranks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class FieldError(ValueError):
         self.field = field
         self.value = value
         self.allowed = allowed
+
+
+class RendezvousError(RuntimeError):
+    """Ranks that did not find each other, though their settings may be good: it says which are missing, and where."""
 
 
 Check = tuple[str, object, bool, str]
