@@ -67,6 +67,7 @@ class Wait:
         self.timeout_s = timeout_s
         self._whom, self._hints, self._heading, self._say, self._clock = whom, hints, heading, say, clock
         self._pace = PACE if pace is None else pace
+        self._speaking = threading.Lock()  # one may poll while a thread speaks for it
         self._began = clock()
         self._due = self._began + self._pace.first_s
 
@@ -82,9 +83,10 @@ class Wait:
 
     def look(self) -> None:
         """Say the line, if it is due."""
-        if self._clock() >= self._due:
-            self._say(self.line())
-            self._due = self._clock() + self._pace.again_s
+        with self._speaking:
+            if self._clock() >= self._due:
+                self._say(self.line())
+                self._due = self._clock() + self._pace.again_s
 
     def line(self) -> str:
         """Return what there is to say now."""
