@@ -24,6 +24,7 @@ from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
 from fedq.errors import FieldError, RendezvousError
+from fedq.report.encoding import make_readable
 from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
 
 _DEFAULTS = Config()
@@ -127,6 +128,7 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
     Returns:
         The exit code: 0; 1 for ranks that did not meet, or 2 for settings or data that cannot be used.
     """
+    make_readable()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _COMMANDS:
         return _command(argv[0], argv[1:])
