@@ -49,6 +49,7 @@ class Wait:
         hints: What in the environment may be the cause, each said at the end of a line.
         heading: What each line begins with.
         say: Takes a line.
+        first_s: Seconds before the first line, if not those of the pace.
         pace: When lines are due. Default: `PACE`.
         clock: Seconds that only grow.
     """
@@ -61,6 +62,7 @@ class Wait:
         hints: Sequence[str] = (),
         heading: str = "",
         say: Say = to_stderr,
+        first_s: float | None = None,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,7 +71,7 @@ class Wait:
         self._pace = PACE if pace is None else pace
         self._speaking = threading.Lock()  # one may poll while a thread speaks for it
         self._began = clock()
-        self._due = self._began + self._pace.first_s
+        self._due = self._began + (self._pace.first_s if first_s is None else first_s)
 
     @property
     def left_s(self) -> float:
@@ -118,9 +120,9 @@ def _speak(wait: Wait, over: threading.Event) -> None:
         wait.look()
 
 
-def numbers(whole: Sequence[int], most: int = 8) -> str:
-    """Return numbers as words: "3", "1 and 2", "1, 2 and 5", and at most so many of them: "0, 1, ... and 90 more"."""
-    names = [str(number) for number in whole]
-    if len(names) > most:
-        return f"{', '.join(names[:most])} and {len(names) - most} more"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def named(noun: str, numbers: Sequence[int], most: int = 8) -> str:
+    """Return "rank 3", "ranks 1 and 2", "ranks 1, 2 and 5", and of more numbers than a line should have the first."""
+    names = [str(number) for number in numbers[:most]]
+    names += [f"{len(numbers) - most} more"] if len(numbers) > most else []
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {listed}"

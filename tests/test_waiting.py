@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from fedq.waiting import Pace, Wait, numbers, speaking
+from fedq.waiting import Pace, Wait, named, speaking
 
 
 class Clock:
@@ -69,12 +69,12 @@ def test_a_short_wait_is_silent() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([], ""),
-        ([3], "3"),
-        ([1, 2], "1 and 2"),
-        ([0, 1, 5], "0, 1 and 5"),
-        (range(100), "0, 1, 2, 3, 4, 5, 6, 7 and 92 more"),
+        ([], "ranks "),
+        ([3], "rank 3"),
+        ([1, 2], "ranks 1 and 2"),
+        ([0, 1, 5], "ranks 0, 1 and 5"),
+        (range(100), "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 92 more"),
     ],
 )
 def test_numbers_in_words(given: list[int], words: str) -> None:
-    assert numbers(given) == words
+    assert named("rank", given) == words

@@ -30,7 +30,7 @@ from fedq.network.offer import Offers
 from fedq.network.seat import RateLimit, Seat, Task
 from fedq.network.settings import NetworkConfig
 from fedq.text import clean
-from fedq.waiting import PACE, Pace, Wait, numbers
+from fedq.waiting import Wait, named
 from fedq.wire import Frame, Kind, Limits, Message, note, split_body
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ Moved = tuple[int, str, MessageParts]
 _MOST_TRIES = 10
 """Times that a client may begin to send an answer to one task."""
 _MOST_MAKEUPS = 256
+_TRAINING_S = 60.0
+"""Seconds of a round in which nothing is said of those who have not answered."""
 
 
 class Refused(Exception):
@@ -472,20 +474,19 @@ class Hub:
     def _absent(self, until: float) -> str:
         """Return who is not here, and who need not be, for a person."""
         federation, here = self.federation, self.present()
-        missing = numbers([number for number in range(federation.num_clients) if number not in here])
+        missing = named("client", [number for number in range(federation.num_clients) if number not in here])
         least, left_s = max(1, federation.min_cohort), until - time.monotonic()
-        enough = f"{least} are enough" + (f" in {left_s:.0f} s" if left_s > 0 else "")
-        return f"client {missing} ({len(here)} of {federation.num_clients} are here; {enough})"
+        enough = f"{least} would do" + (f" in {left_s:.0f} s" if left_s > 0 else "")
+        return f"{missing} ({len(here)} of {federation.num_clients} are here; {enough})"
 
     def _wait_for_answers(self, asked: Sequence[Seat], round: int) -> Wait:
         """Return the wait for those who were asked; it is quiet longer than others, as they train meanwhile."""
 
         def whom() -> str:
             open_tasks = [seat.number for seat in asked if seat.has_open_task(round)]
-            return f"answers of client {numbers(open_tasks)} in round {round + 1}"
+            return f"answers of {named('client', open_tasks)} in round {round + 1}"
 
-        pace = Pace(PACE.again_s, PACE.again_s)
-        return Wait(whom, self.federation.network.round_timeout, say=_log.info, pace=pace)
+        return Wait(whom, self.federation.network.round_timeout, say=_log.info, first_s=_TRAINING_S)
 
     async def _wait(self, seconds: float) -> None:
         """Wait until something has changed, at most so long; without a task of its own, as `asyncio.wait_for` has."""

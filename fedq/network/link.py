@@ -17,7 +17,7 @@ from fedq.network.service import CHANNEL_OPTIONS, DESCRIBE, FOLLOW, NUMBER, SEND
 from fedq.network.settings import CHUNK_NBYTES, check_address
 from fedq.proxies import why_grpc_proxy
 from fedq.text import clean
-from fedq.waiting import PACE, Pace, Say, Wait, to_stderr
+from fedq.waiting import Say, Wait, to_stderr
 from fedq.wire import Assembler, Limits, Message, note, read_note, unpack
 
 _FIRST_S, _LONGEST_S = 0.2, 15.0
@@ -53,11 +53,11 @@ class Backoff:
         self._reason = self.link.where
         self._plan(_FIRST_S)
 
-    def begin(self, pace: Pace | None = None) -> Wait:
+    def begin(self, first_s: float | None = None) -> Wait:
         """Return the wait for the server, from now on if there was none."""
         if self._waiting is None:
             whom = lambda: f"the server ({self._reason})"  # noqa: E731
-            self._waiting = Wait(whom, self.give_up_after, hints=self.link.hints, say=self.say, pace=pace)
+            self._waiting = Wait(whom, self.give_up_after, hints=self.link.hints, say=self.say, first_s=first_s)
         return self._waiting
 
     def wait(self, reason: str) -> None:
@@ -67,7 +67,7 @@ class Backoff:
             FieldError: There was no success for too long.
         """
         self._reason = reason
-        waiting = self.begin(Pace(0.0, PACE.again_s))
+        waiting = self.begin(first_s=0.0)
         if not waiting.left_s:
             allowed = f"a server that answers within {self.give_up_after:g} s"
             raise FieldError("connect", reason, "; ".join([allowed, *self.link.hints]))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fedq.errors import RendezvousError
 from fedq.runtime.launcher import Ranks
 from fedq.text import clean
-from fedq.waiting import Wait, numbers, speaking
+from fedq.waiting import Wait, named, speaking
 
 POLL_S = 0.2
 _CONNECT_S = 5.0
@@ -122,8 +122,7 @@ def failures_told(meeting: Meeting) -> Iterator[None]:
 
 
 def _missing(store: dist.Store, world_size: int) -> str:
-    missing = [rank for rank in range(world_size) if not store.check([f"rank{rank}"])]
-    return f"rank{'s' if len(missing) > 1 else ''} {numbers(missing)}"
+    return named("rank", [rank for rank in range(world_size) if not store.check([f"rank{rank}"])])
 
 
 def _refusal(meeting: Meeting, left_s: float) -> str | None:
