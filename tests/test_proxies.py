@@ -39,15 +39,17 @@ def is_asked(proxy: socket.socket, target: str, *, limit_s: float) -> bool:
     """Let bare gRPC call a target; say whether the proxy hears of it."""
     proxy.settimeout(limit_s)
     channel = grpc.insecure_channel(target, [("grpc.use_local_subchannel_pool", 1)])
-    channel.unary_unary("/a/b").future(b"", timeout=limit_s)
+    call = channel.unary_unary("/a/b").future(b"", timeout=limit_s)
     try:
         connection, _ = proxy.accept()
+        with connection:
+            connection.settimeout(limit_s)
+            return connection.recv(100).startswith(b"CONNECT " + target.encode())
     except TimeoutError:
         return False
     finally:
+        call.cancel()
         channel.close()
-    with connection:
-        return connection.recv(100).startswith(b"CONNECT " + target.encode())
 
 
 @pytest.mark.parametrize(
