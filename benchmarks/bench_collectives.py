@@ -37,6 +37,7 @@ from torch import Tensor
 from fedq.codecs import codec
 from fedq.collectives import MeanExchange, Residuals, assign_owners, cut
 from fedq.collectives.peers import Peers
+from fedq.report.encoding import make_readable
 
 TITLE = "Means of one tensor on limited links"
 COMMAND = "python benchmarks/bench_collectives.py --table docs/results.md"
@@ -222,6 +223,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     if args.rank_of:
         with as_rank(args.rank_of) as (settings, result):

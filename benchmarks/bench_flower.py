@@ -35,6 +35,7 @@ from links import ROOT, UNLIMITED, LinksUnavailable, about_run, links, report
 
 from fedq.flower.accounting import message_nbytes
 from fedq.models import build_model
+from fedq.report.encoding import make_readable
 from fedq.sweep import table
 
 APP = ROOT / "examples" / "flower_mnist"
@@ -82,6 +83,7 @@ class Setting:
 
 
 def main() -> None:
+    make_readable()
     args = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, too
     args.work.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fedq.kernels import BlockPlan, Plan, SparsePlan, reference
 from fedq.kernels import triton as fused
+from fedq.report.encoding import make_readable
 
 Pass = Callable[[], object]
 
@@ -204,6 +205,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     if fused.why_missing() or not torch.cuda.is_available():
         missing = fused.why_missing() or "there is no CUDA device"

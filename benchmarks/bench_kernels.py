@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fedq import kernels
 from fedq.kernels import BlockPlan, CastPlan, Plan, SparsePlan, cpu
+from fedq.report.encoding import make_readable
 from fedq.runfolder.environment import environment_info
 
 TITLE = "Kernels on the CPU"
@@ -282,6 +283,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     torch.set_num_threads(args.threads)
     x = torch.randn(args.elements)

@@ -36,6 +36,7 @@ from fedq.planning.cluster import Cluster
 from fedq.planning.probe import Clock, measure
 from fedq.planning.step import Job, StepModel
 from fedq.planning.traffic import Shapes
+from fedq.report.encoding import make_readable
 from fedq.runtime import distributed
 
 TITLE = "Predicted and measured steps on limited links"
@@ -246,6 +247,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     if args.rank_of:
         as_one_rank(args.rank_of)

@@ -37,6 +37,7 @@ from fedq.lowbit import PackedModel, PackedWeight, deploy, pack, save_packed, us
 from fedq.lowbit.packed import relative_error
 from fedq.lowbit.xnor import use_xnor
 from fedq.models import build_model
+from fedq.report.encoding import make_readable
 
 TITLE = "Size and latency on a CPU"
 COMMAND = "python benchmarks/bench_lowbit.py --table docs/few_bit_models.md"
@@ -287,6 +288,7 @@ def measure(models: list[str], batch_sizes: list[int], seconds_per_arm: float) -
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     warnings.filterwarnings("ignore")  # torch.ao is deprecated in favour of a package of its own
     torch.set_num_threads(args.threads)

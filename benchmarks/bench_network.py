@@ -37,6 +37,7 @@ from network_runs import (
 from network_tables import TITLES, Cell, ExchangeRow, Facts, accuracy_section, exchange_section, links_section
 
 from fedq.data import load_dataset
+from fedq.report.encoding import make_readable
 
 MODELS = ("cnn62k", "resnet18")
 """Of the exchange: 0.25 MB and 44.7 MB in float32."""
@@ -135,6 +136,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     if args.as_client:
         idle_client(args.as_client)

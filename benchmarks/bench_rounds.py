@@ -31,6 +31,7 @@ from evidence import replace_section
 from federated_task import FederatedTask, Run, hardware, pooled, run_fedq, run_script
 
 from fedq.engines.precision import choose_precision
+from fedq.report.encoding import make_readable
 
 TITLE = "Rounds beside other systems"
 SCRIPTS = {"loop": "plain_loop.py", "pfl": "pfl_rounds.py", "flwr": "flower_rounds.py"}
@@ -255,6 +256,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = arguments()
     pythons, missing = find_rivals(args.rival_python)
     print(*missing, sep="\n")

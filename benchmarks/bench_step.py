@@ -48,6 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fedq import hooks
 from fedq.models import build_model
+from fedq.report.encoding import make_readable
 
 TITLE = "Training steps on limited links"
 OVERLAP_TITLE = "Communication that the backward pass does not hide"
@@ -387,6 +388,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    make_readable()
     args = parse_args()
     if args.rank_of:
         with as_rank(args.rank_of) as (settings, result):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from federated_task import hardware
 
 from fedq.phases import PhaseTimer
+from fedq.report.encoding import make_readable
 
 REPETITIONS, CALLS = 15, 20_000
 
@@ -35,6 +36,7 @@ def cost_of_one() -> float:
 
 
 def main() -> None:
+    make_readable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="folders of finished runs")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedq.codecs import codec
+from fedq.report.encoding import make_readable
 
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "gauss": lambda generator, num: generator.standard_normal(num),
@@ -152,6 +153,7 @@ def render(lines: list[list[str]], *, markdown: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write what was asked for."""
+    make_readable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--codecs", nargs="+", default=SPECS, metavar="SPEC", help="spec strings instead of the usual list"

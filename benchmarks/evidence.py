@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from fedq.report.encoding import make_readable
 from fedq.sweep import finished_runs, markdown, read_plan, run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ def replace_section(path: Path, title: str, section: str) -> None:
 
 
 def main() -> None:
+    make_readable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--data-dir", type=Path, required=True)

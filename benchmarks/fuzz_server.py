@@ -31,6 +31,7 @@ import torch
 from fedq.layout import Layout, LayoutSchedule
 from fedq.models import build_model
 from fedq.network.link import Link, NotWanted
+from fedq.report.encoding import make_readable
 from fedq.wire import Frame, Kind, Message, join_payloads, read_note
 
 SPEC = "sign"
@@ -184,6 +185,7 @@ def _wait(server: subprocess.Popen[bytes], fuzzers: list[Fuzzer]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run and report."""
+    make_readable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--clients", type=int, default=16)

@@ -34,6 +34,7 @@ from wire_mutants import mutant
 
 from fedq import kernels
 from fedq.errors import FieldError
+from fedq.report.encoding import make_readable
 from fedq.wire import Assembler, Limits, Message, read_note, split_body, unpack
 
 LIMITS = Limits(message_bytes=1 << 16, header_bytes=1 << 13, tensors=64, decoded_bytes=1 << 20, note_bytes=1 << 12)
@@ -162,6 +163,7 @@ def save(folder: Path, seed: int, number: int) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run and report."""
+    make_readable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(20), help="default: a new one")

@@ -21,6 +21,7 @@ import torch
 from evidence import ROOT, replace_section
 
 from fedq.models import build_model
+from fedq.report.encoding import make_readable
 
 HEADER_NBYTES = 52
 CLIENTS, STEPS, BATCH = 2, 5, 16
@@ -102,6 +103,7 @@ def table(results: dict[str, dict[str, Any]], model: torch.nn.Module) -> str:
 
 
 def main() -> None:
+    make_readable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the runs' folders go")
     parser.add_argument("--threads", type=int, default=2)

@@ -23,7 +23,8 @@ from fedq.config import Config, validate
 from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
-from fedq.errors import DivergedError, FieldError
+from fedq.errors import DivergedError, FieldError, RendezvousError
+from fedq.report.encoding import make_readable
 from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
 
 _DEFAULTS = Config()
@@ -125,8 +126,9 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         defaults: Settings that neither a flag nor the file gives.
 
     Returns:
-        The exit code: 0, 1 for a model that has diverged, or 2 for settings or data that cannot be used.
+        The exit code: 0; 1 for a model that has diverged or ranks that did not meet; 2 for bad settings or data.
     """
+    make_readable()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _COMMANDS:
         return _command(argv[0], argv[1:])
@@ -155,7 +157,7 @@ def _command(name: str, argv: Sequence[str]) -> int:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
     except (FieldError, DataError) as error:
         return _refuse(error, "error")
-    except DivergedError as error:
+    except (DivergedError, RendezvousError) as error:
         return _give_up(error)
 
 
@@ -298,6 +300,8 @@ def _run(config: Config, ranks: Ranks) -> int:
         return _refuse(error, None)
     except DivergedError as error:
         return _give_up(error, is_heard=ranks.rank == 0)
+    except RendezvousError as error:  # each rank has missed others
+        return _give_up(error)
     except Exception as error:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank} of {ranks.world_size} failed: {type(error).__name__}: {error}", file=sys.stderr)
@@ -305,8 +309,8 @@ def _run(config: Config, ranks: Ranks) -> int:
     return 0
 
 
-def _give_up(error: DivergedError, *, is_heard: bool = True) -> int:
-    """Say, on one rank, that the model is lost, and return the exit code."""
+def _give_up(error: DivergedError | RendezvousError, *, is_heard: bool = True) -> int:
+    """Say why the job ends, where this rank is to, and return the exit code."""
     if is_heard:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:

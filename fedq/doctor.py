@@ -23,6 +23,7 @@ import fedq
 from fedq import kernels
 from fedq.errors import FieldError
 from fedq.kernels.cpu import library
+from fedq.report.encoding import make_readable
 from fedq.runtime.hardware import cpu_name
 
 _BANDWIDTH_BYTES = 64 << 20
@@ -72,6 +73,7 @@ def report(findings: Sequence[Finding]) -> str:
 
 def main() -> int:
     """Print the report; return 0, or 1 if something that fedq needs is broken."""
+    make_readable()
     findings = examine()
     print(report(findings))
     return int(any(finding.is_broken for finding in findings))

@@ -1,4 +1,4 @@
-"""What ends a job in one line: a bad setting, which names the field, the value and what is allowed; a lost model."""
+"""What ends a job in one line: a bad setting, a model that is lost, or ranks that did not meet."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class DivergedError(RuntimeError):
         self.path = path
         self.rollbacks = rollbacks
         self.is_final = is_final
+
+
+class RendezvousError(RuntimeError):
+    """Ranks that did not find each other, though their settings may be good: it says which are missing, and where."""
 
 
 Check = tuple[str, object, bool, str]

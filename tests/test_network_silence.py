@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from fedq import waiting
 from fedq.federated.client import RoundContext
 from fedq.federated.server import why_left_out
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.hub import Federation, Hub, Refused
 from fedq.network.settings import NetworkConfig
+from fedq.waiting import Pace
 from fedq.wire import Frame, Kind, Message
 
 MODEL = nn.Linear(4, 3)
@@ -123,3 +126,26 @@ def test_whoever_breaks_the_rules_is_no_part_of_a_quorum() -> None:
     hub = _hub(4, quorum=0.5, round_timeout=30)
     end = asyncio.run(_round(hub, 0, [2, 3], breaks=[0, 1]))
     assert end == {0: "refused: odd", 1: "refused: odd", 2: "ok", 3: "ok"}
+
+
+def test_a_server_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of four clients two are here and one of these answers; 0.25 s of joining, then two are enough."""
+    monkeypatch.setattr(waiting, "PACE", Pace(0.05, 60.0))
+    monkeypatch.setattr("fedq.network.hub._TRAINING_S", 0.05)
+    caplog.set_level(logging.INFO, "fedq.network.hub")
+    hub = _hub(4, join_timeout=0.25, round_timeout=0.4)
+    for number in (1, 3):
+        hub.seats[number].is_connected, hub.seats[number].lost_at = False, -math.inf
+
+    async def play() -> None:
+        running = asyncio.create_task(hub.run_round(RoundContext(0, 0.1, 0)))
+        while hub.context is None:
+            await asyncio.sleep(0.01)
+        _answer(hub, 0)
+        await running
+
+    asyncio.run(play())
+    waits = [record.message for record in caplog.records if record.message.startswith("waiting for ")]
+    assert waits[0].startswith("waiting for clients 1 and 3 (2 of 4 are here; 1 would do in 0 s): 0 s so far")
+    assert waits[1].startswith("waiting for answers of client 2 in round 1: 0 s so far, for 0 s more")
+    assert len(waits) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import os
 import socket
@@ -17,7 +19,9 @@ from distributed import LIMIT_S, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedq.errors import FieldError
+from fedq import waiting
+from fedq.cli import main
+from fedq.errors import FieldError, RendezvousError
 from fedq.runtime import (
     Ranks,
     Runtime,
@@ -30,6 +34,7 @@ from fedq.runtime import (
     without_local_rank,
 )
 from fedq.runtime.group import _runtime
+from fedq.waiting import Pace
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
 SRUN = {
@@ -366,7 +371,7 @@ def test_a_rank_0_that_does_not_come_is_told() -> None:
     store.set("fedq/generation", "old")
     served = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
     (text,) = run_ranks(_enter, (environ_of(1, 2, str(store.port)) | served, 1))
-    assert text == "RuntimeError: WORLD_SIZE=2, but after 1 s rank 0 has not come to rank 1"
+    assert text.startswith("RendezvousError: WORLD_SIZE=2, but after 1 s rank 0 has not come to rank 1; RANK=1, ")
 
 
 def _fail_inside(environ: dict[str, str]) -> bool:
@@ -392,19 +397,84 @@ def test_world_sizes_that_disagree_are_told() -> None:
     # Rank 0 waits its 2 s for the second of its two ranks, which has gone away.
     texts = run_ranks(_enter, (environ_of(0, 2, port), 2), (environ_of(1, 3, port), 2))
     named = ("WORLD_SIZE=3 on rank 1, but 2 on another", "WORLD_SIZE=2 on rank 0, but 3 on another")
-    assert any(text.startswith(f"RuntimeError: {start}") for text in texts for start in named), texts
+    assert any(text.startswith(f"RendezvousError: {start}") for text in texts for start in named), texts
     assert "entered" not in texts
 
 
 def test_too_few_ranks_are_told() -> None:
-    (text,) = run_ranks(_enter, (environ_of(0, 2, free_port()), 1))
-    assert text == "RuntimeError: WORLD_SIZE=2, but after 1 s the real number of ranks is 1"
+    (text,) = run_ranks(_enter, (environ_of(0, 2, port := free_port()), 1))
+    missing = f"the real number of ranks is 1: rank 1 did not come to 127.0.0.1:{port}"
+    assert text.startswith(f"RendezvousError: WORLD_SIZE=2, but after 1 s {missing}; RANK=0, WORLD_SIZE=2, ")
+
+
+def _enter_and_listen(environ: dict[str, str], timeout_s: float) -> list[str]:
+    """Wait without patience, and return the lines that were said and the error."""
+    waiting.PACE = Pace(0.3, 0.6)
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        error = None
+        try:
+            _enter(environ, timeout_s)
+        except RendezvousError as raised:
+            error = raised
+    return [*heard.getvalue().splitlines(), str(error)]
+
+
+def test_a_rank_says_who_is_missing_while_it_waits() -> None:
+    port = free_port()
+    given = [(environ_of(rank, 4, port), 2) for rank in (0, 2)]
+    for rank, (*lines, error) in zip((0, 2), run_ranks(_enter_and_listen, *given), strict=True):
+        told = [line for line in lines if line.startswith(f"rank {rank}: waiting for ")]
+        assert 2 <= len(told) <= 4, lines  # at 0.3, 0.9, 1.5 s of 2, and perhaps for rank 0
+        last = f"rank {rank}: waiting for ranks 1 and 3 of 4 at 127.0.0.1:{port}: "
+        assert told[-1].startswith(last), lines
+        assert "s more; RANK=" in told[-1]
+        assert "unset them if no launcher has started the other ranks" in error
+
+
+def test_a_rank_without_rank_0_says_so_and_ends(tmp_path: Path) -> None:
+    """Nobody listens, and somebody listens who never answers: torch itself would wait for ever for the latter."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = [free_port(), str(silent.getsockname()[1])]
+        refused, unheard = run_ranks(_enter_and_listen, *[(environ_of(1, 2, port), 1) for port in ports])
+    assert f"rank 1: waiting for rank 0 at 127.0.0.1:{ports[0]} (connection refused): " in refused[0]
+    assert f"but after 1 s rank 0 has not answered at 127.0.0.1:{ports[0]} (connection refused); RANK=1" in refused[-1]
+    assert f"rank 1: waiting for rank 0 at 127.0.0.1:{ports[1]} " in unheard[0]
+    assert f"but after 1 s there is no store of a rank 0 at 127.0.0.1:{ports[1]}; RANK=1" in unheard[-1]
+
+
+def test_a_port_that_is_taken_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (text,) = run_ranks(_enter, (environ_of(0, 2, port := str(taken.getsockname()[1])), 60))
+    assert text.startswith(f"RendezvousError: rank 0 of 2 could not meet the others at 127.0.0.1:{port}: ")
+    assert "address already in use" in text
+
+
+@pytest.mark.parametrize("launcher", ["env", "srun"])
+def test_left_over_variables_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    if launcher == "env":
+        place |= {"RANK": "0", "WORLD_SIZE": "4"}
+    else:  # what the shell of `srun -n4 --pty bash` has
+        place |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
+        place |= {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
+    for name, text in place.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(waiting, "PACE", Pace(0.2, 60.0))
+    assert main(["--dataset", "digits", "--device", "cpu", "--timeout", "1", "--out", str(tmp_path / "run")]) == 1
+    line, error = capsys.readouterr().err.splitlines()
+    assert line.startswith("rank 0: waiting for ranks 1, 2 and 3 of 4 at 127.0.0.1:")
+    assert error.startswith("error: WORLD_SIZE=4, but after 1 s the real number of ranks is 1: ranks 1, 2 and 3 did")
+    for text in (line, error):
+        assert ("RANK=0, WORLD_SIZE=4" if launcher == "env" else "SLURM_NTASKS=4; `srun --pty`") in text
 
 
 def test_a_rank_that_comes_twice_is_told() -> None:
     port = free_port()
     texts = run_ranks(_enter, *[(environ_of(rank, 3, port), 2) for rank in (0, 1, 1)])
-    assert "RuntimeError: RANK=1 came twice to a job of WORLD_SIZE=3" in texts[1:]
+    assert "RendezvousError: RANK=1 came twice to a job of WORLD_SIZE=3" in texts[1:]
     assert "entered" not in texts
 
 
@@ -413,7 +483,9 @@ def test_a_group_of_another_size_is_refused_and_left_alone() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with (
-            pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the real number of ranks in the process group is 1"),
+            pytest.raises(
+                RendezvousError, match="WORLD_SIZE=2, but the real number of ranks in the process group is 1"
+            ),
             distributed("cpu", threads=torch.get_num_threads(), environ=environ_of(0, 2, "1")),
         ):
             raise AssertionError("the body must not run")

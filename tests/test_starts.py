@@ -13,6 +13,7 @@ from jobs import SMALL, file_hash
 
 from fedq.cli import main, parse_args
 from fedq.config import Config
+from fedq.errors import RendezvousError
 from fedq.federated.rounds import FederatedRounds
 from fedq.trainers import starts
 from fedq.trainers.federated import run_job
@@ -266,6 +267,7 @@ def test_signals_may_come_as_often_as_they_like(
     [
         RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"),
         dist.DistNetworkError("Connection reset by peer"),
+        RendezvousError("WORLD_SIZE=2, but after 1 s rank 0 has not come"),
     ],
 )
 def test_that_another_rank_has_gone_is_no_error_of_ones_own(tmp_path: Path, error: Exception) -> None:

@@ -23,8 +23,10 @@ from distributed import _PRELOAD
 from jobs import SMALL
 
 from fedq.checkpoint import Checkpoints
-from fedq.cli import main
+from fedq.cli import main, parse_args
+from fedq.config import Config
 from fedq.federated.chaos import Chaos
+from fedq.trainers.federated import run_job
 from fedq.trainers.watch import Watch
 
 LIMIT_S = 120  # for what has no promise of its own, on a machine that may be busy
@@ -136,6 +138,90 @@ def test_other_signals_are_not_taken_for_a_reason_to_leave() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1]
+
+
+# ---- off the main thread, as in a notebook or in a program's own worker ----
+
+
+def handling() -> list[object]:
+    """Return all that a program has set for signals."""
+    fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(fd)
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] + [fd]
+
+
+def in_a_thread(body: Callable[[], object]) -> object:
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(body())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(LIMIT_S)
+    return results[0]
+
+
+def stall_in_a_thread(folder: Path) -> None:
+    output_to(folder / "said")
+
+    def work() -> None:
+        with Watch(2, 0.3, str) as watch:
+            watch.beat("hanging in a thread")
+            for_ever()
+
+    in_a_thread(work)
+
+
+def test_a_rank_that_stalls_in_a_thread_ends_with_the_stack_of_that_thread(tmp_path: Path) -> None:
+    assert exit_code(forked(stall_in_a_thread, tmp_path)) == 1
+    said = (tmp_path / "said").read_text()
+    assert "rank 2 made no progress for 0.3 s while hanging in a thread:" in said
+    assert "in for_ever" in said
+    assert "in join" not in said  # where the main thread is
+
+
+def test_a_watch_in_a_thread_leaves_signals_to_the_program() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    ours, entered, over = handling(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with Watch(0, 60.0, str):
+            entered.set()
+            over.wait(LIMIT_S)
+
+    thread = threading.Thread(target=work)
+    try:
+        thread.start()
+        assert entered.wait(LIMIT_S)
+        assert handling() == ours
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: bool(seen))
+        over.set()
+        thread.join(LIMIT_S)
+        assert handling() == ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+
+def test_jobs_in_threads_one_after_the_other_are_those_of_the_main_thread(tmp_path: Path) -> None:
+    before = handling()
+
+    def job(name: str) -> object:
+        config = parse_args(flags(tmp_path / name, rounds=2), defaults=Config())
+        summary = run_job(config)
+        return summary["test_accuracy"], summary["wire_bytes"]
+
+    results = [in_a_thread(lambda: job("first")), in_a_thread(lambda: job("second")), job("main")]
+    assert handling() == before
+    assert results[0] == results[1] == results[2]
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second", "main")]
+    assert models[0] == models[1] == models[2]
 
 
 # ---- real jobs ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from fedq.data.torchvision_files import (
     read_mnist,
 )
 from fedq.errors import FieldError, one_of
+from fedq.proxies import download_proxies, loopback_is_direct
+from fedq.waiting import Wait, speaking
 
 DIGITS_TEST_FRACTION = 0.2
 _LAYOUTS = (
@@ -138,11 +141,17 @@ def _where(known: _Known, data_dir: Path) -> str:
 def _fetch(known: _Known, data_dir: Path) -> None:
     import torchvision
 
+    kind = getattr(torchvision.datasets, known.torchvision_name)
+    urls = [*getattr(kind, "mirrors", []), *filter(None, [getattr(kind, "url", None)])]
+    proxies = download_proxies(urls, os.environ)
+    through = f"; the proxy of {proxies} is in between" if proxies else ""
+    whom = f"{known.title} from {' or '.join(urls)}{through}"
     try:
-        getattr(torchvision.datasets, known.torchvision_name)(data_dir, download=True)
+        with loopback_is_direct(urls), speaking(Wait(lambda: whom)):
+            kind(data_dir, download=True)
     except (OSError, RuntimeError) as error:
         raise FieldError(
-            "download", True, f"a working connection ({known.title} could not be fetched: {error})"
+            "download", True, f"a working connection ({known.title} could not be fetched: {error}{through})"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,13 @@ from fedq.runtime import Runtime, distributed, from_root
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.build import uplink_schedule, wants_feedback
 from fedq.trainers.job import client_parts, load_data, local_optimizer, local_training, make_model
+from fedq.waiting import Say, Wait, speaking
 from fedq.wire import Kind, Message, read_note
 
 _PATIENCE_S = 7 * 86_400.0
 """How long a site's other ranks wait for the next round."""
-Say = Callable[[str], None]
+_DESCRIBE_S = 30.0
+"""Longest single try to hear what the federation is."""
 
 
 def run_client(config: ClientConfig) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def join(
         settings = settings_of(federation, config, has_own_model=True)
         training = OwnTraining(model, train)
         member = _member(config, federation, settings, training, torch.arange(num_examples))
-        result = follow(link, member, Backoff(give_up_after), say)
+        result = follow(link, member, Backoff(link, give_up_after, say), say)
         if member.replica is not None:
             member.layout.unflatten_(member.replica, model)
         return result
@@ -141,7 +143,7 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.
-            for message in link.follow(member.hello()):
+            for message in _followed(link, member, say):
                 backoff.succeed()
                 result = _hear(link, member, message, say) or result
             if result is not None:
@@ -152,8 +154,20 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
         except Lost as error:
             if result is not None:
                 return result
-            say(f"no connection: {error}; next try in {backoff.next_s:.1f} s")
             backoff.wait(str(error))
+
+
+def _followed(link: Link, member: Member, say: Say) -> Iterator[Message]:
+    """Yield the server's messages; a person hears of the wait for its welcome, and for the first round."""
+    messages = link.follow(member.hello())
+    for deed in ("to take this client", "to begin a round"):
+        whom = f"the server ({link.where}) {deed}"
+        with speaking(Wait(whom.__str__, hints=link.hints, say=say)):
+            message = next(messages, None)
+        if message is None:
+            return
+        yield message
+    yield from messages
 
 
 def settings_of(federation: dict[str, Any], config: ClientConfig, *, has_own_model: bool = False) -> Config:
@@ -200,12 +214,13 @@ def _who(config: ClientConfig) -> tuple[Identity | None, int]:
 
 def _describe(link: Link, give_up_after: float) -> dict[str, Any]:
     """Ask what the federation is, until the server is there."""
-    backoff = Backoff(give_up_after)
-    while True:
-        try:
-            return check_note(link.describe(), "federation")
-        except Lost as error:
-            backoff.wait(str(error))
+    backoff = Backoff(link, give_up_after)
+    with speaking(backoff.begin()) as waiting:
+        while True:
+            try:
+                return check_note(link.describe(min(_DESCRIBE_S, 1 + waiting.left_s)), "federation")
+            except Lost as error:
+                backoff.wait(str(error))
 
 
 def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +239,7 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     )
     say: Say = lambda line: print_header([line])  # noqa: E731
     try:
-        result = follow(link, member, Backoff(config.give_up_after), say)
+        result = follow(link, member, Backoff(link, config.give_up_after, say), say)
     finally:
         if isinstance(training, Site):
             training.dismiss()

@@ -30,6 +30,7 @@ from fedq.network.offer import Offers
 from fedq.network.seat import RateLimit, Seat, Task
 from fedq.network.settings import NetworkConfig
 from fedq.text import clean
+from fedq.waiting import Wait, named
 from fedq.wire import Frame, Kind, Limits, Message, note, split_body
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ Moved = tuple[int, str, MessageParts]
 _MOST_TRIES = 10
 """Times that a client may begin to send an answer to one task."""
 _MOST_MAKEUPS = 256
+_TRAINING_S = 60.0
+"""Seconds of a round in which nothing is said of those who have not answered."""
 
 
 class Refused(Exception):
@@ -418,6 +421,7 @@ class Hub:
             self.seats[number].told()
         asked = [self.seats[number] for number in cohort]
         end = _RoundEnd(asked, self.federation.network)
+        wait = self._wait_for_answers(asked, context.round)
         while waiting := [seat for seat in asked if seat.has_open_task(context.round)]:
             now = time.monotonic()
             ends = zip(waiting, end.moments(waiting, now), strict=True)
@@ -426,7 +430,8 @@ class Hub:
                 if now >= moment:
                     assert seat.task is not None
                     seat.task.reason = self._why_missing(seat, end)
-            await self._wait(min(until) - now)
+            wait.look()
+            await self._wait(min(min(until) - now, wait.quiet_s))
         self.context = None
         return [self._close(self.seats[number], context) for number in cohort]
 
@@ -453,16 +458,35 @@ class Hub:
         """Wait for enough clients, and return those that are asked: all that are here, or a draw of them."""
         federation = self.federation
         until = self._began + federation.network.join_timeout if self._is_first else 0.0
+        wait = Wait(lambda: self._absent(until), say=_log.info)
         while True:
             here, now = self.present(), time.monotonic()
             wanted = federation.num_clients if now < until else max(1, federation.min_cohort)
             if len(here) >= wanted:
                 break
-            await self._wait(max(0.05, until - now) if now < until else 3600.0)
+            wait.look()
+            await self._wait(min(wait.quiet_s, max(0.05, until - now) if now < until else math.inf))
         self._is_first = False
         size = min(federation.cohort_size, len(here))
         picked = sample_cohort(len(here), size, seed=context.seed, round=context.round)
         return [here[place] for place in picked]
+
+    def _absent(self, until: float) -> str:
+        """Return who is not here, and who need not be, for a person."""
+        federation, here = self.federation, self.present()
+        missing = named("client", [number for number in range(federation.num_clients) if number not in here])
+        least, left_s = max(1, federation.min_cohort), until - time.monotonic()
+        enough = f"{least} would do" + (f" in {left_s:.0f} s" if left_s > 0 else "")
+        return f"{missing} ({len(here)} of {federation.num_clients} are here; {enough})"
+
+    def _wait_for_answers(self, asked: Sequence[Seat], round: int) -> Wait:
+        """Return the wait for those who were asked; it is quiet longer than others, as they train meanwhile."""
+
+        def whom() -> str:
+            open_tasks = [seat.number for seat in asked if seat.has_open_task(round)]
+            return f"answers of {named('client', open_tasks)} in round {round + 1}"
+
+        return Wait(whom, self.federation.network.round_timeout, say=_log.info, first_s=_TRAINING_S)
 
     async def _wait(self, seconds: float) -> None:
         """Wait until something has changed, at most so long; without a task of its own, as `asyncio.wait_for` has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -13,12 +14,13 @@ import grpc
 from fedq.errors import FieldError
 from fedq.network.certs import Identity
 from fedq.network.service import CHANNEL_OPTIONS, DESCRIBE, FOLLOW, NUMBER, SEND, SESSION
-from fedq.network.settings import CHUNK_NBYTES
+from fedq.network.settings import CHUNK_NBYTES, check_address
+from fedq.proxies import why_grpc_proxy
 from fedq.text import clean
+from fedq.waiting import Say, Wait, to_stderr
 from fedq.wire import Assembler, Limits, Message, note, read_note, unpack
 
 _FIRST_S, _LONGEST_S = 0.2, 15.0
-_DESCRIBE_S = 30.0
 _FINAL = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
 
 
@@ -34,29 +36,43 @@ class Backoff:
     """Waits twice as long each time, up to a limit, with a random part so that clients do not come back in step.
 
     Args:
+        link: Who is waited for.
         give_up_after: Seconds without success after which there are no more tries.
+        say: Told who is waited for, how long still, and what may be in the way.
     """
 
-    def __init__(self, give_up_after: float) -> None:
+    def __init__(self, link: Link, give_up_after: float, say: Say = to_stderr) -> None:
+        self.link = link
         self.give_up_after = give_up_after
+        self.say = say
         self.succeed()
 
     def succeed(self) -> None:
         """Start over."""
-        self._since: float | None = None
+        self._waiting: Wait | None = None
+        self._reason = self.link.where
         self._plan(_FIRST_S)
 
+    def begin(self, first_s: float | None = None) -> Wait:
+        """Return the wait for the server, from now on if there was none."""
+        if self._waiting is None:
+            whom = lambda: f"the server ({self._reason})"  # noqa: E731
+            self._waiting = Wait(whom, self.give_up_after, hints=self.link.hints, say=self.say, first_s=first_s)
+        return self._waiting
+
     def wait(self, reason: str) -> None:
-        """Wait for `next_s` seconds.
+        """Wait for `next_s` seconds; the first time, after a success, this is said at once.
 
         Raises:
             FieldError: There was no success for too long.
         """
-        now = time.monotonic()
-        self._since = now if self._since is None else self._since
-        if now - self._since > self.give_up_after:
-            raise FieldError("connect", reason, f"a server that answers within {self.give_up_after:g} s")
-        time.sleep(self.next_s)
+        self._reason = reason
+        waiting = self.begin(first_s=0.0)
+        if not waiting.left_s:
+            allowed = f"a server that answers within {self.give_up_after:g} s"
+            raise FieldError("connect", reason, "; ".join([allowed, *self.link.hints]))
+        waiting.look()
+        time.sleep(min(self.next_s, waiting.left_s))
         self._plan(min(_LONGEST_S, 2 * self._usual_s))
 
     def _plan(self, seconds: float) -> None:
@@ -85,11 +101,17 @@ class Link:
         limits: Limits | None = None,
     ) -> None:
         self.address = address
+        host = check_address("connect", address)[0]
+        self.where = f"{address}, {'without' if identity is None else 'by'} TLS"
+        """The address, and how it is called, for a person."""
+        self.hints = tuple(filter(None, [why_grpc_proxy(host, os.environ)]))
+        """What of the environment stands in between."""
         self.limits = limits or Limits()
         self.received = self.sent = 0
         """Bytes of messages so far."""
         # Several clients in one process each have a connection of their own.
         options: list[tuple[str, Any]] = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        options.append(("grpc.enable_http_proxy", int(bool(self.hints))))  # gRPC would ask one for this machine, too
         if server_name is not None:
             options.append(("grpc.ssl_target_name_override", server_name))
         if identity is None:
@@ -108,8 +130,8 @@ class Link:
         """Close the connection."""
         self._channel.close()
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the server says of the federation.
+    def describe(self, timeout: float = 30.0) -> dict[str, Any]:
+        """Return what the server says of the federation, within so many seconds.
 
         Raises:
             FieldError: It refuses this client.
@@ -117,7 +139,7 @@ class Link:
         """
         request = bytes(note({"kind": "describe"}).pack())
         try:
-            return read_note(unpack(self._describe(request, metadata=self._metadata, timeout=_DESCRIBE_S), self.limits))
+            return read_note(unpack(self._describe(request, metadata=self._metadata, timeout=timeout), self.limits))
         except grpc.RpcError as error:
             raise self._meaning(error) from None
 
@@ -182,11 +204,13 @@ class Link:
 
     def _meaning(self, error: grpc.RpcError) -> Exception:
         """Return what a failed call means for this client."""
-        code, details = error.code(), clean(error.details() or "", 2048)
+        details = clean((error.details() or "").partition("\n===")[0], 2048)  # gRPC may say where in its source it was
+        code = error.code()
         if code in _FINAL:
-            return FieldError("connect", self.address, f"a server that takes this client; it says: {details}")
+            allowed = f"a server that takes this client; it says: {details}"
+            return FieldError("connect", self.address, "; ".join([allowed, *self.hints]))
         if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:
             return FieldError("certs", self.address, f"a server that the authority in ca.pem has signed; {details}")
         if code == grpc.StatusCode.UNAVAILABLE:
             details = details.partition("; last error")[2].strip(": ") or details
-        return Lost(f"{self.address}: {details or code.name.lower()}")
+        return Lost(f"{self.where}: {details or code.name.lower()}")

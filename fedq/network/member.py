@@ -52,7 +52,7 @@ class Memory:
     def begin(self, run: str, uplink: str) -> None:
         """Go on with what is kept of a run; what another run, or another codec, has left is deleted."""
         file, now = self.folder / "state.json", {"run": run, "uplink": uplink}
-        before = json.loads(file.read_text()) if file.exists() else None
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if before != now:
             for _, path in self._versions():
                 path.unlink()

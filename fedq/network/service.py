@@ -25,6 +25,7 @@ from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.seat import Seat, Task
 from fedq.network.settings import CHUNK_NBYTES, check_address
 from fedq.text import clean
+from fedq.waiting import Wait, speaking
 from fedq.wire import Assembler, Message, note, read_note, unpack
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class Service(grpc.GenericRpcHandler):
             if followers:
                 await asyncio.wait(followers, timeout=timeout_s)
 
-        self.call(goodbye(), beat)
+        with speaking(Wait(lambda: "clients to take the final model", timeout_s, say=_log.info)):
+            self.call(goodbye(), beat)
         self._grace_s = _GOODBYE_S
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:

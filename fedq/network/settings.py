@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import ClassVar
 
 from fedq.config import ClientsConfig, Config, DataConfig, ExchangeConfig, LocalConfig, RunConfig, validate
 from fedq.errors import FieldError, check_all
+from fedq.proxies import is_loopback
 
 DEFAULT_PORT = 8470
 MNIST_SIZE = 28
@@ -189,16 +189,6 @@ def check_trust(name: str, address: str, certs: Path | None, *, insecure: bool) 
         raise FieldError("certs", None, "a folder that `fedq certs` made; or --insecure, on loopback only")
     if insecure and not is_loopback(check_address(name, address)[0]):
         raise FieldError("insecure", True, f"left out with --{name} {address}: only on loopback may TLS be left out")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its name or number alone; no name is looked up."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def short_forms(argv: Sequence[str]) -> list[str]:

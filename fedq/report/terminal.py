@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedq.errors import FieldError
+from fedq.report.encoding import make_readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,6 +178,7 @@ def _bar(console: Console) -> Progress:
 def _stdout() -> Console:
     from rich.console import Console
 
+    make_readable()
     return Console()
 
 

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from fedq.runtime.launcher import Ranks, rendezvous
+from fedq.runtime.meeting import Meeting
 
 _KEY = "fedq/generation"
 _BEAT_S = 0.02
@@ -36,17 +37,17 @@ def agent_store(ranks: Ranks, environ: Mapping[str, str]) -> dist.Store | None:
 
 
 @contextmanager
-def generation(server: dist.TCPStore, ranks: Ranks, timeout: timedelta) -> Iterator[dist.Store]:
+def generation(server: dist.TCPStore, meeting: Meeting) -> Iterator[dist.Store]:
     """Give the part of the store that belongs to this start of the job alone; rank 0 draws its name.
 
     The name that other ranks find may be that of an earlier start, so they take one only when they have seen that rank
     0 lives under it: there is a counter that it moves as long as the body lasts.
 
     Raises:
-        RuntimeError: Rank 0 has not come in time.
+        RendezvousError: Rank 0 has not come in time.
     """
-    if ranks.rank != 0:
-        yield _joined(server, ranks, timeout)
+    if meeting.ranks.rank != 0:
+        yield _joined(server, meeting)
         return
     token = secrets.token_hex(8)
     server.set(_KEY, token)
@@ -74,17 +75,17 @@ def _beat(server: dist.TCPStore, token: str, is_over: threading.Event) -> None:
             is_over.wait(_BEAT_S)
 
 
-def _joined(server: dist.Store, ranks: Ranks, timeout: timedelta) -> dist.Store:
+def _joined(server: dist.Store, meeting: Meeting) -> dist.Store:
     """Return the part of the first name under which rank 0 is seen to live."""
     first_seen: dict[str, int] = {}
-    deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
+    wait = meeting.wait(lambda: f"rank 0 at {meeting.where}")
+    while wait.left_s:
         if server.check([_KEY]):
             token = server.get(_KEY).decode()
             part = _part(server, token)
             beats = part.add("beat", 0)
             if first_seen.setdefault(token, beats) != beats:
                 return part
+        wait.look()
         time.sleep(_BEAT_S)
-    waited_s, here = timeout.total_seconds(), f"rank 0 has not come to rank {ranks.rank}"
-    raise RuntimeError(f"WORLD_SIZE={ranks.world_size}, but after {waited_s:g} s {here}")
+    raise meeting.missed(f"rank 0 has not come to rank {meeting.ranks.rank}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,11 +15,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fedq.errors import FieldError
+from fedq.errors import FieldError, RendezvousError
 from fedq.runtime.generation import generation, is_served
-from fedq.runtime.launcher import Ranks, detect, rendezvous
+from fedq.runtime.launcher import Ranks, detect, misleading, rendezvous
+from fedq.runtime.meeting import Meeting, count_ranks, failures_told, open_store
+from fedq.waiting import Wait, speaking
 
 T = TypeVar("T")
+
+_MEETING_S = 1800.0
+"""Longest wait for ranks to come, however long they may be silent later."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def distributed(
 
     Raises:
         FieldError: The launcher's variables are wrong, or there is no GPU for `device="cuda"`.
-        RuntimeError: The real number of ranks is not WORLD_SIZE.
+        RendezvousError: The real number of ranks is not WORLD_SIZE, or they cannot reach each other.
     """
     environ = os.environ if environ is None else environ
     is_ours = not dist.is_initialized()
@@ -71,7 +76,7 @@ def distributed(
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     if is_ours and runtime.backend is not None:
-        _start_group(runtime, environ, timedelta(seconds=timeout_s))
+        _start_group(runtime, environ, timedelta(seconds=min(timeout_s, _MEETING_S)), timedelta(seconds=timeout_s))
     try:
         _check_world_size(runtime)
         yield runtime
@@ -88,12 +93,18 @@ def local_root_first(runtime: Runtime) -> Iterator[None]:
     """
     is_first = runtime.local_rank == 0
     if runtime.world_size > 1 and not is_first:
-        dist.barrier()
+        _meet_for(runtime, "the first rank of each machine, which reads or fetches the data")
     try:
         yield
     finally:
         if runtime.world_size > 1 and is_first:
-            dist.barrier()
+            _meet_for(runtime, "the first ranks of other machines, which read or fetch the data")
+
+
+def _meet_for(runtime: Runtime, whom: str) -> None:
+    """Enter a barrier, and say for whom if it lasts; of a machine's ranks at most two do, as they share a terminal."""
+    with speaking(Wait(lambda: whom, heading=f"rank {runtime.rank}: ")) if runtime.local_rank < 2 else nullcontext():
+        dist.barrier()
 
 
 def from_root(runtime: Runtime, value: T) -> T:
@@ -156,40 +167,22 @@ def _note(ranks: Ranks, backend: str | None, num_gpus: int) -> str:
     return f"{who}{several or ' on'} {gpus}: Gloo, payloads staged through the host"
 
 
-def _start_group(runtime: Runtime, environ: Mapping[str, str], timeout: timedelta) -> None:
+def _start_group(runtime: Runtime, environ: Mapping[str, str], patience: timedelta, timeout: timedelta) -> None:
     # A store of our own, as torch's env:// would make, because that one reads os.environ and cannot count the ranks.
-    address, port = rendezvous(runtime, environ)
+    meeting = Meeting(runtime, *rendezvous(runtime, environ), patience, misleading(runtime, environ))
     is_server = runtime.is_root and not is_served(environ)  # torchrun's agent listens there already
-    server = dist.TCPStore(address, port, is_master=is_server, timeout=timeout, wait_for_workers=False)
-    with generation(server, runtime, timeout) as store:
-        _count_ranks(store, runtime, timeout)
-    dist.init_process_group(
-        runtime.backend,
-        store=store,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        timeout=timeout,
-        device_id=runtime.device if runtime.backend == "nccl" else None,
-    )
-
-
-def _count_ranks(store: dist.Store, runtime: Runtime, timeout: timedelta) -> None:
-    """Wait until WORLD_SIZE ranks have come, each once and all of one mind about how many they are."""
-    rank, world_size = runtime.rank, runtime.world_size
-    first = int(store.compare_set("world_size", "", str(world_size)))
-    if first != world_size:
-        raise RuntimeError(f"WORLD_SIZE={world_size} on rank {rank}, but {first} on another rank")
-    if store.add(f"rank{rank}", 1) > 1:
-        raise RuntimeError(f"RANK={rank} came twice to a job of WORLD_SIZE={world_size}")
-    if store.add("num_ranks", 1) == world_size:
-        store.set("complete", "")
-    try:
-        store.wait(["complete"], timeout)
-    except dist.DistStoreError as error:  # the time is over
-        came, waited_s = store.add("num_ranks", 0), timeout.total_seconds()
-        raise RuntimeError(
-            f"WORLD_SIZE={world_size}, but after {waited_s:g} s the real number of ranks is {came}"
-        ) from error
+    with failures_told(meeting):
+        with generation(open_store(meeting, is_server=is_server), meeting) as store:
+            count_ranks(store, meeting)
+        with speaking(meeting.wait(lambda: f"connections to the other ranks, by {runtime.backend}")):
+            dist.init_process_group(
+                runtime.backend,
+                store=store,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                timeout=timeout,
+                device_id=runtime.device if runtime.backend == "nccl" else None,
+            )
 
 
 def _check_world_size(runtime: Runtime) -> None:
@@ -199,6 +192,6 @@ def _check_world_size(runtime: Runtime) -> None:
     ones = torch.ones(1, device=runtime.device if runtime.backend == "nccl" else "cpu")
     dist.all_reduce(ones)
     if int(ones) != runtime.world_size:
-        raise RuntimeError(
+        raise RendezvousError(
             f"WORLD_SIZE={runtime.world_size}, but the real number of ranks in the process group is {int(ones)}"
         )

@@ -22,6 +22,8 @@ _FIRST_RESERVED_STEP = 0xFFFFFFFA
 _SCONTROL_TIMEOUT_S = 30
 # mpirun's variables for the number of processes: Open MPI; MPICH, Intel MPI; MVAPICH2.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM_PLACE = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,16 @@ def rendezvous(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int]:
     if "MASTER_PORT" in environ or not is_srun:
         return address, _count(environ, "MASTER_PORT", 1, 65535)
     return address, _step_port(environ)
+
+
+def misleading(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return, for a rank that waits for others, what in its environment may be wrong about there being any."""
+    names = _SLURM_PLACE if ranks.launcher == "srun" else _PLACE
+    given = ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
+    if ranks.launcher == "srun":
+        alone = "`srun --pty` leaves a shell on task 0 alone: RANK=0 WORLD_SIZE=1 before the command trains on one rank"
+        return (f"srun says {given}; {alone}, srun before it on all",)
+    return (f"{given} are set: unset them if no launcher has started the other ranks",)
 
 
 def _from_env(environ: Mapping[str, str]) -> Ranks:

@@ -111,12 +111,12 @@ def _is_finished(out: Path, task: Task) -> bool:
 
 def _outcome(code: int, out: Path, task: Task, seconds: float) -> str:
     if _is_finished(out, task):
-        summary = json.loads((out / task.folder / "summary.json").read_text())
+        summary = json.loads((out / task.folder / "summary.json").read_text(encoding="utf-8"))
         return f"{100 * summary['test_accuracy']:.2f} %, {seconds:.0f} s"
     if code <= 0:
         return "stopped; the same command goes on"
     log = out / f"{task.folder}.log"
-    lines = log.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+    lines = log.read_text(errors="backslashreplace").strip().splitlines()[-_LAST_LINES:]
     return "\n    ".join([f"FAILED (exit code {code}), see {log}", *lines])
 
 

@@ -51,7 +51,7 @@ def keep_choice(config: Config) -> Config:
 def why_this_uplink(path: Path) -> str | None:
     """Return why a run has the uplink that it has; None if it was given."""
     file = path / _FILE
-    return json.loads(file.read_text())["because"] if file.exists() else None
+    return json.loads(file.read_text(encoding="utf-8"))["because"] if file.exists() else None
 
 
 def choose_uplink(

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from fedq.checkpoint import Checkpoints
 from fedq.config import Config, RunConfig
 from fedq.configfile import load_config
-from fedq.errors import FieldError
+from fedq.errors import FieldError, RendezvousError
 from fedq.report import read_summary
 from fedq.runtime import Runtime, agent_store, from_root, num_restarts, on_root
 
@@ -261,7 +261,7 @@ def _is_of_lost_rank(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that another rank or the store has gone."""
     while error is not None:
         text = str(error)
-        if isinstance(error, dist.DistError) or (
+        if isinstance(error, dist.DistError | RendezvousError) or (
             isinstance(error, RuntimeError) and any(words in text for words in _OF_LOST_RANKS)
         ):
             return True

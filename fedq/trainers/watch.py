@@ -1,7 +1,8 @@
 """Leaves in time: a thread that answers SIGTERM and SIGINT at once, and ends a rank that makes no progress.
 
 Whatever is finished is on disk after every round, so leaving means: wait for a write in progress, say how to go on, and
-exit. The thread works while the main thread waits inside a collective, where Python's own handlers would not run.
+exit. The thread works while the job waits inside a collective, where Python's own handlers would not run. A job that
+runs off the main thread (a notebook's, a worker's) leaves signals to the program that it is part of.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TextIO
 
@@ -28,7 +29,7 @@ STALLED = 1
 
 
 class Watch:
-    """Watches one rank. Use as a context manager on the main thread.
+    """Watches one rank. Use as a context manager in the thread that does the job; only the main one hears signals.
 
     Args:
         rank: Named in what is printed.
@@ -44,21 +45,21 @@ class Watch:
         self._beaten = time.monotonic()
         self._doing = "starting"
         self._wake, self._told = socket.socketpair()
-        self._main = threading.get_ident()
+        self._worker = 0
         self._thread = threading.Thread(target=self._run, name="fedq-watch", daemon=True)
 
     def __enter__(self) -> Watch:
+        self._worker = threading.get_ident()
         self._told.setblocking(False)
-        self._handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES}
-        self._old_fd = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self._signals = ExitStack()
+        if threading.current_thread() is threading.main_thread():
+            self._signals.enter_context(_signals_to(self._told))
         self.beat("starting")
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._old_fd)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.close()
         self._told.setblocking(True)
         self._told.sendall(b"\0")
         self._thread.join()
@@ -98,10 +99,23 @@ class Watch:
         os._exit(_exit_code(number))
 
     def _give_up(self) -> None:
-        frame = sys._current_frames().get(self._main)
+        frame = sys._current_frames().get(self._worker)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         _say(sys.stderr, f"rank {self.rank} made no progress for {self.timeout_s:g} s while {self._doing}:\n{stack}")
         os._exit(STALLED)
+
+
+@contextmanager
+def _signals_to(told: socket.socket) -> Iterator[None]:
+    """Send the numbers of signals to a socket during the body; only the main thread may ask for that."""
+    handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES}
+    wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
 
 
 def _exit_code(number: signal.Signals) -> int:
