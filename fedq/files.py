@@ -1,7 +1,9 @@
-"""Files that survive a crash: a reader sees the old bytes or the new ones, never a mixture."""
+"""Files that survive a crash: a reader sees the old bytes or the new ones, never a mixture; and what is in the way."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +11,19 @@ from pathlib import Path
 
 from fedq.errors import FieldError
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``path`` that takes its place, durably and in one step, if the block ends well."""
+    """Give a temporary file beside ``path`` that takes its place, durably and in one step, if the block ends well.
+
+    A folder that lies where one of them goes is set aside.
+    """
     temporary = path.with_name(path.name + ".tmp")
+    for place in (path, temporary):
+        if place.is_dir():
+            set_aside(place, "it is a folder")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -38,6 +48,29 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         for part in parts:
             file.write(part)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename what cannot be used to the first free of ``path.damaged``, ``path.damaged-2``... and say so in a line."""
+    names = (f"{path.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    beside = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
+    os.replace(path, beside)
+    _log.warning("%s cannot be used (%s): it is kept as %s, and begun anew", path, why, beside.name)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if need be; what else lies in its place is set aside."""
+    if os.path.lexists(path) and not path.is_dir():
+        set_aside(path, "it is no folder")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def read_or_nothing(path: Path) -> str:
+    """Return a small file's text; an empty one where it is missing, is no file, or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def sync_folder(folder: Path) -> None:

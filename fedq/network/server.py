@@ -7,6 +7,8 @@ those of every federated job; `NetworkRounds` stands where the rounds over a pro
 from __future__ import annotations
 
 import logging
+import os
+import re
 import secrets
 import sys
 from dataclasses import asdict
@@ -15,7 +17,7 @@ from typing import Any
 
 from fedq.federated.client import RoundContext
 from fedq.federated.frozen import frozen_checksums
-from fedq.files import replace_file
+from fedq.files import read_or_nothing, replace_file, set_aside
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.certs import Identity, Revoked, load_identity
 from fedq.network.hub import Federation, Hub
@@ -33,6 +35,7 @@ from fedq.trainers.records import finish, log_round, report_left_out
 from fedq.trainers.starts import Finished
 from fedq.trainers.state import Progress, RunState
 
+_NAME = re.compile("[0-9a-f]{32}")
 _SHARED = ("data", "clients", "local", "exchange", "lowbit")
 """Groups of settings that every client gets."""
 _OWN = {"data": ("data_dir", "download"), "exchange": ("link",)}
@@ -141,8 +144,13 @@ def shared_settings(config: ServerConfig) -> dict[str, Any]:
 
 
 def _run_name(path: Path) -> str:
-    """Return the run's name, which clients compare with that of the run they remember; made once."""
+    """Return the run's name, which clients compare with that of the run they remember; made once.
+
+    A damaged one is made anew: clients then forget what they remember.
+    """
     file = path / "federation"
+    if os.path.lexists(file) and not _NAME.fullmatch(read_or_nothing(file)):
+        set_aside(file, "it holds no name")
     if not file.exists():
         replace_file(file, secrets.token_hex(16).encode())
     return file.read_text()
