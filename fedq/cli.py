@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from fedq.config import Config, validate
 from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
-from fedq.errors import FieldError
-from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
+from fedq.errors import FieldError, RunStopped
+from fedq.runtime import Ranks, check_lone_process, detect, lasting_streams, without_local_rank
 
 _DEFAULTS = Config()
 _DEEPSPEED_CONFIG = Path("deepspeed_config.json")
@@ -81,7 +82,7 @@ def parse_args(
         if not is_heard:
             silence.enter_context(redirect_stdout(io.StringIO()))
             silence.enter_context(redirect_stderr(io.StringIO()))
-        marks = (tyro.conf.OmitArgPrefixes,)
+        marks = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction)
         kind: Any = _Arguments.__class_getitem__(type(defaults))  # type: ignore[attr-defined]
         both: _Arguments[C] = tyro.cli(
             kind, prog=program, description=words, args=argv, default=_Arguments(path, job), config=marks
@@ -118,16 +119,27 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
 
     Settings and data that cannot be used are told in one line on stderr, without a traceback: those seen before any
     work by rank 0 alone, those seen during it (data missing on one machine) by the first rank of a machine. Any other
-    exception keeps its traceback and names the rank.
+    exception keeps its traceback and names the rank. Where nobody reads standard output or error any more, the job goes
+    on all the same.
 
     Args:
         argv: Arguments without the program's name. Default: the process's own.
         defaults: Settings that neither a flag nor the file gives.
 
     Returns:
-        The exit code: 0, or 2 for settings or data that cannot be used.
+        The exit code: 0; 2 for settings or data that cannot be used; 1 for a run that could not go on, as on a full
+        disk; 130 after Ctrl-C.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    with lasting_streams():
+        try:
+            return _main(sys.argv[1:] if argv is None else argv, defaults)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient should not interrupt the end
+            print("stopped by SIGINT", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+
+def _main(argv: Sequence[str], defaults: Config) -> int:
     if argv and argv[0] in _COMMANDS:
         return _command(argv[0], argv[1:])
     try:
@@ -155,6 +167,8 @@ def _command(name: str, argv: Sequence[str]) -> int:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
     except (FieldError, DataError) as error:
         return _refuse(error, "error")
+    except RunStopped as stop:
+        return _stopped(stop, "error")
 
 
 def _list_runs(argv: Sequence[str], program: str) -> int:
@@ -288,6 +302,7 @@ _COMMANDS = {
 
 def _run(config: Config, ranks: Ranks) -> int:
     from fedq.trainers.federated import run_job
+    from fedq.trainers.starts import is_of_lost_rank
 
     try:
         run_job(config)
@@ -295,11 +310,21 @@ def _run(config: Config, ranks: Ranks) -> int:
         if ranks.local_rank == 0:
             return _refuse(error, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
         return _refuse(error, None)
+    except RunStopped as stop:
+        return _stopped(stop, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
     except Exception as error:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank} of {ranks.world_size} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        if is_of_lost_rank(error):  # which has told its own error
+            return 1
         raise
     return 0
+
+
+def _stopped(stop: RunStopped, heading: str) -> int:
+    """Say why a run could not go on, and return the exit code."""
+    print(f"{heading}: {stop}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _refuse(error: FieldError | DataError, heading: str | None) -> int:

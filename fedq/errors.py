@@ -22,6 +22,10 @@ class FieldError(ValueError):
         self.allowed = allowed
 
 
+class RunStopped(RuntimeError):
+    """A run that could not go on, for a reason outside of it; the text is one line that says how to go on with it."""
+
+
 Check = tuple[str, object, bool, str]
 """A setting's name and value, whether it is allowed, and what is."""
 
