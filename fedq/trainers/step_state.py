@@ -11,6 +11,7 @@ from fedq.engines import Engine
 from fedq.errors import FieldError
 from fedq.hooks import StepExchange
 from fedq.layout import uncompiled_name
+from fedq.trainers.fingerprint import KEY
 from fedq.trainers.job import Job
 from fedq.trainers.state import JobState, Progress
 
@@ -52,6 +53,7 @@ class StepRunState(JobState):
             "files": job.folder.position(),
             "layout": job.training.layout.hash,
             "where": self.where(),
+            KEY: job.fingerprint.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
