@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
         The exit code: 0; 2 for settings or data that cannot be used; 1 for a run that could not go on, as on a full
         disk; 130 after Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of a script that was importing until now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with lasting_streams():
         try:
             return _main(sys.argv[1:] if argv is None else argv, defaults)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError, one_of
-from fedq.files import make_folder, replace_file, replacing
+from fedq.files import replace_file, replacing
+from fedq.runfolder.events import Events
 from fedq.runfolder.lines import RoundLines
 from fedq.runfolder.lock import FolderLock
 from fedq.runfolder.side import SideOutput
@@ -38,8 +39,6 @@ from fedq.runfolder.tables import (
 )
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from fedq.ledger import Ledger
     from fedq.lowbit import PackedModel
 
@@ -107,7 +106,7 @@ class RunFolder:
         self._centres = ParquetRows(path / "centres.parquet", centre_schema(), is_optional=True)
         self._phases = ParquetRows(path / "phases.parquet", phase_schema(), is_optional=True)
         self._tables = (self._clients, self._histograms, self._centres, self._phases)
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: Events | None = None
         self._events_side = SideOutput("tensorboard/")
         self._flushed_round = 0
         self._purge_step: int | None = None
@@ -172,8 +171,7 @@ class RunFolder:
         numbers = {_tag(key): value for key, value in plain.items() if isinstance(value, (int, float))}
         if not self._events_side.has_failed:
             with self._events_side.trying():
-                for tag, value in numbers.items():
-                    self._events().add_scalar(tag, value, round)
+                self._events().add(round, numbers)
         for tracker, side in self._trackers:
             with side.trying():
                 tracker.log(numbers, round)
@@ -315,12 +313,9 @@ class RunFolder:
         for table in self._tables:
             table.flush()
 
-    def _events(self) -> SummaryWriter:
+    def _events(self) -> Events:
         if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            make_folder(self.path / "tensorboard")
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
+            self._tensorboard = Events(self.path / "tensorboard", self._purge_step)
         return self._tensorboard
 
     def _write_text(self, file: str, text: str) -> None:
