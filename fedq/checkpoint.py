@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError
-from fedq.files import make_folder, replace_file, set_aside, sync_folder
+from fedq.files import make_folder, move_aside, replace_file, sync_folder
 
 FORMAT = 1
 KEPT = 2
@@ -102,9 +102,9 @@ class Checkpoints:
         document = _read_document(self.folder / f"{number:08d}" / "state.json", number)
         return _from_plain(dict(document["state"]["items"]).get(key), {})
 
-    def set_aside(self, number: int, why: str) -> None:
+    def set_aside(self, number: int) -> None:
         """Rename a checkpoint that cannot be used, so that it is no longer taken for one."""
-        set_aside(self.folder / f"{number:08d}", why)
+        move_aside(self.folder / f"{number:08d}")
 
     def remove(self, number: int) -> None:
         """Delete a checkpoint, if it is there."""

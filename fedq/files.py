@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedq.errors import FieldError
@@ -51,17 +51,24 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Rename what cannot be used to the first free of ``path.damaged``, ``path.damaged-2``... and say so in a line."""
+    """Move what cannot be used out of the way, and say so in a line."""
+    beside = move_aside(path)
+    _log.warning("%s cannot be used (%s): it is kept as %s, and begun anew", path, why, beside.name)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename something to the first free of ``path.damaged``, ``path.damaged-2``..., and return that."""
     names = (f"{path.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
     beside = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
     os.replace(path, beside)
-    _log.warning("%s cannot be used (%s): it is kept as %s, and begun anew", path, why, beside.name)
+    return beside
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, if need be; what else lies in its place is set aside."""
     if os.path.lexists(path) and not path.is_dir():
-        set_aside(path, "it is no folder")
+        with suppress(FileNotFoundError):  # another rank was quicker
+            set_aside(path, "it is no folder")
     path.mkdir(parents=True, exist_ok=True)
 
 

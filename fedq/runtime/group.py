@@ -121,7 +121,7 @@ def on_root(runtime: Runtime, action: Callable[[], T]) -> T | None:
         except FieldError as error:
             refusal = error
     if runtime.world_size > 1:
-        told = [refusal and (refusal.field, str(refusal.value), refusal.allowed)]
+        told = [refusal and _plain(refusal)]
         dist.broadcast_object_list(told, src=0)
         if told[0] and not runtime.is_root:
             refusal = FieldError(*told[0])
@@ -144,11 +144,17 @@ def on_every_rank(runtime: Runtime, action: Callable[[], T]) -> T:
         refusal = error
     if runtime.world_size > 1:
         told: list[Any] = [None] * runtime.world_size
-        dist.all_gather_object(told, refusal and (refusal.field, str(refusal.value), refusal.allowed))
+        dist.all_gather_object(told, refusal and _plain(refusal))
         refusal = next((FieldError(*one) for one in told if one), None)
     if refusal is not None:
         raise refusal
     return cast("T", result)
+
+
+def _plain(refusal: FieldError) -> tuple[str, object, str]:
+    """Return what makes the same error on another rank; a value that is no plain one, as text."""
+    value = refusal.value
+    return refusal.field, value if isinstance(value, int | float | None) else str(value), refusal.allowed
 
 
 def _runtime(ranks: Ranks, device: str, existing_backend: str | None) -> Runtime:

@@ -106,8 +106,8 @@ class JobState(ABC):
             return False, "no round was finished before: starting from the first"
         loaded, damaged = self._newest_whole()
         self.load_state_dict(loaded.state)
-        for number, why in damaged.items() if self.job.is_root else ():
-            self.checkpoints.set_aside(number, why)
+        for number in damaged if self.job.is_root else ():
+            self.checkpoints.set_aside(number)
         before, now = loaded.state["where"], self.where()
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
         refused = [f"round {number} is refused: {why}" for number, why in damaged.items()]
