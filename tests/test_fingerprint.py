@@ -326,8 +326,7 @@ def test_another_model_is_refused_by_its_name_and_by_its_shapes(
 
 
 def test_epochs_of_shared_gradients_have_a_fingerprint_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step = {"exchange": "step", "rounds": 2, "num_clients": 4, "cohort": None}
-    given = [text for text in flags(tmp_path / "run", **{k: v for k, v in step.items() if v is not None})]
+    given = flags(tmp_path / "run", exchange="step", rounds=2)
     del given[given.index("--cohort") : given.index("--cohort") + 2]
     del given[given.index("--local-steps") : given.index("--local-steps") + 2]
     assert main(given) == 0

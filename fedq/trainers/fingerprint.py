@@ -32,7 +32,7 @@ _FREE = {"dataset", "data_dir", "download", "aggregate"} | {one.name for one in 
 """Settings that may differ without a word. Where the data lie is free because they are compared themselves."""
 _FIXED = {
     *("exchange", "algorithm", "server", "num_clients", "weights", "activations", "sends", "server_sends"),
-    *("client_bits", "client_models", "centres"),
+    *("client_bits", "client_models", "centres", "personal_test"),
 }
 """Settings that decide what a checkpoint consists of; nothing takes their change over."""
 _FIXED_BY_STEP = {"optimizer", "momentum", "weight_decay", "uplink", "downlink", "schedule", "feedback"}
