@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-from contextlib import redirect_stderr, redirect_stdout
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import run_group
 from jobs import file_hash, small_config
-from launched import environ
+from launched import environ, free_ports
 from test_lost_streams import LIMIT_S, command, files_of
 from test_resume import metrics
 from test_starts import flags
@@ -144,29 +142,54 @@ def test_tables_and_events_that_cannot_be_written_are_told_once_and_the_job_goes
 # ---- several ranks ----
 
 
-def stopped_on(rank: int, config: Any, victim: int, number: int) -> str:
-    """Run a job; on one rank the disk is full at its `number`-th write."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        if rank == victim:
-            fail_at(patch, number, errno.ENOSPC)
-        try:
-            run_job(config)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    return "finished"
+ON_ONE_RANK = """
+import errno, os, sys
+from fedq.cli import main
+victim, left, fsync = os.environ["VICTIM"], int(os.environ["NUMBER"]), os.fsync
+def failing(descriptor):
+    global left
+    left -= os.environ["RANK"] == victim
+    if left < 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return fsync(descriptor)
+os.fsync = failing
+sys.exit(main())
+"""
+
+
+def two_ranks(arguments: list[str], victim: int, number: int) -> list[tuple[int, str]]:
+    """Run a job on two ranks; the disk of one is full from its `number`-th write on. Return codes and what was said."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
+    place |= {"VICTIM": str(victim), "NUMBER": str(number)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_ONE_RANK, *arguments],
+            env=environ(RANK=str(rank), **place),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
 @pytest.mark.parametrize(("victim", "number"), [(0, 40), (1, 3)])
-def test_a_full_disk_of_one_rank_is_told_by_it_and_the_run_goes_on_later(
+def test_a_full_disk_of_one_rank_ends_all_and_the_run_goes_on_later(
     whole: Path, tmp_path: Path, victim: int, number: int
 ) -> None:
     folder = tmp_path / "run"
-    told = run_group(2, stopped_on, small_config(folder, **FLAGS), victim, number)
-    assert told[victim].startswith("RunStopped: stopped by what cannot be written (No space left on device)")
-    assert told[1 - victim].startswith("RuntimeError: ")
-    errors = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
-    assert [one["rank"] for one in errors if "error" in one] == [victim]
-    assert run_group(2, stopped_on, small_config(folder, **FLAGS, resume=folder), 2, 0) == ["finished"] * 2
+    told = two_ranks(flags(folder, **FLAGS), victim, number)
+    assert [code for code, _ in told] == [1, 1]
+    assert not any("Traceback" in text for _, text in told)
+    heading = "error: " if victim == 0 else "error on rank 1: "
+    last = told[victim][1].splitlines()[-1]
+    assert last.startswith(f"{heading}stopped by what cannot be written (No space left on device")
+    assert f"rank {1 - victim} of 2 failed: " in told[1 - victim][1]
+    notes = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert [one["rank"] for one in notes if "error" in one] == [victim]
+    assert [code for code, _ in two_ranks(["--resume", str(folder)], 2, 0)] == [0, 0]
     assert file_hash(folder / "model.safetensors") == file_hash(whole / "model.safetensors")
 
 

@@ -33,8 +33,9 @@ held = FolderLock.take(Path(sys.argv[1]))
 if "fork" in sys.argv:
     import os
     child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not child:
+        sys.stdin.read()
+    print(child, flush=True)
 print("held", flush=True)
 sys.stdin.read()
 """

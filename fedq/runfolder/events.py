@@ -32,9 +32,13 @@ class Events:
         make_folder(folder)
         name = f"events.out.tfevents.{time.time_ns() / 1e9:.9f}.{socket.gethostname()}.{os.getpid()}.0"
         self._file = (folder / name).open("ab", buffering=0)
-        self._write(file_version=_VERSION)
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        try:
+            self._write(file_version=_VERSION)
+            if purge_step is not None:
+                self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, round: int, numbers: Mapping[str, float]) -> None:
         """Write a round's numbers by tag."""

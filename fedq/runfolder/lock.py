@@ -102,7 +102,7 @@ class FolderLock:
             descriptor = _opened(file)
             try:
                 if _is_taken_over(file, descriptor, field):
-                    _write(descriptor, Holder.this())
+                    _write(file, descriptor)
                     return cls(file, descriptor)
             except BaseException:
                 os.close(descriptor)
@@ -246,10 +246,15 @@ def _is_at(file: Path, descriptor: int) -> bool:
         return False
 
 
-def _write(descriptor: int, holder: Holder) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
-    os.fsync(descriptor)
+def _write(file: Path, descriptor: int) -> None:
+    """Name this process in a lock that is its own; or leave none behind, where that cannot be written."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(asdict(Holder.this())).encode(), 0)
+        os.fsync(descriptor)
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _read_file(file: Path) -> Holder | None:
