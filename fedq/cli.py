@@ -25,6 +25,7 @@ from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
 from fedq.errors import FieldError, RunStopped
+from fedq.files import describe, is_of_disk
 from fedq.runtime import Ranks, check_lone_process, detect, lasting_streams, without_local_rank
 
 _DEFAULTS = Config()
@@ -171,6 +172,10 @@ def _command(name: str, argv: Sequence[str]) -> int:
         return _refuse(error, "error")
     except RunStopped as stop:
         return _stopped(stop, "error")
+    except OSError as error:
+        if not is_of_disk(error):
+            raise
+        return _stopped(RunStopped(f"what {name} writes cannot be written ({describe(error)})"), "error")
 
 
 def _list_runs(argv: Sequence[str], program: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -11,6 +12,11 @@ from pathlib import Path
 
 from fedq.errors import FieldError
 
+_OF_DISKS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ESTALE", "ENXIO", "ENODEV")
+    if hasattr(errno, name)
+}
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +54,17 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         for part in parts:
             file.write(part)
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Whether an error has a reason that only a disk has: it is full, over its quota, broken or read-only."""
+    return error.errno in _OF_DISKS
+
+
+def describe(error: OSError) -> str:
+    """Return what the system says, and of which file where it is known."""
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 def set_aside(path: Path, why: str) -> None:

@@ -139,6 +139,15 @@ def test_tables_and_events_that_cannot_be_written_are_told_once_and_the_job_goes
     assert told == ["clients.parquet", "histograms.parquet", "phases.parquet", "tensorboard/"]
 
 
+def test_a_command_on_a_full_disk_ends_in_one_line(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, 0, errno.ENOSPC)
+        assert main(["report", str(whole), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: what report writes cannot be written (No space left on device)\n"
+
+
 # ---- several ranks ----
 
 

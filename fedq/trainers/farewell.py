@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import sys
@@ -13,14 +12,8 @@ from pathlib import Path
 from fedq.checkpoint import Checkpoints
 from fedq.config import Config
 from fedq.errors import RunStopped
+from fedq.files import describe, is_of_disk
 from fedq.runtime import Runtime
-
-_OF_DISKS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN")
-    if hasattr(errno, name)
-}
-"""Reasons that a disk has and nothing else that a job does, even where no file is named."""
 
 
 def farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
@@ -54,16 +47,15 @@ def stopped_by_disk(path: Path, say: Callable[[str], str]) -> Iterator[None]:
     except OSError as error:
         if not _is_of_folder(error, path):
             raise
-        where = f": {error.filename}" if error.filename else ""
-        cause = f"what cannot be written ({error.strerror or error}{where})"
-        raise RunStopped(say(cause)) from error
+        raise RunStopped(say(f"what cannot be written ({describe(error)})")) from error
 
 
 def _is_of_folder(error: OSError, path: Path) -> bool:
-    if error.errno in _OF_DISKS:
+    if is_of_disk(error):
         return True
     name = error.filename
-    return isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(path)
+    is_name = isinstance(name, str | bytes | os.PathLike)
+    return is_name and Path(os.fsdecode(name)).absolute().is_relative_to(path)
 
 
 def _program() -> list[str]:
