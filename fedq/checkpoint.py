@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError
-from fedq.files import replace_file, sync_folder
+from fedq.files import make_folder, move_aside, replace_file, sync_folder
 
 FORMAT = 1
 KEPT = 2
 """Checkpoints that stay on disk."""
+_NAME = re.compile("[0-9]{8}|[1-9][0-9]{8,}")
 
 
 class CheckpointError(ValueError):
@@ -41,12 +43,10 @@ class Loaded:
     Args:
         number: Rounds that were finished when it was written.
         state: The nested state, as it was given to `Checkpoints.save`.
-        refused: Newer checkpoints that were damaged, each with the reason.
     """
 
     number: int
     state: dict[str, Any]
-    refused: tuple[str, ...] = ()
 
 
 class Checkpoints:
@@ -71,9 +71,14 @@ class Checkpoints:
         """
         target = self.folder / f"{number:08d}"
         temporary = self.folder / f".{target.name}.tmp"
+        make_folder(self.folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_state(temporary, number, state)
+        temporary.mkdir()
+        try:
+            _write_state(temporary, number, state)
+        except BaseException:  # a full disk should not hold half a checkpoint
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         sync_folder(self.folder)
@@ -88,15 +93,28 @@ class Checkpoints:
         """
         return Loaded(number, _read_state(self.folder / f"{number:08d}", number))
 
+    def load_part(self, number: int, key: str) -> Any:
+        """Read one entry of a checkpoint's state, without tensors, which are not looked at; None if there is none.
+
+        Raises:
+            CheckpointError: It is damaged, or was written by another version.
+        """
+        document = _read_document(self.folder / f"{number:08d}" / "state.json", number)
+        return _from_plain(dict(document["state"]["items"]).get(key), {})
+
+    def set_aside(self, number: int) -> None:
+        """Rename a checkpoint that cannot be used, so that it is no longer taken for one."""
+        move_aside(self.folder / f"{number:08d}")
+
     def remove(self, number: int) -> None:
         """Delete a checkpoint, if it is there."""
         shutil.rmtree(self.folder / f"{number:08d}", ignore_errors=True)
 
     def numbers(self) -> list[int]:
-        """Return the checkpoints' numbers, oldest first."""
+        """Return the checkpoints' numbers, oldest first; what else lies in the folder is none."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name))
 
 
 def _write_state(folder: Path, number: int, state: dict[str, Any]) -> None:
@@ -115,15 +133,7 @@ def _read_state(folder: Path, number: int) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    file, tensors_file = folder / "state.json", folder / "state.safetensors"
-    text, _, trailer = _read(file).partition(b"\n")
-    if trailer != f"{zlib.crc32(text):08x}\n".encode():
-        raise CheckpointError(file, "its checksum does not match")
-    document = json.loads(text)
-    if document["format"] != FORMAT:
-        raise CheckpointError(file, f"format {document['format']}; this version reads {FORMAT}")
-    if document["number"] != number:
-        raise CheckpointError(file, f"it belongs to checkpoint {document['number']}")
+    document, tensors_file = _read_document(folder / "state.json", number), folder / "state.safetensors"
     data = _read(tensors_file)
     if zlib.crc32(data) != document["tensors_crc32"]:
         raise CheckpointError(tensors_file, "its checksum does not match")
@@ -132,6 +142,18 @@ def _read_state(folder: Path, number: int) -> dict[str, Any]:
     except SafetensorError as error:
         raise CheckpointError(tensors_file, str(error)) from None
     return state
+
+
+def _read_document(file: Path, number: int) -> dict[str, Any]:
+    text, _, trailer = _read(file).partition(b"\n")
+    if trailer != f"{zlib.crc32(text):08x}\n".encode():
+        raise CheckpointError(file, "its checksum does not match")
+    document: dict[str, Any] = json.loads(text)
+    if document["format"] != FORMAT:
+        raise CheckpointError(file, f"format {document['format']}; this version reads {FORMAT}")
+    if document["number"] != number:
+        raise CheckpointError(file, f"it belongs to checkpoint {document['number']}")
+    return document
 
 
 def _read(path: Path) -> bytes:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -23,9 +25,10 @@ from fedq.config import Config, validate
 from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
-from fedq.errors import DivergedError, FieldError, RendezvousError
+from fedq.errors import DivergedError, FieldError, RunStopped
+from fedq.files import describe, is_of_disk
 from fedq.report.encoding import make_readable
-from fedq.runtime import Ranks, check_lone_process, detect, without_local_rank
+from fedq.runtime import Ranks, check_lone_process, detect, lasting_streams, without_local_rank
 
 _DEFAULTS = Config()
 _DEEPSPEED_CONFIG = Path("deepspeed_config.json")
@@ -82,7 +85,7 @@ def parse_args(
         if not is_heard:
             silence.enter_context(redirect_stdout(io.StringIO()))
             silence.enter_context(redirect_stderr(io.StringIO()))
-        marks = (tyro.conf.OmitArgPrefixes,)
+        marks = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction)
         kind: Any = _Arguments.__class_getitem__(type(defaults))  # type: ignore[attr-defined]
         both: _Arguments[C] = tyro.cli(
             kind, prog=program, description=words, args=argv, default=_Arguments(path, job), config=marks
@@ -119,17 +122,31 @@ def main(argv: Sequence[str] | None = None, *, defaults: Config = _DEFAULTS) -> 
 
     Settings and data that cannot be used are told in one line on stderr, without a traceback: those seen before any
     work by rank 0 alone, those seen during it (data missing on one machine) by the first rank of a machine. Any other
-    exception keeps its traceback and names the rank.
+    exception keeps its traceback and names the rank. Where nobody reads standard output or error any more, the job goes
+    on all the same.
 
     Args:
         argv: Arguments without the program's name. Default: the process's own.
         defaults: Settings that neither a flag nor the file gives.
 
     Returns:
-        The exit code: 0; 1 for a model that has diverged or ranks that did not meet; 2 for bad settings or data.
+        The exit code: 0; 2 for settings or data that cannot be used; 1 for a run that could not go on (a full disk, a
+        model that has diverged, ranks that did not meet); 130 after Ctrl-C.
     """
     make_readable()
-    argv = sys.argv[1:] if argv is None else argv
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of a script that was importing until now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with lasting_streams():
+        try:
+            return _main(sys.argv[1:] if argv is None else argv, defaults)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient should not interrupt the end
+            print("stopped by SIGINT", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+
+def _main(argv: Sequence[str], defaults: Config) -> int:
     if argv and argv[0] in _COMMANDS:
         return _command(argv[0], argv[1:])
     try:
@@ -157,8 +174,12 @@ def _command(name: str, argv: Sequence[str]) -> int:
         return _COMMANDS[name](argv, f"{Path(sys.argv[0]).name} {name}")
     except (FieldError, DataError) as error:
         return _refuse(error, "error")
-    except (DivergedError, RendezvousError) as error:
-        return _give_up(error)
+    except RunStopped as stop:
+        return _stopped(stop, "error")
+    except OSError as error:
+        if not is_of_disk(error):
+            raise
+        return _stopped(RunStopped(f"what {name} writes cannot be written ({describe(error)})"), "error")
 
 
 def _list_runs(argv: Sequence[str], program: str) -> int:
@@ -291,6 +312,7 @@ _COMMANDS = {
 
 def _run(config: Config, ranks: Ranks) -> int:
     from fedq.trainers.federated import run_job
+    from fedq.trainers.starts import is_of_lost_rank
 
     try:
         run_job(config)
@@ -299,29 +321,33 @@ def _run(config: Config, ranks: Ranks) -> int:
             return _refuse(error, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
         return _refuse(error, None)
     except DivergedError as error:
-        return _give_up(error, is_heard=ranks.rank == 0)
-    except RendezvousError as error:  # each rank has missed others
-        return _give_up(error)
+        return _stopped(error, "error" if ranks.rank == 0 else None)
+    except RunStopped as stop:
+        return _stopped(stop, "error" if ranks.rank == 0 else f"error on rank {ranks.rank}")
     except Exception as error:
         if ranks.world_size > 1:
             print(f"rank {ranks.rank} of {ranks.world_size} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        if is_of_lost_rank(error):  # which has told its own error
+            return 1
         raise
     return 0
 
 
-def _give_up(error: DivergedError | RendezvousError, *, is_heard: bool = True) -> int:
-    """Say why the job ends, where this rank is to, and return the exit code."""
-    if is_heard:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(_GRACE_S)
+def _stopped(stop: RunStopped, heading: str | None) -> int:
+    """Say why a run could not go on, unless another rank says it, and return the exit code."""
+    _say(stop, heading)
     return 1
 
 
 def _refuse(error: FieldError | DataError, heading: str | None) -> int:
     """Say what is wrong with the settings or the data, unless another rank says it, and return the exit code."""
+    _say(error, heading)
+    return 2
+
+
+def _say(error: Exception, heading: str | None) -> None:
+    """Print a line, or leave the time for another rank to do so."""
     if heading is None:
         time.sleep(_GRACE_S)
     else:
         print(f"{heading}: {error}", file=sys.stderr, flush=True)
-    return 2

@@ -222,6 +222,8 @@ class RunConfig:
     """Rounds between checkpoints; a crash loses at most this many."""
     resume: Path | None = None
     """Go on with the run in this folder, as if it had never stopped; its config.yaml gives the settings."""
+    resume_changed: tuple[str, ...] = ()
+    """A setting that may differ from that of the run that is resumed, or data, or model; several: a,b or repeated."""
     on_existing: Literal["auto", "resume", "refuse", "new"] = "auto"
     """If --out holds a run: go on with it, refuse, or begin another beside it. auto: go on unless it is finished."""
     on_divergence: Literal["stop", "rollback"] = "stop"

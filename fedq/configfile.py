@@ -142,7 +142,7 @@ def _with_setting(config: C, name: str, value: Any, place: str) -> C:
     groups = {
         key: group for group in get_type_hints(type(config)) for key in get_type_hints(type(getattr(config, group)))
     }
-    allowed = groups.keys() - {"resume", "deepspeed_config"}
+    allowed = groups.keys() - {"resume", "resume_changed", "deepspeed_config"}
     if name not in allowed:
         raise FieldError(place, value, f"only the keys {one_of(allowed, name)}")
     section = getattr(config, groups[name])
@@ -153,6 +153,10 @@ def _with_setting(config: C, name: str, value: Any, place: str) -> C:
 def _typed(hint: Any, value: Any, place: str) -> Any:
     """Return the value as the field's type, or raise; the one conversion of numbers is from whole to float."""
     choices = get_args(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise FieldError(place, value, "a list")
+        return tuple(_typed(choices[0], one, place) for one in value)
     if get_origin(hint) is Literal:
         if value not in choices:
             raise FieldError(place, value, one_of(choices, value))

@@ -23,7 +23,11 @@ class FieldError(ValueError):
         self.allowed = allowed
 
 
-class DivergedError(RuntimeError):
+class RunStopped(RuntimeError):
+    """A run that could not go on; the text is one line that says why, and how to go on with it."""
+
+
+class DivergedError(RunStopped):
     """A run whose model has diverged.
 
     Args:
@@ -40,7 +44,7 @@ class DivergedError(RuntimeError):
         self.is_final = is_final
 
 
-class RendezvousError(RuntimeError):
+class RendezvousError(RunStopped):
     """Ranks that did not find each other, though their settings may be good: it says which are missing, and where."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedq.codecs import Payload
 from fedq.errors import FieldError, one_of
-from fedq.files import replace_file
+from fedq.files import make_folder, replace_file
 from fedq.layout import Layout
 
 _MAGIC = b"FQR1"
@@ -180,7 +180,7 @@ class ResidualStore:
             self._files[owner] = self._write(self.folder / f"client-{owner:06d}.spill.f32", flat)
 
     def _write(self, path: Path, flat: Tensor) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         data = flat.detach().cpu().contiguous().numpy().data.cast("B")
         replace_file(path, data, _TRAILER.pack(_MAGIC, zlib.crc32(data)))
         return path
@@ -205,5 +205,5 @@ def read_residual(path: Path) -> Tensor:
 def prune_residuals(folder: Path, keep: Collection[Path]) -> None:
     """Delete saved residuals that no checkpoint refers to any more."""
     for path in folder.glob("client-*-*.f32"):
-        if path not in keep:
+        if path not in keep and path.is_file():
             path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ _PRELOAD = [
     "fedq.trainers.federated",
     "sklearn.datasets",
     "pyarrow.parquet",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
     "safetensors.torch",
 ]
 

@@ -96,7 +96,7 @@ def test_two_lost_rounds_end_a_run_on_every_rank(tmp_path: Path, ranks: int, agg
     for error in errors:
         assert error.startswith("the model has diverged in round 3: no update of the last 2 rounds could be used; ")
         assert "after round 2; go on with: " in error
-        assert error.endswith(f"--resume {tmp_path / 'run'}")
+        assert f"--resume {tmp_path / 'run'} with other settings (" in error
     assert Checkpoints(tmp_path / "run" / "checkpoints").numbers() == [1, 2]  # of rounds that changed something
 
 

@@ -7,6 +7,8 @@ those of every federated job; `NetworkRounds` stands where the rounds over a pro
 from __future__ import annotations
 
 import logging
+import os
+import re
 import secrets
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from fedq.data import NAMED
 from fedq.errors import DivergedError
 from fedq.federated.client import RoundContext
 from fedq.federated.frozen import frozen_checksums
-from fedq.files import replace_file
+from fedq.files import read_or_nothing, replace_file, set_aside
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.certs import Identity, Revoked, load_identity
 from fedq.network.fields import FOLDER, SETTINGS, check_settings
@@ -35,6 +37,8 @@ from fedq.trainers.job import Job, open_job
 from fedq.trainers.loop import Ran, run_to_the_end
 from fedq.trainers.records import finish, is_lost, log_round, report_left_out
 from fedq.trainers.state import Progress, RunState
+
+_NAME = re.compile("[0-9a-f]{32}")
 
 
 def run_server(config: ServerConfig) -> dict[str, Any]:
@@ -154,8 +158,13 @@ def _named(config: ServerConfig, dataset: str) -> ServerConfig:
 
 
 def _run_name(path: Path) -> str:
-    """Return the run's name, which clients compare with that of the run they remember; made once."""
+    """Return the run's name, which clients compare with that of the run they remember; made once.
+
+    A damaged one is made anew: clients then forget what they remember.
+    """
     file = path / "federation"
+    if os.path.lexists(file) and not _NAME.fullmatch(read_or_nothing(file)):
+        set_aside(file, "it holds no name")
     if not file.exists():
         replace_file(file, secrets.token_hex(16).encode())
     return file.read_text()

@@ -1,7 +1,17 @@
 """A run's folder: the files that a job leaves behind, and what they say about where it ran."""
 
 from fedq.runfolder.environment import environment_info, git_commit
-from fedq.runfolder.folder import FLUSH_EVERY_ROUNDS, STAGES, SUMMARY_KEYS, NullRunFolder, RunFolder, write_model
+from fedq.runfolder.folder import (
+    FLUSH_EVERY_ROUNDS,
+    STAGES,
+    SUMMARY_KEYS,
+    NullRunFolder,
+    RunFolder,
+    holds_run,
+    write_model,
+)
+from fedq.runfolder.lock import Holder, holder_of
+from fedq.runfolder.side import SideOutput
 from fedq.runfolder.tables import SCHEMA_VERSION
 
 __all__ = [
@@ -9,9 +19,13 @@ __all__ = [
     "SCHEMA_VERSION",
     "STAGES",
     "SUMMARY_KEYS",
+    "Holder",
     "NullRunFolder",
     "RunFolder",
+    "SideOutput",
     "environment_info",
     "git_commit",
+    "holder_of",
+    "holds_run",
     "write_model",
 ]

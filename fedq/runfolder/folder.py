@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError, one_of
-from fedq.files import replacing
+from fedq.files import replace_file, replacing
+from fedq.runfolder.events import Events
+from fedq.runfolder.lines import RoundLines
+from fedq.runfolder.lock import FolderLock
+from fedq.runfolder.side import SideOutput
 from fedq.runfolder.tables import (
     SCHEMA_VERSION,
     ParquetRows,
@@ -35,8 +39,6 @@ from fedq.runfolder.tables import (
 )
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from fedq.ledger import Ledger
     from fedq.lowbit import PackedModel
 
@@ -80,25 +82,35 @@ class Tracker(Protocol):
         """Take no more."""
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a folder holds a run, begun or finished."""
+    return any((path / name).exists() for name in ("summary.json", "config.yaml", "checkpoints"))
+
+
 class RunFolder:
     """Write one run's files. Use it as a context manager, or call `close`.
 
+    Tables, TensorBoard's events and trackers are side outputs: one that cannot be written is said once and left out.
+
     Args:
         path: An existing folder that can be written; `RunFolder.create` finds or makes one.
+        lock: Keeps other processes out of it until `close`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: FolderLock) -> None:
         self.path = path
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._lock = lock
+        self._metrics = RoundLines(path / "metrics.jsonl")
         self._clients = ParquetRows(path / "clients.parquet", client_schema())
         self._histograms = ParquetRows(path / "histograms.parquet", histogram_schema())
         self._centres = ParquetRows(path / "centres.parquet", centre_schema(), is_optional=True)
         self._phases = ParquetRows(path / "phases.parquet", phase_schema(), is_optional=True)
         self._tables = (self._clients, self._histograms, self._centres, self._phases)
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: Events | None = None
+        self._events_side = SideOutput("tensorboard/")
         self._flushed_round = 0
         self._purge_step: int | None = None
-        self._trackers: list[Tracker] = []
+        self._trackers: list[tuple[Tracker, SideOutput]] = []
 
     @classmethod
     def create(cls, out: Path | None, *, name: str, exist_ok: bool = False) -> RunFolder:
@@ -111,20 +123,26 @@ class RunFolder:
                 added to, its other files are replaced.
 
         Raises:
-            FieldError: If the folder cannot be written, or holds a run and `exist_ok` is false.
+            FieldError: If the folder cannot be written, another process works in it, or it holds a run and `exist_ok`
+                is false.
         """
-        target = Path(out) if out is not None else Path("runs")
+        target, field = (Path(out) if out is not None else Path("runs")), "resume" if exist_ok else "out"
         try:
             path = _new_folder(target, name) if out is None else target
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
+            lock = FolderLock.take(path, field)
         except OSError as error:
             allowed = f"a folder that can be written ({error.strerror})"
-            raise FieldError("out", str(target), allowed) from error
-        if not exist_ok and any((path / file).exists() for file in ("summary.json", "config.yaml")):
-            raise FieldError("out", str(path), "a folder that does not hold a run already (see --on-existing)")
-        return cls(path)
+            raise FieldError(field, str(target), allowed) from error
+        try:
+            if not exist_ok and holds_run(path):
+                raise FieldError("out", str(path), "a folder that does not hold a run already (see --on-existing)")
+            return cls(path, lock)
+        except BaseException:
+            lock.release()
+            raise
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.yaml`: `schema_version`, then the whole nested configuration in its own order."""
@@ -135,22 +153,28 @@ class RunFolder:
 
     def follow(self, tracker: Tracker) -> None:
         """Tell a tracker what goes to TensorBoard too, from now on until `close`."""
-        self._trackers.append(tracker)
+        self._trackers.append((tracker, SideOutput(f"what goes to {type(tracker).__name__}")))
 
     def log_metrics(self, round: int, **values: Any) -> None:
         """Append one line to `metrics.jsonl`, on disk when this returns, and its numbers to TensorBoard.
 
         `val_accuracy` becomes the tag `val/accuracy`, `uplink_bytes` becomes `bytes/uplink`. What is not finite is null
         in the file and left out of TensorBoard.
+
+        Raises:
+            OSError: The line cannot be written, or the folder is gone.
+            FieldError: Another process has taken the folder over.
         """
+        self._lock.check()
         plain = _plain(values)
-        self._metrics.write(json.dumps({"round": round, **plain}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._metrics.append({"round": round, **plain})
         numbers = {_tag(key): value for key, value in plain.items() if isinstance(value, (int, float))}
-        for tag, value in numbers.items():
-            self._events().add_scalar(tag, value, round)
-        for tracker in self._trackers:
-            tracker.log(numbers, round)
+        if not self._events_side.has_failed:
+            with self._events_side.trying():
+                self._events().add(round, numbers)
+        for tracker, side in self._trackers:
+            with side.trying():
+                tracker.log(numbers, round)
         if round - self._flushed_round >= FLUSH_EVERY_ROUNDS:
             self._flushed_round = round
             self._flush()
@@ -211,7 +235,8 @@ class RunFolder:
                 None.
         """
         path = self.path / "personal.parquet"
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
         table = ParquetRows(path, personal_schema())
         table.extend(rows)
         table.flush()
@@ -246,27 +271,35 @@ class RunFolder:
     def position(self) -> dict[str, int]:
         """Write what is still in memory and return where the growing files end, for `rewind`."""
         self._flush()
-        os.fsync(self._metrics.fileno())
-        return {"metrics_bytes": self._metrics.tell()}
+        return {"metrics_bytes": self._metrics.sync()}
 
     def rewind(self, round: int, position: Mapping[str, int]) -> None:
         """Forget what was written after `position`: rows of `round` and later ones."""
-        self._metrics.truncate(position["metrics_bytes"])
-        self._metrics.seek(0, os.SEEK_END)
+        self._metrics.keep_before(round, position["metrics_bytes"])
         for table in self._tables:
             table.keep_before(round)
         self._flushed_round = round
         self._purge_step = round
 
     def close(self) -> None:
-        """Write what is still in memory; calling it twice is harmless."""
-        self._flush()
-        self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        while self._trackers:
-            self._trackers.pop().close()
+        """Write what is still in memory, and let other processes in; calling it twice is harmless."""
+        try:
+            self._flush()
+            self._metrics.close()
+            if self._tensorboard is not None:
+                with self._events_side.trying():
+                    self._tensorboard.close()
+                self._tensorboard = None
+            while self._trackers:
+                tracker, side = self._trackers.pop()
+                with side.trying():
+                    tracker.close()
+        finally:
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Let other processes in, where this one is about to end; calling it twice is harmless."""
+        self._lock.release()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -280,11 +313,9 @@ class RunFolder:
         for table in self._tables:
             table.flush()
 
-    def _events(self) -> SummaryWriter:
+    def _events(self) -> Events:
         if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
+            self._tensorboard = Events(self.path / "tensorboard", self._purge_step)
         return self._tensorboard
 
     def _write_text(self, file: str, text: str) -> None:
@@ -294,15 +325,14 @@ class RunFolder:
 
 def write_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors; the same tensors give the same bytes, whatever their order and device."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # A copy each: tensors that are views of one buffer, or tied, would be refused as shared memory.
     copies = {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name in sorted(tensors)
     }
-    with replacing(path) as temporary:
-        save_file(copies, temporary)
+    replace_file(path, save(copies))  # whose errors say what the system says, unlike those of save_file
 
 
 class NullRunFolder:
@@ -355,6 +385,9 @@ class NullRunFolder:
         """Do nothing."""
 
     def close(self) -> None:
+        """Do nothing."""
+
+    def unlock(self) -> None:
         """Do nothing."""
 
     def __enter__(self) -> NullRunFolder:

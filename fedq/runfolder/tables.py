@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedq.errors import FieldError, one_of
-from fedq.files import replacing
+from fedq.files import replacing, set_aside
+from fedq.runfolder.side import SideOutput
 from fedq.text import clean
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ _MAX_CODES = 1 << 16
 
 
 class ParquetRows:
-    """Rows of one Parquet file, kept as columns. A file that exists already is read and added to.
+    """Rows of one Parquet file, kept as columns. A file that exists already is read and added to, or set aside if it is
+    damaged; one that cannot be written is said once, and tried again with the next rows.
 
     A row with a value that its column cannot hold is left out, which is said once a file: it costs nobody the job.
 
@@ -45,12 +47,12 @@ class ParquetRows:
         self._schema = schema
         self._tables: list[pa.Table] = []
         self._rows: list[dict[str, Any]] = []  # since the file was written
-        self._stale = not path.exists() and not is_optional
+        self._is_missing = not path.exists() and not is_optional
         self._has_said = False
+        self._side = SideOutput(path.name)
         if path.exists():
-            import pyarrow.parquet as pq
-
-            self._tables.append(pq.read_table(path, schema=schema))
+            self._tables = _read(path, schema)
+        self._stale = not self._tables and not is_optional
 
     def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows; refuse an unknown column, or None where the column is not nullable, with a `FieldError`."""
@@ -71,21 +73,27 @@ class ParquetRows:
 
         if not self._tables and not self._stale:
             return
+        if round and self._is_missing:
+            _log.warning("%s is missing: what it said of rounds before round %d is lost", self._path, round)
         table = self._table()
         self._tables = [table.filter(pc.less(table["round"], round))]
         self._stale = True
 
     def flush(self) -> None:
         """Rewrite the file, whole and atomically, if there is anything new."""
-        import pyarrow.parquet as pq
-
         if not self._stale:
             return
         table = self._table().combine_chunks()
+        self._tables = [table]
+        with self._side.trying(OSError):
+            self._write(table)
+            self._stale = False
+
+    def _write(self, table: pa.Table) -> None:
+        import pyarrow.parquet as pq
+
         with replacing(self._path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
-        self._tables = [table]
-        self._stale = False
 
     def _table(self) -> pa.Table:
         """Return all rows."""
@@ -114,6 +122,22 @@ class ParquetRows:
                     _log.warning("%s: a row is left out, as are others like it: %s", self._path.name, clean(str(error)))
                 self._has_said = True
         return tables
+
+
+def _read(path: Path, schema: pa.Schema) -> list[pa.Table]:
+    """Return a file's rows; nothing if they cannot be used, and then it is set aside."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as file:  # a folder would be read as a data set
+            if "round" not in pq.read_schema(file).names:
+                raise KeyError("it has no rounds")
+            file.seek(0)
+            return [pq.read_table(file, schema=schema)]
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
+        set_aside(path, clean(str(error)))
+        return []
 
 
 def client_schema() -> pa.Schema:

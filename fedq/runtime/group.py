@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -132,13 +132,40 @@ def on_root(runtime: Runtime, action: Callable[[], T]) -> T | None:
         except FieldError as error:
             refusal = error
     if runtime.world_size > 1:
-        told = [refusal and (refusal.field, str(refusal.value), refusal.allowed)]
+        told = [refusal and _plain(refusal)]
         dist.broadcast_object_list(told, src=0)
         if told[0] and not runtime.is_root:
             refusal = FieldError(*told[0])
     if refusal is not None:
         raise refusal
     return result
+
+
+def on_every_rank(runtime: Runtime, action: Callable[[], T]) -> T:
+    """Call `action` on every rank, and refuse the first rank's FieldError on all of them.
+
+    Raises:
+        FieldError: The action raised it, on whichever rank.
+    """
+    result: T | None = None
+    refusal: FieldError | None = None
+    try:
+        result = action()
+    except FieldError as error:
+        refusal = error
+    if runtime.world_size > 1:
+        told: list[Any] = [None] * runtime.world_size
+        dist.all_gather_object(told, refusal and _plain(refusal))
+        refusal = next((FieldError(*one) for one in told if one), None)
+    if refusal is not None:
+        raise refusal
+    return cast("T", result)
+
+
+def _plain(refusal: FieldError) -> tuple[str, object, str]:
+    """Return what makes the same error on another rank; a value that is no plain one, as text."""
+    value = refusal.value
+    return refusal.field, value if isinstance(value, int | float | None) else str(value), refusal.allowed
 
 
 def _runtime(ranks: Ranks, device: str, existing_backend: str | None) -> Runtime:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from fedq.errors import FieldError
+from fedq.report import read_summary
+from fedq.runfolder import holder_of
 from fedq.sweep.plan import Plan, Task
 
 TRAIN = ("-m", "fedq")
@@ -100,18 +103,25 @@ def _command(plan: Plan, task: Task, out: Path, extra: Sequence[str], train: Seq
     if (folder / "config.yaml").exists():  # begun before, and interrupted
         if (folder / "checkpoints").exists():
             flags = ["--resume", str(folder), *extra]
-        else:  # stopped before the first checkpoint, or of a kind that has none
+        elif holder_of(folder) is None:  # stopped before the first checkpoint, or of a kind that has none
             shutil.rmtree(folder)
     return [*launcher, *train, *flags]
 
 
 def _is_finished(out: Path, task: Task) -> bool:
-    return (out / task.folder / "summary.json").exists()
+    return _summary(out, task) is not None
+
+
+def _summary(out: Path, task: Task) -> dict[str, Any] | None:
+    """Return the summary of a finished run; a damaged one is none, and is written again."""
+    try:
+        return read_summary(out / task.folder)
+    except FieldError:
+        return None
 
 
 def _outcome(code: int, out: Path, task: Task, seconds: float) -> str:
-    if _is_finished(out, task):
-        summary = json.loads((out / task.folder / "summary.json").read_text(encoding="utf-8"))
+    if (summary := _summary(out, task)) is not None:
         return f"{100 * summary['test_accuracy']:.2f} %, {seconds:.0f} s"
     if code <= 0:
         return "stopped; the same command goes on"
@@ -122,14 +132,16 @@ def _outcome(code: int, out: Path, task: Task, seconds: float) -> str:
 
 @contextmanager
 def _stopped_by_signals(processes: _Processes) -> Iterator[None]:
-    """Hand SIGTERM and SIGINT on for the body."""
+    """Hand SIGTERM, SIGINT and SIGHUP on for the body; under nohup not the last."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         processes.stop()
 
     is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    before = {number: signal.signal(number, stop) for number in numbers}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if is_main else ()
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    wanted = [number for number in numbers if number != signal.SIGHUP or not is_nohup]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:

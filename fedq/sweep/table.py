@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from fedq.errors import FieldError
+from fedq.report import read_summary
 from fedq.sweep.plan import Plan
 
 
@@ -18,9 +20,10 @@ def finished_runs(plan: Plan, out: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for task in plan.tasks:
         folder = out / task.folder
-        if not (folder / "summary.json").exists():
+        try:
+            summary = read_summary(folder)
+        except FieldError:
             continue
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found.setdefault(task.arm, []).append(summary | {"metrics": [json.loads(line) for line in lines]})
     return {arm: found[arm] for arm in plan.arms if arm in found}

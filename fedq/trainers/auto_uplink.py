@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +15,6 @@ from torch import nn
 from torch.nn import functional
 
 from fedq.config import AUTO, Config
-from fedq.configfile import load_config
 from fedq.data import Dataset
 from fedq.engines import Precision
 from fedq.errors import FieldError
@@ -27,6 +28,9 @@ from fedq.planning.step import Job
 from fedq.planning.traffic import Shapes
 from fedq.report import print_header
 from fedq.runtime import Runtime, from_root, on_root
+from fedq.trainers.fingerprint import Fingerprint
+
+_log = logging.getLogger(__name__)
 
 _PROBE_S = 6.0
 _STEPS = 5
@@ -44,14 +48,21 @@ def keep_choice(config: Config) -> Config:
     """Return the settings of a run that is resumed with what ``auto`` was when it was started."""
     if config.run.resume is None or not is_auto(config):
         return config
-    before = load_config(config.run.resume / "config.yaml", Config()).exchange
-    return replace(config, exchange=replace(config.exchange, uplink=before.uplink, schedule=before.schedule, link=None))
+    before = Fingerprint.kept(config.run.resume, type(config)).settings
+    chosen = {name: before[name] for name in ("uplink", "schedule")}
+    return replace(config, exchange=replace(config.exchange, **chosen, link=None))
 
 
 def why_this_uplink(path: Path) -> str | None:
-    """Return why a run has the uplink that it has; None if it was given."""
+    """Return why a run has the uplink that it has; None if it was given, or nobody can read it any more."""
     file = path / _FILE
-    return json.loads(file.read_text(encoding="utf-8"))["because"] if file.exists() else None
+    if not os.path.lexists(file):
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["because"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        _log.warning("%s cannot be read (%s): the summary does not say why the uplink was chosen", file, error)
+        return None
 
 
 def choose_uplink(

@@ -114,6 +114,8 @@ def check_losses(job: Job, round: int, losses: Tensor) -> None:
 def _error(job: Job, words: str, *, rollbacks: int, is_final: bool) -> DivergedError:
     if is_final:
         words += f"; {job.watch.farewell('divergence')}"
+        if job.config.exchange.exchange != "none":
+            words += " with other settings (--lr lower --resume-changed lr, or --on-divergence rollback)"
     return DivergedError(words, path=job.path, rollbacks=rollbacks, is_final=is_final)
 
 

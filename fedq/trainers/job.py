@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import fedq
-from fedq.checkpoint import Checkpoints
 from fedq.collectives import Transport
-from fedq.config import Config, RunConfig, parse_lr_schedule
-from fedq.configfile import config_dict, load_config
+from fedq.config import Config, parse_lr_schedule
+from fedq.configfile import config_dict
 from fedq.data import Dataset, load_dataset, normalize
 from fedq.engines import Engine, Precision, choose_precision, make_engine
 from fedq.engines.accelerator import Trackers
-from fedq.errors import FieldError
 from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.fedbat import FedBatTraining
 from fedq.federated.lean_optim import lean
 from fedq.federated.partition import label_counts, partition
-from fedq.files import replace_file
 from fedq.hooks import is_powersgd
 from fedq.kernels import derive_seed, implementation
 from fedq.layout import Layout
@@ -41,30 +34,20 @@ from fedq.lowbit import use_few_bits
 from fedq.lowbit.update import use_binary_updates
 from fedq.models import build_model, check_model
 from fedq.phases import PhaseTimer, clock_of
-from fedq.report import print_header, print_summary
+from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
-from fedq.runtime import Runtime, distributed, from_root, local_root_first, num_restarts, on_root
+from fedq.runtime import Runtime, distributed, local_root_first
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
+from fedq.trainers.farewell import command, farewell, stopped_by_disk
+from fedq.trainers.fingerprint import Fingerprint, check_names
 from fedq.trainers.interfaces import InterfaceCount
+from fedq.trainers.opening import Opened, begin_again, identify, open_folder, stop_if_finished
 from fedq.trainers.profiling import StepTrace
-from fedq.trainers.starts import (
-    Finished,
-    Place,
-    check_progress,
-    finished_summary,
-    note_repeated,
-    note_start,
-    noting_errors,
-    repeated,
-    wire_after_rounds,
-)
+from fedq.trainers.starts import Place, noting_errors, repeated
 from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
-
-_FREE_ON_RESUME = {"data_dir", "download", "aggregate"} | {field.name for field in fields(RunConfig)} - {"seed"}
-"""Settings that may differ when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +71,8 @@ class Job:
     watch: Watch
     start: int
     """How often the run was started before."""
+    fingerprint: Fingerprint
+    """What the run is, for its checkpoints."""
     timer: PhaseTimer
     """Where this rank's time goes."""
     trace: StepTrace
@@ -143,6 +128,7 @@ class Job:
             "git_commit": git_commit(Path(fedq.__file__).parent),
             "restarts": self.start,
             **repeated(self.path),
+            "changed_on_resume": self.fingerprint.changes,
             **environment_info(),
             **results,
         }
@@ -169,6 +155,7 @@ def open_job(config: Config, rollbacks: int = 0) -> Iterator[Job]:
         Finished: A start of the same command before this one has finished the run, on every rank.
     """
     given, run = config, config.run
+    check_names(config)
     with distributed(run.device, run.threads, timeout_s=run.timeout) as runtime:
         started = time.perf_counter()
         if runtime.device.type == "cpu":
@@ -176,132 +163,27 @@ def open_job(config: Config, rollbacks: int = 0) -> Iterator[Job]:
         place = Place(runtime, is_new=not rollbacks)
         config = keep_choice(place.found(config))
         if given.run.resume is None:
-            _stop_if_finished(config, runtime)
-        folder = on_root(runtime, lambda: _open_folder(config, place)) or NullRunFolder()
-        path = Path(from_root(runtime, str(folder.path and folder.path.resolve())))
-        place.keep(path)
-        start = from_root(runtime, _count_start(path) if runtime.is_root else 0)
-        if runtime.is_root:
-            note_start(path, start, num_restarts(os.environ))
-        farewell = partial(_farewell, config, runtime, path)
-        with folder, Watch(runtime.rank, run.timeout, farewell) as watch, noting_errors(path, start, runtime.rank):
+            stop_if_finished(config, runtime)
+        folder, opened = open_folder(config, runtime, place)
+        path, start, say = opened.path, opened.start, partial(farewell, config, runtime, opened.path)
+        with (
+            noting_errors(path, start, runtime.rank),
+            stopped_by_disk(path, say),
+            folder,
+            Watch(runtime.rank, run.timeout, say, folder.unlock) as watch,
+        ):
             if runtime.is_root and config.run.resume is not None and config.exchange.exchange == "none":
-                _begin_again(folder, path, start)
+                begin_again(folder, path, start)
             dataset = load_data(config, runtime)
             if runtime.is_root:
                 kernels = implementation(runtime.device)
                 slow = " (slow: see fedq doctor)" if kernels == "reference" else ""
                 print_header([f"{dataset.description} | {runtime.note} | kernels: {kernels}{slow}", *dataset.notes])
-            job = _job(config, runtime, folder, dataset, started, path, watch, start)
+            job = _job(config, runtime, folder, dataset, started, opened, watch)
             try:
                 yield replace(job, rollbacks=rollbacks)
             finally:
                 job.trace.stop()
-
-
-def _stop_if_finished(config: Config, runtime: Runtime) -> None:
-    """End a start, on every rank, that has nothing left to do.
-
-    Raises:
-        FieldError: The run to go on with has other settings.
-        Finished: It was finished.
-    """
-
-    def look() -> dict[str, Any] | None:
-        if config.run.resume is not None:
-            _check_resumable(config, config.run.resume)
-        return finished_summary(config)
-
-    summary = from_root(runtime, on_root(runtime, look))
-    if summary is None:
-        return
-    if runtime.is_root and (path := config.run.resume) is not None:
-        print_header([f"the run in {path} is finished: nothing is left to do (--on-existing new: begin another)"])
-        print_summary(path)
-    raise Finished(summary if runtime.is_root else {})
-
-
-def _begin_again(folder: RunFolder | NullRunFolder, path: Path, start: int) -> None:
-    """Forget the rounds of a run that has no checkpoints."""
-    before = wire_after_rounds(path)
-    folder.rewind(0, {"metrics_bytes": 0})
-    note_repeated(path, start, before, 0)
-
-
-def _open_folder(config: Config, place: Place) -> RunFolder:
-    """Return the run's folder with its settings written; one that is resumed must have been started with the same."""
-    run = config.run
-    if run.resume is None:
-        folder = RunFolder.create(run.out, name=_name(config))
-    else:
-        _check_resumable(config, run.resume)
-        if place.is_restart and place.is_new:
-            check_progress(run.resume)
-        folder = RunFolder.create(run.resume, name="", exist_ok=True)
-    folder.write_config(config_dict(replace(config, run=replace(run, resume=None))))
-    return folder
-
-
-def _check_resumable(config: Config, path: Path) -> None:
-    """Refuse settings that would make another run of it.
-
-    Raises:
-        FieldError: Another ``--out``, or a setting that has changed.
-    """
-    stored = load_config(path / "config.yaml", type(config)())
-    out = config.run.out  # the stored one may be relative to another working directory, or the run was moved
-    if out is not None and out != stored.run.out and out.resolve() != path.resolve():
-        raise FieldError("out", str(out), f"left out, or {path}, the folder that is resumed")
-    before, now = config_dict(stored), config_dict(config)
-    for group, values in now.items():
-        for name, value in values.items():
-            is_free = group == "network" or name in _FREE_ON_RESUME
-            if value != before[group][name] and not is_free:
-                raise FieldError(name, value, f"{before[group][name]!r}, as when the run in {path} was started")
-
-
-def _count_start(path: Path) -> int:
-    """Return how often the run was started before, and count this start."""
-    file = path / "starts"
-    before = int(file.read_text()) if file.exists() else 0
-    replace_file(file, str(before + 1).encode())
-    return before
-
-
-def _farewell(config: Config, runtime: Runtime, path: Path, cause: str) -> str:
-    if config.exchange.exchange == "none":
-        return f"stopped by {cause}; a run with --exchange none has no checkpoints, so start it again"
-    finished = Checkpoints(path / "checkpoints").numbers()
-    after = f"after round {finished[-1]}" if finished else "before the first round was finished"
-    program = shlex.join([*_launcher(runtime), *_program(), *config.command])
-    return f"stopped by {cause} {after}; go on with: {program} --resume {path}"
-
-
-def command(runtime: Runtime) -> str:
-    """Return the command that does what this process was started for, on one machine."""
-    return shlex.join([*_launcher(runtime), *_program(), *sys.argv[1:]])
-
-
-def _program() -> list[str]:
-    """Return what Python or a launcher was told to run: a script, or ``-m`` and a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [sys.argv[0]] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
-
-
-def _launcher(runtime: Runtime) -> list[str]:
-    local = str(runtime.local_world_size)
-    by_name = {
-        "python": ["python"],
-        "srun": ["srun", "python"],
-        "deepspeed": ["deepspeed", "--num_accelerators", local],
-    }
-    torchrun = ["torchrun", "--nproc-per-node", local]  # works whatever the job was started by
-    return by_name.get(runtime.launcher, torchrun)
-
-
-def _name(config: Config) -> str:
-    name = f"{config.data.dataset}-{config.local.model}-{config.exchange.uplink}"
-    return config.run.name or re.sub(r"[ :]", "-", name)
 
 
 def load_data(config: Config, runtime: Runtime) -> Dataset:
@@ -327,11 +209,10 @@ def _job(
     folder: RunFolder | NullRunFolder,
     data: Dataset,
     started: float,
-    path: Path,
+    opened: Opened,
     watch: Watch,
-    start: int,
 ) -> Job:
-    given, clients, labels = config, config.clients, data.train.labels
+    given, clients, labels, path = config, config.clients, data.train.labels, opened.path
     if config.exchange.exchange == "step":  # every rank is a client
         clients = replace(clients, num_clients=runtime.world_size)
         config = replace(config, clients=clients)
@@ -343,7 +224,7 @@ def _job(
     model = make_model(config, config.local.model, data, runtime.device, precision)
     if is_auto(config):
         config = choose_uplink(config, runtime, model, data, precision, path)
-        folder.write_config(config_dict(replace(given, exchange=config.exchange, run=replace(config.run, resume=None))))
+    fingerprint = identify(replace(given, exchange=config.exchange), opened, folder, data, model, runtime)
     timer = PhaseTimer(clock_of(runtime.device))
     transport = Transport(runtime.device, timer=timer)
     trace = StepTrace(config.run.profile, path, runtime.rank, runtime.device, timer)
@@ -372,7 +253,8 @@ def _job(
         started=started,
         path=path,
         watch=watch,
-        start=start,
+        start=opened.start,
+        fingerprint=fingerprint,
         timer=timer,
         trace=trace,
         interfaces=InterfaceCount(transport),

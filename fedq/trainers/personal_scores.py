@@ -13,6 +13,7 @@ from fedq.data import Split
 from fedq.federated.evaluate import Scores
 from fedq.federated.rounds import FederatedRounds, assign
 from fedq.feedback import ResidualStore
+from fedq.files import make_folder
 from fedq.kernels import derive_seed
 from fedq.personalize.evaluate import PersonalEvaluator
 from fedq.personalize.methods import Method
@@ -66,7 +67,7 @@ class PersonalScores:
     def save_models(self) -> None:
         """Write this rank's clients' best models, and on rank 0 `personal.parquet`."""
         folder = self.job.path / "personal"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         for client in self.mine:
             module = self.fill_best(client).module
             tensors = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fedq.phases import PhaseTimer
+from fedq.runfolder import SideOutput
 
 SKIPPED_STEPS = 3
 """Steps at the beginning that are not traced: they are slower than the others."""
@@ -54,5 +55,6 @@ class StepTrace:
         self._is_done = True
         self._timer.annotate(False)
         self._profiler.stop()
-        self._profiler.export_chrome_trace(str(self.file))
+        with SideOutput(self.file.name).trying():
+            self._profiler.export_chrome_trace(str(self.file))
         self._profiler = None

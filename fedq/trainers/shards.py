@@ -8,6 +8,7 @@ the whole is that of a server on rank 0, and does not tell how many ranks wrote 
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ class ServerShards:
 
     def prune(self, keep: Collection[int]) -> None:
         """Delete the parts of rounds that no checkpoint names."""
-        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+        for folder in self.folder.glob("*-of-*"):
             checkpoints = Checkpoints(folder)
             for number in checkpoints.numbers():
                 if number not in keep:
                     checkpoints.remove(number)
             if not checkpoints.numbers():
-                folder.rmdir()
+                with suppress(OSError):  # something else lies there
+                    folder.rmdir()
 
     def _of(self, rank: int, world_size: int, kept: int = KEPT) -> Checkpoints:
         return Checkpoints(self.folder / f"{rank}-of-{world_size}", kept)

@@ -26,7 +26,9 @@ from fedq.checkpoint import Checkpoints
 from fedq.config import Config, RunConfig
 from fedq.configfile import load_config
 from fedq.errors import FieldError, RendezvousError
+from fedq.files import read_or_nothing, replace_file, set_aside
 from fedq.report import read_summary
+from fedq.runfolder import SideOutput, holds_run
 from fedq.runtime import Runtime, agent_store, from_root, num_restarts, on_root
 
 C = TypeVar("C", bound=Config)
@@ -39,6 +41,8 @@ _FUTILE = 2
 _BACKOFF_S = (1, 2, 4)
 """Seconds before a start after one, two, and more without a finished round."""
 _ERROR_LENGTH = 500
+_LONGEST_COUNT = 10
+"""Digits of the number of starts."""
 _OF_LOST_RANKS = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """What torch writes into a RuntimeError, which has no class of its own for it."""
 
@@ -107,8 +111,7 @@ class Place:
         if doing == "new" and self._known is not None:  # an earlier start of this command has made it
             doing = "resume"
         if doing == "auto":
-            is_finished = (path / "summary.json").exists()
-            doing = "refuse" if is_finished and not self.is_restart else "resume"
+            doing = "refuse" if _summary(path) and not self.is_restart else "resume"
         if doing == "new":
             return replace(run, out=_beside(path))
         return replace(run, resume=path) if doing == "resume" else replace(run, out=path)
@@ -127,23 +130,25 @@ def _job_number(is_new: bool) -> int:
     return _last_job
 
 
-def holds_run(path: Path) -> bool:
-    """Whether a folder holds a run, begun or finished."""
-    return any((path / file).exists() for file in ("summary.json", "config.yaml"))
-
-
 def finished_summary(config: Config) -> dict[str, Any] | None:
     """Return the summary of the run to go on with, if there is nothing left to do; None if there is."""
     path = config.run.resume
     if path is None:
         return None
-    try:
-        summary = read_summary(path)
-    except FieldError:  # not there, or damaged, and then written anew
+    summary = _summary(path)
+    if summary is None:
         return None
     before = load_config(path / "config.yaml", type(config)()).run
     is_same_end = (before.rounds, before.target_accuracy) == (config.run.rounds, config.run.target_accuracy)
     return summary if is_same_end else None
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    """Return a finished run's summary; None where it is missing, or damaged, and then written anew."""
+    try:
+        return read_summary(path)
+    except FieldError:
+        return None
 
 
 def _beside(path: Path) -> Path:
@@ -158,12 +163,34 @@ def _beside(path: Path) -> Path:
 
 def note(path: Path, start: int, **what: Any) -> None:
     """Add a line about a start to the run's `starts.jsonl`; who cannot write it says so and goes on."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    try:
-        with (path / _FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"start": start, "time": now, **what}) + "\n")
-    except OSError as error:
-        _log.warning("%s cannot be written (%s)", path / _FILE, error.strerror)
+    with SideOutput(str(path / _FILE)).trying(OSError):
+        _append(path, start, what)
+
+
+def count_start(path: Path) -> int:
+    """Return how often the run was started before, and count this start.
+
+    A count that is damaged or missing is begun anew after the last start that was noted.
+    """
+    file, noted = path / "starts", max((one["start"] + 1 for one in _notes(path)), default=0)
+    text = read_or_nothing(file)
+    is_count = text.isascii() and text.isdigit() and len(text) < _LONGEST_COUNT
+    if os.path.lexists(file) and not is_count:
+        set_aside(file, "it holds no number")
+    before = int(text) if is_count else noted
+    replace_file(file, str(before + 1).encode())
+    return before
+
+
+def _append(path: Path, start: int, what: Mapping[str, Any]) -> None:
+    """Add a line, whatever an earlier process was about to write when it was killed."""
+    file, now = path / _FILE, datetime.now(timezone.utc).isoformat(timespec="seconds")
+    line = json.dumps({"start": start, "time": now, **what})
+    if file.is_dir():
+        set_aside(file, "it is a folder")
+    is_cut = file.exists() and not (file.read_bytes() or b"\n").endswith(b"\n")
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write("\n" * is_cut + line + "\n")
 
 
 def note_start(path: Path, start: int, restart: int) -> None:
@@ -177,8 +204,9 @@ def noting_errors(path: Path, start: int, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_of_lost_rank(error):
-            note(path, start, rank=rank, error=f"{type(error).__name__}: {error}"[:_ERROR_LENGTH])
+        if not is_of_lost_rank(error):
+            with suppress(OSError):  # the error itself is what a user must read
+                _append(path, start, {"rank": rank, "error": f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]})
         raise
 
 
@@ -252,12 +280,12 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     rows = []
     with suppress(OSError):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _is_of_lost_rank(error: BaseException | None) -> bool:
+def is_of_lost_rank(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that another rank or the store has gone."""
     while error is not None:
         text = str(error)

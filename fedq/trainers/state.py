@@ -21,6 +21,7 @@ from fedq.federated.rounds import FederatedRounds, RoundResult
 from fedq.feedback import ResidualStore
 from fedq.layout import frozen_parameters
 from fedq.report import print_header
+from fedq.trainers.fingerprint import KEY
 from fedq.trainers.job import Job
 from fedq.trainers.shards import ServerShards
 from fedq.trainers.starts import note_repeated, wire_after_rounds
@@ -120,11 +121,14 @@ class JobState(ABC):
         if not self.checkpoints.numbers():
             self.job.folder.rewind(0, {"metrics_bytes": 0})
             return False, "no round was finished before: starting from the first"
-        loaded = self._newest_whole()
+        loaded, damaged = self._newest_whole()
         self.load_state_dict(loaded.state)
+        for number in damaged if self.job.is_root else ():
+            self.checkpoints.set_aside(number)
         before, now = loaded.state["where"], self.where()
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-        lines = [f"resumed after round {loaded.number}", *changed, *loaded.refused]
+        refused = [f"round {number} is refused: {why}" for number, why in damaged.items()]
+        lines = [f"resumed after round {loaded.number}", *changed, *refused]
         return True, "; ".join(lines)
 
     def lr(self, round: int) -> float:
@@ -141,17 +145,19 @@ class JobState(ABC):
             "threads": torch.get_num_threads(),
         }
 
-    def _newest_whole(self) -> Loaded:
-        """Return the newest checkpoint that is whole; all ranks agree because all read the same files."""
-        refused: list[str] = []
+    def _newest_whole(self) -> tuple[Loaded, dict[int, str]]:
+        """Return the newest checkpoint that is whole, and what is wrong with those after it; all ranks agree because
+        all read the same files."""
+        damaged: dict[int, str] = {}
         for number in reversed(self.checkpoints.numbers()):
             try:
                 loaded = self.checkpoints.load(number)
                 self.check(loaded)
             except (CheckpointError, FieldError) as error:
-                refused.append(f"round {number} is refused: {error}")
+                damaged[number] = str(error)
                 continue
-            return Loaded(loaded.number, loaded.state, tuple(refused))
+            return loaded, damaged
+        refused = [f"round {number} is refused: {why}" for number, why in damaged.items()]
         raise FieldError("resume", str(self.checkpoints.folder), "a checkpoint that is whole; " + "; ".join(refused))
 
 
@@ -197,6 +203,7 @@ class RunState(JobState):
             **{name: dict(files.named) for name, files in self.files.items()},
             "layouts": [federation.uplink.hash, federation.downlink.hash],
             "where": self.where(),
+            KEY: job.fingerprint.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,7 +213,7 @@ class RunState(JobState):
             FieldError: It belongs to another model or other codecs.
         """
         hashes = [self.federation.uplink.hash, self.federation.downlink.hash]
-        if state["layouts"] != hashes:
+        if KEY not in state and state["layouts"] != hashes:  # a fingerprint was compared before
             raise FieldError("resume", state["layouts"], f"{hashes}: the same model and codecs as before")
         vars(self.so_far).update(state["progress"])
         self.federation.replica.copy_(state["replica"])

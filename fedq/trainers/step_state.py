@@ -12,6 +12,7 @@ from fedq.errors import FieldError
 from fedq.federated.client import is_finite
 from fedq.hooks import StepExchange
 from fedq.layout import uncompiled_name
+from fedq.trainers.fingerprint import KEY
 from fedq.trainers.job import Job
 from fedq.trainers.state import JobState, Progress
 
@@ -57,6 +58,7 @@ class StepRunState(JobState):
             "files": job.folder.position(),
             "layout": job.training.layout.hash,
             "where": self.where(),
+            KEY: job.fingerprint.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

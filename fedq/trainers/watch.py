@@ -1,4 +1,4 @@
-"""Leaves in time: a thread that answers SIGTERM and SIGINT at once, and ends a rank that makes no progress.
+"""Leaves in time: a thread that answers SIGTERM, SIGINT and SIGHUP at once, and ends a rank that makes no progress.
 
 Whatever is finished is on disk after every round, so leaving means: wait for a write in progress, say how to go on, and
 exit. The thread works while the job waits inside a collective, where Python's own handlers would not run. A job that
@@ -16,14 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
 _WRITE_GRACE_S = 8.0
 _ROOT_FIRST_S = 0.5
 """How long other ranks stay, so that rank 0 can speak before it misses them."""
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 0}
 STALLED = 1
 """Exit code of a rank that made no progress."""
 
@@ -35,12 +35,20 @@ class Watch:
         rank: Named in what is printed.
         timeout_s: Seconds without `beat` after which the rank ends; None: never.
         farewell: What rank 0 says when a signal ends the job; called in the watching thread.
+        let_go: What is done last, before the process ends.
     """
 
-    def __init__(self, rank: int, timeout_s: float | None, farewell: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        timeout_s: float | None,
+        farewell: Callable[[str], str],
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
         self.rank = rank
         self.timeout_s = timeout_s
         self.farewell = farewell
+        self.let_go = let_go
         self._writing = threading.Lock()
         self._beaten = time.monotonic()
         self._doing = "starting"
@@ -96,19 +104,24 @@ class Watch:
             _say(sys.stdout, self.farewell(number.name))
         else:
             time.sleep(_ROOT_FIRST_S)
-        os._exit(_exit_code(number))
+        self._end(_exit_code(number))
 
     def _give_up(self) -> None:
         frame = sys._current_frames().get(self._worker)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         _say(sys.stderr, f"rank {self.rank} made no progress for {self.timeout_s:g} s while {self._doing}:\n{stack}")
-        os._exit(STALLED)
+        self._end(STALLED)
+
+    def _end(self, code: int) -> None:
+        with suppress(OSError):
+            self.let_go()
+        os._exit(code)
 
 
 @contextmanager
 def _signals_to(told: socket.socket) -> Iterator[None]:
     """Send the numbers of signals to a socket during the body; only the main thread may ask for that."""
-    handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES}
+    handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES if not _is_nohup(number)}
     wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -124,13 +137,20 @@ def _exit_code(number: signal.Signals) -> int:
     return 128 + number if is_restarted else EXIT_CODES[number]
 
 
+def _is_nohup(number: int) -> bool:
+    """Whether whoever started this process wants it to outlive its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
 def _ignore(number: int, frame: FrameType | None) -> None:
     """Let the wake-up descriptor tell the watching thread."""
 
 
 def _say(stream: TextIO, text: str) -> None:
-    """Print and flush; a live progress bar may have hidden the cursor."""
-    cursor = "\x1b[?25h" if stream.isatty() else ""
-    print(f"{cursor}\n{text}", file=stream, flush=True)
+    """Print and flush, if anybody is left to read it; a live progress bar may have hidden the cursor."""
+    with suppress(OSError, ValueError):
+        cursor = "\x1b[?25h" if stream.isatty() else ""
+        print(f"{cursor}\n{text}", file=stream, flush=True)
     for each in (sys.stdout, sys.stderr):
-        each.flush()
+        with suppress(OSError, ValueError):
+            each.flush()
