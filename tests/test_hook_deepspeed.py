@@ -17,6 +17,7 @@ from fedq import hooks
 from fedq.errors import FieldError
 
 pytest.importorskip("deepspeed")
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 STEPS = 4
 
@@ -94,5 +95,6 @@ def _scaled(rank: int) -> None:
     assert state.grad_scaler() == engine.optimizer.loss_scale == 2.0**10  # type: ignore[operator]
 
 
+@pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="DeepSpeed has no float16 on this processor")
 def test_the_engines_own_loss_scale_is_used() -> None:
     run_group(2, _scaled)
