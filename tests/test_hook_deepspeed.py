@@ -17,7 +17,7 @@ from fedq import hooks
 from fedq.errors import FieldError
 
 pytest.importorskip("deepspeed")
-from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.accelerator import get_accelerator
 
 STEPS = 4
 
