@@ -173,7 +173,29 @@ def test_edges(name: str) -> None:
         check(plan, EDGES[name], 0.1 * gaussian(700, seed=1))
 
 
+# Scales that no encoder writes; a message may have any.
+ODD_SCALES = (-1e38, -3.3e38, 3.3e38, -(2.0**96), 2.0**96, -1.0, math.nan, math.inf, -math.inf, -0.0, -1e-40, 1e-40)
+
+
 @needs_library
+@pytest.mark.parametrize("scale", ODD_SCALES)
+def test_any_scale_decodes_as_in_the_reference(scale: float) -> None:
+    num = 4 * 1024 + 300
+    for plan in PLANS:
+        if isinstance(plan, CastPlan):
+            continue
+        data = reference.encode(plan, gaussian(num), seed=SEED)
+        scales = data[plan.codes_nbytes(num) :].clone().view(torch.bfloat16)
+        scales[::2] = scale
+        data = torch.cat((data[: plan.codes_nbytes(num)], scales.view(torch.uint8)))
+        for weight in (None, 0.5):
+            check_decode(plan, data, torch.linspace(-3, 3, num), weight)
+        if plan.rotate and math.isfinite(scale):
+            out = torch.empty(num)
+            reference.decode(plan, data, num, seed=SEED, out=out)
+            assert out.isfinite().all(), plan
+
+
 @needs_library
 def test_sums_of_finite_numbers_beyond_float32() -> None:
     largest = torch.finfo(torch.float32).max

@@ -6,6 +6,7 @@ its own: Triton reads the variable when it is imported, which another test may h
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -153,6 +154,19 @@ def check(plan: Plan, x: Tensor) -> None:
 
 
 # ---- equal to the reference ------------------------------------------------------------------------------------------
+
+
+@runs_kernels
+@pytest.mark.parametrize("plan", BLOCKS, ids=str)
+def test_any_scale_of_a_message(plan: BlockPlan) -> None:
+    num, odd = 3 * 1024, (-1e38, -3.3e38, 3.3e38, -(2.0**96), 2.0**96, -1.0, math.nan, math.inf, -math.inf, -0.0)
+    data = reference.encode(plan, values(num, hard=False), seed=SEED)
+    scales = torch.tensor(odd).repeat(num)[: plan.num_blocks(num)].to(torch.bfloat16).to(DEVICE)
+    data = torch.cat((data[: plan.codes_nbytes(num)], scales.view(torch.uint8)))
+    out, expected = torch.zeros(num, device=DEVICE), torch.zeros(num, device=DEVICE)
+    reference.decode(plan, data, num, seed=SEED, out=expected)
+    fast.decode(plan, data, num, seed=SEED, out=out)
+    assert_same(out, expected)
 
 
 @runs_kernels

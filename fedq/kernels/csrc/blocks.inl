@@ -558,7 +558,8 @@ static void emit_runs(const Levels& levels, float scale, int64_t num, const uint
 template <class Levels, class Sink>
 static void emit_rotated(const Levels& levels, float scale, int64_t num, const uint16_t* flips,
                          const Values<Sink>& values) {
-  const bool is_large = scale >= kLarge && scale < kInfinity;
+  const float size = __builtin_fabsf(scale);  // nobody encodes a negative one, but it may come in a message
+  const bool is_large = size >= kLarge && size < kInfinity;
   return __builtin_expect(is_large, 0) ? emit_runs<true>(levels, scale, num, flips, values)
                   : emit_runs<false>(levels, scale, num, flips, values);
 }

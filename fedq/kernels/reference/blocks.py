@@ -273,9 +273,9 @@ def decode_blocks(rule: Rule, blocks: Blocks, data: Tensor, num: int, *, seed: i
 
 
 def _unrotated(levels: Tensor, scales: Tensor, width: int, seed: int, num: int, start: int) -> Tensor:
-    """Return ``num`` values of rotated groups; none leaves float32's range whose scale is finite."""
+    """Return ``num`` values of rotated groups; none leaves float32's range whose scale, of either sign, is finite."""
     num_codes = -(-num // ROTATION) * ROTATION
-    large = (scales >= LARGE) & scales.isfinite()
+    large = (scales.abs() >= LARGE) & scales.isfinite()
     if not bool(large.any()):
         return unrotate(from_groups(levels * scales, width, num_codes), seed, num, start=start)
     unit = torch.where(large, SHRINK, 1.0)

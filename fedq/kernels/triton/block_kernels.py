@@ -308,8 +308,9 @@ def _decode_tile(data_ptr, scales_at, start, num_codes, key, C: tl.constexpr, TI
 
 @triton.jit
 def _is_large(bits):
-    """Return which bfloat16 scales, given by their bits, are at least 2^96 and finite."""
-    return (bits >= 0x6F80) & (bits < 0x7F80)
+    """Return which bfloat16 scales, given by their bits, are at least 2^96 in size and finite."""
+    size = bits & 0x7FFF
+    return (size >= 0x6F80) & (size < 0x7F80)
 
 
 @triton.jit
