@@ -268,8 +268,16 @@ def test_data_that_differ_on_one_rank_are_refused_on_all(stopped: Path, tmp_path
     before = (folder / "metrics.jsonl").read_bytes()
     told = run_group(2, with_other_data_on, config, liar)
     assert told[0] == told[1]
-    assert told[0].startswith("data='train: 280 images")
+    assert told[0].startswith("data of rank 1='train: 280 images")
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_ranks_with_different_data_do_not_begin(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", **FLAGS)
+    told = run_group(2, with_other_data_on, config, 1)
+    assert told[0] == told[1]
+    assert told[0].startswith("data of rank 1='train: 280 images")
+    assert "as on rank 0" in told[0]
 
 
 def test_other_settings_are_refused_on_all_ranks(stopped: Path, tmp_path: Path) -> None:

@@ -145,18 +145,30 @@ def changed_content(kept: Fingerprint, own: Fingerprint, config: Config, path: P
         FieldError: Data or model differ and are not to be taken over.
     """
     _check_shapes(kept, own, path)
-    if kept.data is None or own.data is None or kept.data == own.data:
+    if kept.data is None or own.data is None or kept.data == own.data or _DECIDE_DATA & settings.keys():
         return {}
-    parts = [part for part in own.data if kept.data.get(part) != own.data[part]]
-    both = [
-        clean("; ".join(f"{part}: {one.get(part)}" for part in parts), _LONGEST * len(parts))
-        for one in (kept.data, own.data)
-    ]
-    if _DECIDE_DATA & settings.keys():
-        return {}
-    changes: Changes = {DATA: (both[0], both[1])}
+    changes: Changes = {DATA: _what_differs(kept.data, own.data)}
     _check_taken(changes, config, path)
     return changes
+
+
+def check_alike(own: Fingerprint, first: dict[str, str] | None, rank: int) -> None:
+    """Compare a rank's data with rank 0's: shares are dealt by number, so all must have the same.
+
+    Raises:
+        FieldError: They differ.
+    """
+    if own.data is not None and first is not None and own.data != first:
+        theirs, ours = _what_differs(first, own.data)
+        raise FieldError(f"data of rank {rank}", ours, f"{theirs}, as on rank 0")
+
+
+def _what_differs(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
+    """Return, of the parts of two data sets that differ, one's and the other's words."""
+    parts = [part for part in now if before.get(part) != now[part]]
+    both = ("; ".join(f"{part}: {one.get(part)}" for part in parts) for one in (before, now))
+    first, second = (clean(text, _LONGEST * len(parts)) for text in both)
+    return first, second
 
 
 def describe_changes(changes: Changes) -> list[str]:

@@ -23,6 +23,7 @@ from fedq.trainers.fingerprint import (
     Fingerprint,
     changed_content,
     changed_settings,
+    check_alike,
     describe_changes,
     unknown_settings,
 )
@@ -90,12 +91,17 @@ def open_folder(config: Config, runtime: Runtime, place: Place) -> tuple[RunFold
 def identify(
     config: Config, opened: Opened, folder: RunFolder | NullRunFolder, data: Dataset, model: nn.Module, runtime: Runtime
 ) -> Fingerprint:
-    """Compare data and model, on every rank, with those of the run that is gone on with; write down what it is now.
+    """Compare data and model, on every rank, with rank 0's and with those of the run that is gone on with.
+
+    Returns:
+        What the run is now, as it is written down.
 
     Raises:
-        FieldError: They differ and are not to be taken over.
+        FieldError: Ranks have different data; or data or model are not the run's, and not to be taken over.
     """
     own, kept, settings = Fingerprint.of(config, data, model), opened.kept, opened.changed or {}
+    first = from_root(runtime, own.data)
+    on_every_rank(runtime, lambda: check_alike(own, first, runtime.rank))
     if kept is not None:
         content = on_every_rank(runtime, lambda: changed_content(kept, own, config, opened.path, settings))
         own = _taken_over(config, opened, kept, own, settings | content, runtime)
