@@ -126,6 +126,11 @@ def _memory_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def _allow(nbytes: int) -> None:
+    """Let this process have so much address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (nbytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
 def fuzz(first: int, last: int, until: float, seed: int, room: int, state: mmap.mmap, pipe: Connection) -> None:
     """Check mutants ``first`` to ``last``, note in ``state`` which one is at work, and send counts or a failure."""
     torch.set_num_threads(1)
@@ -133,13 +138,14 @@ def fuzz(first: int, last: int, until: float, seed: int, room: int, state: mmap.
     for number in range(200):  # everything that is loaded once
         check(mutant(number), number)
     gc.collect()
-    if room:
-        resource.setrlimit(resource.RLIMIT_AS, (_memory_bytes() + room,) * 2)
+    limit = _memory_bytes() + room if room else resource.RLIM_INFINITY
     before, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (0.0, first)
     number = first
     for number in range(first, last):
         _STATE.pack_into(state, 0, number)
+        _allow(resource.RLIM_INFINITY)  # a mutant may have a table of 9 MB, which is copied a few times
         data = mutant(seed << 40 | number)
+        _allow(limit)
         start = time.process_time()
         try:
             outcomes[check(data, number)] += 1
@@ -149,6 +155,7 @@ def fuzz(first: int, last: int, until: float, seed: int, room: int, state: mmap.
         slowest = max(slowest, (time.process_time() - start, number))
         if number % 1024 == 0 and time.monotonic() > until:
             break
+    _allow(resource.RLIM_INFINITY)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     pipe.send(("done", number + 1 - first, outcomes, grown, slowest))
 
