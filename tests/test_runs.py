@@ -38,6 +38,12 @@ def test_an_unfinished_run_shows_its_last_evaluation_and_how_to_go_on(tmp_path: 
     assert run.note == f"go on with --resume {path}"
 
 
+def test_a_run_without_checkpoints_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", rows=2, config="run: {rounds: 7}\nexchange: {exchange: none}\n")
+    (run,) = find_runs([tmp_path])
+    assert run.note == "start it again: --exchange none has no checkpoints"
+
+
 @pytest.mark.parametrize("config", ["run: nothing\n", "run: [\n", "- 1\n", ""])
 def test_a_run_without_a_round_and_one_that_cannot_be_read(tmp_path: Path, config: str) -> None:
     make_run(tmp_path / "early")

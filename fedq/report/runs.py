@@ -56,7 +56,8 @@ def find_runs(paths: Sequence[Path]) -> list[RunStatus]:
 def run_status(path: Path) -> RunStatus:
     """Return how far one run is."""
     try:
-        total = _total_rounds(path)
+        settings = _settings(path)
+        total = int(settings["run"]["rounds"])
         if (path / "summary.json").exists():
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
             return RunStatus(
@@ -65,7 +66,8 @@ def run_status(path: Path) -> RunStatus:
         rows = _metrics(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return RunStatus(path, "unreadable", note=f"{type(error).__name__}: {error}")
-    note = f"go on with --resume {path}"
+    has_checkpoints = settings.get("exchange", {}).get("exchange") != "none"
+    note = f"go on with --resume {path}" if has_checkpoints else "start it again: --exchange none has no checkpoints"
     if not rows:
         return RunStatus(path, "not started", 0, total, note=note)
     accuracy = next((row["val_accuracy"] for row in reversed(rows) if row.get("val_accuracy") is not None), None)
@@ -93,14 +95,16 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").exists() or (path / "summary.json").exists()
 
 
-def _total_rounds(path: Path) -> int:
+def _settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"config.yaml: {error}") from None
-    return int(settings["run"]["rounds"])
+    if not isinstance(settings, dict):
+        raise ValueError("config.yaml: no settings")
+    return settings
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
