@@ -128,7 +128,11 @@ def test_a_closed_terminal_ends_a_job_as_sigterm_does(tmp_path: Path, is_termina
     folder = tmp_path / "run"
     control, terminal = os.openpty()
     with subprocess.Popen(
-        command(folder, "--rounds", "4000"), stdout=terminal, stderr=terminal, env=environ() | {"TERM": "dumb"}
+        command(folder, "--rounds", "4000"),
+        stdout=terminal,
+        stderr=terminal,
+        env=environ() | {"TERM": "dumb"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests themselves may run under nohup
     ) as process:
         os.close(terminal)
         os.set_blocking(control, False)
