@@ -16,7 +16,7 @@ import yaml
 from distributed import run_group
 from jobs import file_hash, small_config
 from PIL import Image
-from test_resume import Stop, run_jobs
+from test_resume import Stop, run_jobs, stopped_run, whole_run
 from test_starts import flags
 
 from fedq.checkpoint import Checkpoints
@@ -33,16 +33,12 @@ FLAGS: dict[str, Any] = {"uplink": "sign", "rounds": 3}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run_job(small_config(folder, **FLAGS))
-    return folder
+    return whole_run(tmp_path_factory, **FLAGS)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    assert run_jobs(0, [(small_config(folder, **FLAGS), Stop(2, "begin"))])[0][0] == "Stopped: "
-    return folder
+    return stopped_run(tmp_path_factory, **FLAGS)
 
 
 def change_yaml(folder: Path, **changes: Any) -> None:

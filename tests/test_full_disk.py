@@ -17,7 +17,7 @@ import pytest
 from jobs import file_hash, small_config
 from launched import environ, free_ports
 from test_lost_streams import LIMIT_S, command, files_of
-from test_resume import metrics
+from test_resume import metrics, whole_run
 from test_starts import flags
 
 from fedq.checkpoint import Checkpoints
@@ -31,9 +31,7 @@ FLAGS: dict[str, Any] = {"uplink": "sign", "rounds": 4}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run_job(small_config(folder, **FLAGS))
-    return folder
+    return whole_run(tmp_path_factory, **FLAGS)
 
 
 def fail_at(patch: pytest.MonkeyPatch, number: int, code: int, name: str = "os.fsync") -> None:

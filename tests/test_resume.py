@@ -102,6 +102,20 @@ def run_jobs(rank: int, jobs: list[tuple[Config, Stop | None]]) -> list[tuple[di
     return results
 
 
+def whole_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
+    """Return the folder of a small job on one rank that has run to its end."""
+    folder = make.mktemp("whole") / "run"
+    federated.run_job(small_config(folder, **flags))
+    return folder
+
+
+def stopped_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
+    """Return the folder of a small job on one rank that was stopped before its third round."""
+    folder = make.mktemp("stopped") / "run"
+    assert run_jobs(0, [(small_config(folder, **flags), Stop(2, "begin"))])[0][0] == "Stopped: "
+    return folder
+
+
 def _stop_at(patch: pytest.MonkeyPatch, stop: Stop) -> None:
     run, log, save = FederatedRounds.run, federated.log_round, ResidualStore.save
 

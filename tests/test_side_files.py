@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs import file_hash, small_config
-from test_resume import Stop, metrics, run_jobs
+from test_resume import metrics, stopped_run, whole_run
 from test_starts import flags
 
 from fedq.cli import main
@@ -31,16 +31,12 @@ FLAGS = {"uplink": "sign", "rounds": 4, "histogram_every": 1}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run_job(small_config(folder, **FLAGS))
-    return folder
+    return whole_run(tmp_path_factory, **FLAGS)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    assert run_jobs(0, [(small_config(folder, **FLAGS), Stop(2, "begin"))])[0][0] == "Stopped: "
-    return folder
+    return stopped_run(tmp_path_factory, **FLAGS)
 
 
 def truncated(path: Path) -> None:
