@@ -22,7 +22,7 @@ from fedq.federated.frozen import check_frozen, frozen_checksums
 from fedq.federated.server import why_left_out
 from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
-from fedq.models import build_model, is_own
+from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
 from fedq.network.fields import FOLDER, check_note, check_settings
 from fedq.network.link import Backoff, Link, Lost, NotWanted
@@ -34,7 +34,7 @@ from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
 from fedq.trainers.allocator import keep_freed_memory
 from fedq.trainers.build import uplink_schedule, wants_feedback
-from fedq.trainers.job import client_parts, load_data, local_optimizer, local_training, make_model
+from fedq.trainers.job import build_network, client_parts, load_data, local_optimizer, local_training, make_model
 from fedq.waiting import Say, Wait, speaking
 from fedq.wire import Kind, Message, read_note
 
@@ -300,10 +300,9 @@ def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
     Raises:
         FieldError: It is.
     """
-    channels, size = data.image_shape[:2]
-    name, norm = settings.local.model, settings.local.norm
+    name, size = settings.local.model, data.image_shape[1]
     with torch.device("meta"):
-        model = build_model(name, num_classes=data.num_classes, in_channels=channels, image_size=size, norm=norm)
+        model = build_network(settings, name, data)
     mb = 4 * Layout.of(model, "fp32").numel / 1e6
     if mb > limit_mb:
         raise FieldError("max_model_mb", limit_mb, f"{mb:.0f} or more for the server's model, {name} at {size}x{size}")

@@ -15,7 +15,7 @@ from fedq.wire import Kind, Message
 
 FOLDER = "folder"
 """What clients are told in place of a folder's name: each has one of its own."""
-SHARED = (*NAMED, FOLDER)
+DATASETS = (*NAMED, FOLDER)
 MOST_EXAMPLES = 1 << 40
 """Examples that a client may say it has: sums over all clients stay exact in float64 and fit 64-bit columns."""
 _UINT32, _UINT64 = (1 << 32) - 1, (1 << 64) - 1
@@ -96,7 +96,7 @@ _BOOL = _Field("true or false", lambda value: isinstance(value, bool))
 _WORD, _SPEC = _text(64), _text(256)  # which words there are, and what a spec may say, `fedq.config` checks
 SETTINGS: dict[str, dict[str, _Field]] = {
     "data": {
-        "dataset": _Field(f"one of {', '.join(SHARED)}", lambda value: isinstance(value, str) and value in SHARED),
+        "dataset": _Field(f"one of {', '.join(DATASETS)}", lambda value: isinstance(value, str) and value in DATASETS),
         "image_size": _whole(1, 256)._replace(is_optional=True),
         "train_examples": _whole(1, 10**9)._replace(is_optional=True),
         "val_fraction": _number(0.5),

@@ -269,6 +269,13 @@ def client_parts(config: Config, labels: Tensor) -> list[Tensor]:
     )
 
 
+def build_network(config: Config, name: str, data: Dataset) -> nn.Module:
+    """Build a network for the data, with weights from torch's generator; see `build_model`."""
+    channels, size = data.image_shape[:2]
+    norm = config.local.norm
+    return build_model(name, num_classes=data.num_classes, in_channels=channels, image_size=size, norm=norm)
+
+
 def make_model(config: Config, name: str, data: Dataset, device: torch.device, precision: Precision) -> nn.Module:
     """Build a network with weights that follow from the run's seed.
 
@@ -276,14 +283,7 @@ def make_model(config: Config, name: str, data: Dataset, device: torch.device, p
         FieldError: See `build_model`; or it does not fit the data, as `check_model` finds.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
-    channels, size = data.image_shape[0], data.image_shape[1]
-    model = build_model(
-        name,
-        num_classes=data.num_classes,
-        in_channels=channels,
-        image_size=size,
-        norm=config.local.norm,
-    )
+    model = build_network(config, name, data)
     memory_format = torch.channels_last if precision.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     batch = normalize(data.train.images[:2].to(device), data.mean, data.std, channels_last=precision.channels_last)
