@@ -62,9 +62,10 @@ def stop_if_finished(config: Config, runtime: Runtime) -> None:
     """
 
     def look() -> dict[str, Any] | None:
-        if config.run.resume is not None:
+        summary = finished_summary(config)
+        if summary is not None and config.run.resume is not None:  # one that goes on is looked at when it is opened
             _resumable(config, config.run.resume)
-        return finished_summary(config)
+        return summary
 
     summary = from_root(runtime, on_root(runtime, look))
     if summary is None:
