@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from fedq.data import load_dataset
+from fedq.federated.cohort import sample_cohort
 from fedq.federated.partition import partition
-from fedq.federated.rounds import sample_cohort
 from fedq.kernels import derive_seed
 from fedq.models import build_model
 from fedq.runfolder import environment_info

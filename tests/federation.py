@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from clients import client_on
 from launched import environ, free_ports, until
 from torch import nn
 
-from fedq.federated.client import Client, Trained
-from fedq.feedback import NoFeedback
+from fedq.federated.training import Trained
 from fedq.layout import Layout, LayoutSchedule
 from fedq.models import build_model
 from fedq.network.link import Link
@@ -180,7 +180,7 @@ class Puppet(threading.Thread):
         described = link.describe()
         training = AddOne(self.model, self.step)
         schedule = LayoutSchedule.of(self.model, self.uplink, feedback=False)
-        client = Client(self.number, torch.arange(self.examples), training, schedule, NoFeedback())
+        client = client_on(self.number, torch.arange(self.examples), training, schedule)
         memory = Memory(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
         member = Member(client, memory, run=described["run"], uplink=self.uplink)
         for message in link.follow(member.hello()):

@@ -16,7 +16,8 @@ from distributed import Spy
 from fedq.collectives import Transport
 from fedq.config import Config, validate
 from fedq.federated import rounds
-from fedq.federated.client import Client, RoundContext, Trained
+from fedq.federated.client import Client
+from fedq.federated.training import RoundContext, Trained
 from fedq.trainers import federated, job
 
 SMALL = {
@@ -88,7 +89,7 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
             trained.flat[0] = float("nan")
         return trained
 
-    def noted_build(*given: Any) -> rounds.FederatedRounds:
+    def noted_build(*given: Any) -> rounds.Rounds:
         built = build(*given)
         built.replica += rank
         replicas.append(built.replica)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from clients import client_on
 from distributed import run_group
 from jobs import Watched, file_hash, run_watched, small_config
 from safetensors.torch import load_file
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 
 from fedq.checkpoint import Checkpoints
 from fedq.data import Split
+from fedq.federated.aggregate import aggregate
 from fedq.federated.chaos import ChaosError, chaos
-from fedq.federated.client import Client, LocalTraining, RoundContext
-from fedq.federated.rounds import RoundResult, sample_cohort
-from fedq.federated.server import NormLimit, aggregate
-from fedq.feedback import NoFeedback
+from fedq.federated.cohort import sample_cohort
+from fedq.federated.image_training import LocalTraining
+from fedq.federated.limits import NormLimit
+from fedq.federated.rounds import Outcome
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import HEADER_NBYTES, Frame, Kind, join_payloads
 
@@ -64,7 +67,7 @@ def decoded(layout: Layout, client: int) -> np.ndarray:
 def test_updates_beyond_the_limit(model: nn.Module, spec: str, rule: Any, multiple: float) -> None:
     layout = Layout.of(model, spec)
     frames = [frame(layout, client) for client in WEIGHTS]
-    result = aggregate(layout, frames, CPU, norm_limit=NormLimit(multiple, rule))
+    result = aggregate(layout, frames, CPU, parts=NormLimit(multiple, rule))
 
     values = {client: decoded(layout, client) for client in WEIGHTS}
     norms = {client: float(np.linalg.norm(x[: layout.num_params])) for client, x in values.items()}
@@ -84,10 +87,10 @@ def test_updates_beyond_the_limit(model: nn.Module, spec: str, rule: Any, multip
 def test_the_words_say_what_was_done(model: nn.Module) -> None:
     layout = Layout.of(model, "fp32")
     frames = [frame(layout, client) for client in WEIGHTS]
-    clipped = aggregate(layout, frames, CPU, norm_limit=NormLimit(10.0)).clipped
+    clipped = aggregate(layout, frames, CPU, parts=NormLimit(10.0)).clipped
     assert list(clipped) == [2]
     assert clipped[2].startswith("norm clipped to 0.")
-    dropped = aggregate(layout, frames, CPU, norm_limit=NormLimit(10.0, "drop")).left_out
+    dropped = aggregate(layout, frames, CPU, parts=NormLimit(10.0, "drop")).left_out
     assert dropped[2].startswith("norm ")
     assert " is beyond " in dropped[2]
 
@@ -98,7 +101,7 @@ def test_one_client_far_beyond_the_others_cannot_move_the_limit(model: nn.Module
     for scale in (1e3, 1e9, 1e18):
         monkeypatch.setitem(SCALES, 2, scale)
         frames = [frame(layout, client) for client in WEIGHTS]
-        assert torch.equal(aggregate(layout, frames, CPU, norm_limit=NormLimit(10.0, "drop")).mean, without)
+        assert torch.equal(aggregate(layout, frames, CPU, parts=NormLimit(10.0, "drop")).mean, without)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e308])
@@ -113,7 +116,7 @@ def test_a_round_whose_weights_have_no_sum_is_skipped(model: nn.Module, weight: 
 def test_an_infinite_norm_is_left_out_and_the_others_are_limited(model: nn.Module, monkeypatch) -> None:
     layout = Layout.of(model, "fp32")
     monkeypatch.setitem(SCALES, 1, math.inf)
-    result = aggregate(layout, [frame(layout, c) for c in WEIGHTS], CPU, norm_limit=NormLimit(10.0))
+    result = aggregate(layout, [frame(layout, c) for c in WEIGHTS], CPU, parts=NormLimit(10.0))
     assert result.left_out == {1: "decoded update is not finite"}
     assert list(result.clipped) == [2]
     assert bool(torch.isfinite(result.mean).all())
@@ -152,18 +155,18 @@ def test_dropping_counts_against_the_smallest_cohort(model: nn.Module) -> None:
     layout = Layout.of(model, "fp32")
     frames = [frame(layout, c) for c in WEIGHTS]
     limit = NormLimit(10.0, "drop")
-    assert aggregate(layout, frames, CPU, min_cohort=4, norm_limit=limit).mean is not None
-    assert aggregate(layout, frames, CPU, min_cohort=5, norm_limit=limit).mean is None
+    assert aggregate(layout, frames, CPU, min_cohort=4, parts=limit).mean is not None
+    assert aggregate(layout, frames, CPU, min_cohort=5, parts=limit).mean is None
 
 
 def test_a_rounds_loss_is_that_of_the_clients_whose_update_was_used(model: nn.Module) -> None:
     layout = Layout.of(model, "fp32")
     frames = [(0, replace(frame(layout, c), loss=loss, accuracy=loss / 10)) for c, loss in ((0, 2.0), (1, 6.0))]
     failed = (1, replace(frame(layout, 2, Kind.FAILED, b"x"), loss=math.nan, accuracy=math.nan))
-    result = RoundResult([*frames, failed], {2: "training failed: x"})
+    result = Outcome([*frames, failed], {2: "training failed: x"})
     assert result.train_loss == pytest.approx((30 * 2 + 7 * 6) / 37)
     assert result.train_accuracy == pytest.approx((30 * 0.2 + 7 * 0.6) / 37)
-    assert math.isnan(RoundResult([failed], {2: "training failed: x"}).train_loss)
+    assert math.isnan(Outcome([failed], {2: "training failed: x"}).train_loss)
 
 
 # ---- a client that fails half-way ----
@@ -202,7 +205,7 @@ def test_a_training_that_fails_half_way_leaves_nothing_behind(split: Split) -> N
 
 def test_the_message_of_a_failure_is_short_and_travels(split: Split) -> None:
     local: LocalTraining = training(split)
-    client = Client(3, torch.arange(11), local, LayoutSchedule.always(local.layout), NoFeedback())
+    client = client_on(3, torch.arange(11), local, LayoutSchedule.always(local.layout))
     sent = client.failure(ValueError("ä" * 2000), RoundContext(4, 0.1, 0))
     received = Frame.unpack(sent.pack())
     assert (received.kind, received.client, received.round, received.weight) == (Kind.FAILED, 3, 4, 11.0)

@@ -23,7 +23,7 @@ from fedq.config import Config
 from fedq.data import Split
 from fedq.engines import choose_precision
 from fedq.errors import FieldError
-from fedq.federated.client import LocalTraining
+from fedq.federated.image_training import LocalTraining
 from fedq.layout import Layout
 from fedq.lowbit.centres import Centres, CentreSchedule, inner_weights
 from fedq.models import build_model

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clients import client_on
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.data import Split
 from fedq.engines.precision import Precision, choose_precision
 from fedq.errors import FieldError
-from fedq.federated.client import Client, LocalTraining, RoundContext, is_finite
+from fedq.federated.client import Client
+from fedq.federated.image_training import LocalTraining
+from fedq.federated.training import RoundContext, is_finite
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import Kind, split_body
@@ -168,7 +171,7 @@ def test_an_unknown_precision_is_refused() -> None:
 def client(split: Split, spec: str = "int4", feedback: bool = True, number: int = 3) -> Client:
     local = training(split)
     layout = Layout.of(local.model, spec)
-    return Client(
+    return client_on(
         number,
         torch.arange(20),
         local,
@@ -186,20 +189,20 @@ def sent(who: Client, round: int = 0, change: Callable[[Tensor], Tensor] = lambd
 
 
 def decoded(who: Client, frame) -> Tensor:
-    out = torch.zeros(who.uplink.at(0).numel)
-    who.uplink.at(0).decode_add(split_body(who.uplink.at(0), frame.body), out, seed=frame.seed)
+    out = torch.zeros(who.layouts.at(0).numel)
+    who.layouts.at(0).decode_add(split_body(who.layouts.at(0), frame.body), out, seed=frame.seed)
     return out
 
 
 def residual(who: Client) -> Tensor:
-    return who.feedback.store.get(who.number, who.uplink.at(0).num_params).clone()
+    return who.feedback.store.get(who.number, who.layouts.at(0).num_params).clone()
 
 
 def test_a_message_says_who_when_and_how_much(split: Split) -> None:
     who = client(split, "fp32", feedback=False)
     update, frame = sent(who, round=7)
     assert (frame.kind, frame.client, frame.round, frame.weight) == (Kind.UPDATE, 3, 7, 20.0)
-    assert frame.layout_hash == who.uplink.at(0).hash
+    assert frame.layout_hash == who.layouts.at(0).hash
     assert frame.loss > 0
     assert 0 <= frame.accuracy <= 1
     assert torch.equal(decoded(who, frame), update)  # fp32 loses nothing, statistics included
@@ -223,7 +226,7 @@ def test_clients_share_the_low_half_of_a_seed_and_have_noise_of_their_own() -> N
 @pytest.mark.parametrize("spec", ["int4", "sign", "topk:density=0.1"])
 def test_residuals_hold_what_was_not_sent(split: Split, spec: str) -> None:
     who, meant, arrived = client(split, spec), 0.0, 0.0
-    params = slice(0, who.uplink.at(0).num_params)
+    params = slice(0, who.layouts.at(0).num_params)
     for round in range(4):
         update, frame = sent(who, round)
         meant, arrived = meant + update.double(), arrived + decoded(who, frame).double()

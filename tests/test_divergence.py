@@ -24,8 +24,9 @@ from fedq.checkpoint import Checkpoints
 from fedq.cli import main
 from fedq.config import Config
 from fedq.errors import DivergedError, FieldError
-from fedq.federated.client import Client, RoundContext, Trained
-from fedq.federated.rounds import RoundResult
+from fedq.federated.client import Client
+from fedq.federated.rounds import Outcome
+from fedq.federated.training import RoundContext, Trained
 from fedq.models import build_model
 from fedq.network import join
 from fedq.network.settings import SERVER_DEFAULTS, check_server
@@ -84,7 +85,7 @@ def test_a_round_is_lost_if_most_clients_sent_what_is_of_no_use(kinds: str, skip
     too_few = frozenset(map(int, skipped))
     left_out = {client: "why" for client, kind in enumerate(kinds) if kind != "U" or client in too_few}
     frames = [frame(client, named[kind]) for client, kind in enumerate(kinds)]
-    assert RoundResult(frames, left_out, skipped=too_few).is_lost is is_lost
+    assert Outcome(frames, left_out, skipped=too_few).is_lost is is_lost
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from clients import client_on
 from distributed import run_group
 from jobs import file_hash, run_watched, small_config
 from safetensors.torch import load_file
@@ -19,10 +20,13 @@ from torch.nn import functional
 from fedq.codecs import codec
 from fedq.data import Split, normalize
 from fedq.errors import FieldError
-from fedq.federated.client import Client, LocalTraining, RoundContext, Trained, seeded
+from fedq.federated.aggregate import aggregate, apply_change
+from fedq.federated.client import Client
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.fedbat import FedBatTraining
-from fedq.federated.server import Server, aggregate, apply_change
+from fedq.federated.image_training import LocalTraining
+from fedq.federated.server import Server
+from fedq.federated.training import RoundContext, Trained, seeded
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule, plain_name
 from fedq.lowbit import deploy, deployed, deployed_state_dict, few_bit_layers, quantizer, use_few_bits
@@ -192,7 +196,7 @@ def test_a_layer_takes_few_bits_once() -> None:
 
 def client(number: int, local: LocalTraining, layout: Layout, *, feedback: bool = True) -> Client:
     keeps = ErrorFeedback(ResidualStore()) if feedback else NoFeedback()
-    return Client(number, torch.arange(10 * number, 10 * number + 10), local, LayoutSchedule.always(layout), keeps)
+    return client_on(number, torch.arange(10 * number, 10 * number + 10), local, LayoutSchedule.always(layout), keeps)
 
 
 def test_binary_weights_travel_as_signs_and_scales_and_are_averaged(split: Split) -> None:
@@ -227,7 +231,7 @@ def test_values_leave_no_residual(split: Split) -> None:
     local = training(few_bit_model("binary"), split, steps=1)
     layout = Layout.of(local.model, codec("sign").resolved(feedback=True)).with_values({"3.weight": codec(SIGN)})
     store = ResidualStore()
-    one = Client(0, torch.arange(10), local, LayoutSchedule.always(layout), ErrorFeedback(store))
+    one = client_on(0, torch.arange(10), local, LayoutSchedule.always(layout), ErrorFeedback(store))
     replica = local.layout.flatten(local.model)
     trained = one.train(replica, CONTEXT)
     one.message(layout.to_sent_(trained.flat, replica), trained, CONTEXT)

@@ -27,7 +27,7 @@ from fedq.codecs import codec
 from fedq.config import Config
 from fedq.configfile import load_config
 from fedq.data import load_dataset, normalize
-from fedq.federated.rounds import sample_cohort
+from fedq.federated.cohort import sample_cohort
 from fedq.layout import Layout
 from fedq.models import build_model
 from fedq.runfolder import SUMMARY_KEYS

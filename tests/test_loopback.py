@@ -14,7 +14,7 @@ import pytest
 from distributed import LIMIT_S, run_group
 from jobs import small_config
 
-from fedq.federated.client import RoundContext
+from fedq.federated.training import RoundContext
 from fedq.trainers.build import build_rounds, residual_store
 from fedq.trainers.job import open_job
 

@@ -16,8 +16,9 @@ from federation import Federation, Puppet, federation
 from torch import nn
 
 from fedq.errors import FieldError
-from fedq.federated.client import RoundContext
-from fedq.federated.server import why_left_out
+from fedq.federated.aggregate import why_left_out
+from fedq.federated.own_training import OwnTraining
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network import client
 from fedq.network.client import settings_of
@@ -25,7 +26,6 @@ from fedq.network.fields import MOST_EXAMPLES, NOTES, SETTINGS, check_answer, ch
 from fedq.network.hub import Federation as Job
 from fedq.network.hub import Hub, Refused
 from fedq.network.link import NotWanted
-from fedq.network.own import OwnTraining
 from fedq.network.seat import RateLimit, Task
 from fedq.network.server import run_server, shared_settings
 from fedq.network.settings import SERVER_DEFAULTS, ClientConfig, NetworkConfig
@@ -225,9 +225,9 @@ def test_the_text_of_an_answer_is_cleaned() -> None:
 
 
 def test_an_accuracy_of_ones_own_loop_is_a_share() -> None:
-    training = OwnTraining(nn.Linear(2, 2), lambda lr: (0.5, 95.0))
+    training = OwnTraining(nn.Linear(2, 2), lambda model, lr: (0.5, 95.0))
     with pytest.raises(FieldError, match="accuracy=95"):
-        training.run(torch.zeros(training.layout.numel), torch.arange(3), lr=0.1, seed=0)
+        training.run(torch.zeros(training.layout.numel), RoundContext(0, 0.1, 0), 0)
 
 
 # ---- what cannot be stored -------------------------------------------------------------------------------------------

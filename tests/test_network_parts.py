@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from clients import client_on
 from torch import Tensor, nn
 
 from fedq.codecs import codec
 from fedq.errors import FieldError
-from fedq.federated.client import Client, RoundContext, Trained
-from fedq.federated.server import Server, aggregate, apply_change
-from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
+from fedq.federated.aggregate import aggregate, apply_change
+from fedq.federated.own_training import OwnTraining
+from fedq.federated.server import Server
+from fedq.federated.training import RoundContext, Trained
+from fedq.feedback import ErrorFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.hub import Federation, Hub, Refused
 from fedq.network.member import Diverged, Member, Memory, check_same_model
 from fedq.network.offer import Offers, checksum, whole_model
-from fedq.network.own import OwnTraining
 from fedq.network.seat import RateLimit
 from fedq.network.settings import (
     SERVER_DEFAULTS,
@@ -223,7 +225,7 @@ def test_the_mean_of_mixed_codecs_is_that_of_what_each_decodes_to() -> None:
     for number, spec in enumerate(["int8", "sign", "sign", "fp32", "int4"]):
         layout = Layout.of(_model(), codec(spec).resolved(feedback=False))
         others[layout.hash] = layout
-        client = Client(number, torch.arange(number + 1), None, LayoutSchedule.always(layout), NoFeedback())  # type: ignore[arg-type]
+        client = client_on(number, torch.arange(number + 1), None, LayoutSchedule.always(layout))  # type: ignore[arg-type]
         update = torch.randn(layout.numel, generator=torch.Generator().manual_seed(number))
         frames.append(client.message(update, Trained(update, 0.0, 0.0, 1), RoundContext(0, 0.1, 0)))
         out = torch.zeros(layout.numel)
@@ -254,7 +256,7 @@ class _Noise:
 def _member(folder: Path, model: nn.Module, *, number: int = 0, feedback: bool = True, run: str = "a run") -> Member:
     memory = Memory(folder, number, has_feedback=feedback)
     schedule = LayoutSchedule.of(model, "sign" if feedback else "int8", feedback=feedback)
-    client = Client(number, torch.arange(5), _Noise(model), schedule, memory.feedback)
+    client = client_on(number, torch.arange(5), _Noise(model), schedule, memory.feedback)
     if not feedback:
         memory.begin = lambda run, uplink: None  # type: ignore[method-assign]
     return Member(client, memory, run=run, uplink="sign")
@@ -321,7 +323,7 @@ def test_residuals_are_those_of_error_feedback(tmp_path: Path) -> None:
         context = RoundContext(round, 0.1, 3)
         answer = member.answer(_task(round, replica), round)
         trained = member.client.train(replica, context)
-        layout = member.client.uplink.at(round)
+        layout = member.client.layouts.at(round)
         update = layout.to_sent_(trained.flat, replica)
         payloads = plain.encode(0, layout, update, seed=context.uplink_seed(0))
         assert torch.equal(answer.frame.body, torch.cat([payload.data for payload in payloads]))
@@ -368,7 +370,7 @@ def test_training_that_fails_is_told(tmp_path: Path) -> None:
     def fail(*args: object, **kwargs: object) -> Trained:
         raise OSError("the disk is full")
 
-    member.client.training.run = fail  # type: ignore[method-assign]
+    member.client.training.training.run = fail  # type: ignore
     answer = unpack(member.answer(_task(0, replica), 0).pack())
     assert answer.frame.kind == Kind.FAILED
     assert b"the disk is full" in bytes(answer.frame.body.tolist())
@@ -377,12 +379,12 @@ def test_training_that_fails_is_told(tmp_path: Path) -> None:
 def test_a_training_loop_of_ones_own() -> None:
     model = _model()
     with torch.no_grad():
-        training = OwnTraining(model, lambda lr: [p.add_(lr) for p in model.parameters()] and (0.5, 0.9))
+        training = OwnTraining(model, lambda model, lr: [p.add_(lr) for p in model.parameters()] and (0.5, 0.9))
         start = torch.zeros(training.layout.numel)
-        trained = training.run(start, torch.arange(3), lr=0.25, seed=1)
+        trained = training.run(start, RoundContext(0, 0.25, 1), 0)
     assert (trained.flat[: training.layout.num_params] == 0.25).all()
     assert (trained.loss, trained.accuracy) == (0.5, 0.9)
-    silent = OwnTraining(model, lambda lr: None).run(start, torch.arange(3), lr=0.25, seed=1)
+    silent = OwnTraining(model, lambda model, lr: None).run(start, RoundContext(0, 0.25, 1), 0)
     assert math.isnan(silent.loss)
 
 

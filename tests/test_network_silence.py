@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedq import waiting
-from fedq.federated.client import RoundContext
-from fedq.federated.server import why_left_out
+from fedq.federated.aggregate import why_left_out
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.hub import Federation, Hub, Refused
 from fedq.network.settings import NetworkConfig

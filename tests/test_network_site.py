@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedq.config import Config
 from fedq.data import Split
 from fedq.engines import Precision
-from fedq.federated.client import LocalTraining
+from fedq.federated.image_training import LocalTraining
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.network.site import Site

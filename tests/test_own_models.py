@@ -20,14 +20,15 @@ from fedq.collectives import Transport
 from fedq.data import Split
 from fedq.engines.precision import Precision
 from fedq.errors import FieldError
-from fedq.federated.client import Client, LocalTraining, RoundContext
+from fedq.federated.client import Client
 from fedq.federated.frozen import check_frozen, check_ranks, frozen_checksums
+from fedq.federated.image_training import LocalTraining
 from fedq.federated.stacked import train_stacked
+from fedq.federated.training import RoundContext
 from fedq.feedback import ErrorFeedback, ResidualStore, read_residual
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.member import Member, Memory
-from fedq.network.own import OwnTraining
 from fedq.trainers import federated
 from fedq.wire import Kind
 
@@ -157,23 +158,23 @@ def square(dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("sends", ["change", "values"])
 def test_a_client_that_does_not_train_sends_zeros(tmp_path: Path, dtype: torch.dtype, sends: str) -> None:
     model = square(dtype)
-    training = OwnTraining(model, lambda lr: None)
+    nothing = Client(lambda model, lr: None, num_examples=3)
     uplink = LayoutSchedule.of(model, "int8", feedback=True)
     if sends == "values":
         uplink = uplink.with_values({"weight": Layout.of(model, "int8")["weight"].codec})
     store = ResidualStore(folder=tmp_path)
     member = Member(
-        Client(0, torch.arange(3), training, uplink, ErrorFeedback(store)),
+        nothing.seated(0, uplink, ErrorFeedback(store), model=model),
         Memory(tmp_path, 0, has_feedback=True),
         run="r",
         uplink="int8",
     )
-    member.replica = torch.randn(training.layout.numel)
+    member.replica = torch.randn(member.layout.numel)
     answer = member.answer({"round": 0, "lr": 0.1, "seed": 1}, 1)
     tensors = answer.tensors()
     assert not tensors["bias"].any()
     assert tensors["weight"].any() == (sends == "values")
-    assert not store.get(0, training.layout.num_params)[64 * 64 * (sends == "values") :].any()
+    assert not store.get(0, member.layout.num_params)[64 * 64 * (sends == "values") :].any()
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])
@@ -330,12 +331,12 @@ def test_a_difference_is_named() -> None:
 def test_a_training_function_that_freezes_is_named() -> None:
     model = Adapted()
 
-    def train(lr: float) -> None:
+    def train(model: Adapted, lr: float) -> None:
         model.head.requires_grad_(False)
 
-    training = OwnTraining(model, train)
-    start = torch.zeros(training.layout.numel)
-    client = Client(0, torch.arange(3), training, LayoutSchedule.of(model, "int4", feedback=False), SimpleNamespace())
+    layouts = LayoutSchedule.of(model, "int4", feedback=False)
+    client = Client(train, num_examples=3).seated(0, layouts, SimpleNamespace(), model=model)
+    start = torch.zeros(client.training.layout.numel)
     with pytest.raises(FieldError, match=r"head\.bias='frozen'"):
         client.train(start, RoundContext(0, 0.1, 0))
     with pytest.raises(FieldError, match=r"head\.bias='frozen'"):  # and before the next round does any work

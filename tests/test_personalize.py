@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from fedq.data import Split
 from fedq.engines.precision import Precision
-from fedq.federated.client import LocalTraining
 from fedq.federated.evaluate import Evaluator
+from fedq.federated.image_training import LocalTraining
 from fedq.feedback import ResidualStore
 from fedq.layout import Layout
 from fedq.lowbit.centres import CentreSchedule

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from fedq.cli import parse_args
 from fedq.config import Config, validate
 from fedq.errors import FieldError
-from fedq.federated.rounds import FederatedRounds, RoundContext
+from fedq.federated.rounds import Rounds
+from fedq.federated.training import RoundContext
 from fedq.personalize.__main__ import DEFAULTS
 from fedq.personalize.methods import Local
-from fedq.personalize.silent import SilentRounds
 from fedq.trainers import federated
 
 SMALL = {
@@ -52,8 +52,7 @@ def run_jobs(rank: int, jobs: list[tuple[Config, int | None]]) -> list[dict[str,
     results: list[dict[str, Any] | str] = []
     for each, stop in jobs:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), pytest.MonkeyPatch.context() as patch:
-            for kind in (FederatedRounds, SilentRounds):
-                patch.setattr(kind, "run", _stopping(kind.run, stop))
+            patch.setattr(Rounds, "run", _stopping(Rounds.run, stop))
             try:
                 results.append(federated.run_job(each))
             except Stopped:
@@ -66,7 +65,7 @@ class Stopped(Exception):
 
 
 def _stopping(run: Callable, stop: int | None) -> Callable:
-    def stopping(rounds: FederatedRounds, context: RoundContext) -> Any:
+    def stopping(rounds: Rounds, context: RoundContext) -> Any:
         if context.round == stop:
             raise Stopped
         return run(rounds, context)

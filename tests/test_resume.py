@@ -23,7 +23,7 @@ from fedq.checkpoint import CheckpointError, Checkpoints
 from fedq.cli import main
 from fedq.config import Config
 from fedq.errors import FieldError
-from fedq.federated.rounds import FederatedRounds
+from fedq.federated.rounds import Rounds
 from fedq.feedback import ResidualStore
 from fedq.trainers import federated
 from fedq.trainers.watch import Watch
@@ -117,9 +117,9 @@ def stopped_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
 
 
 def _stop_at(patch: pytest.MonkeyPatch, stop: Stop) -> None:
-    run, log, save = FederatedRounds.run, federated.log_round, ResidualStore.save
+    run, log, save = Rounds.run, federated.log_round, ResidualStore.save
 
-    def stopped_run(rounds: FederatedRounds, context: Any) -> Any:
+    def stopped_run(rounds: Rounds, context: Any) -> Any:
         if (context.round, "begin") == (stop.round, stop.moment):
             raise Stopped
         return run(rounds, context)
@@ -135,7 +135,7 @@ def _stop_at(patch: pytest.MonkeyPatch, stop: Stop) -> None:
             raise Stopped
         return saved
 
-    patch.setattr(FederatedRounds, "run", stopped_run)
+    patch.setattr(Rounds, "run", stopped_run)
     patch.setattr(federated, "log_round", stopped_log)
     patch.setattr(ResidualStore, "save", stopped_save)
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
-from fedq.federated.client import RoundContext
+from fedq.federated.aggregate import aggregate, apply_change
 from fedq.federated.optim import server_optimizer
-from fedq.federated.server import Server, aggregate, apply_change
+from fedq.federated.server import Server
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout
 from fedq.wire import Frame, Kind, join_payloads
 

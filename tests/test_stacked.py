@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedq.data import Split
 from fedq.engines.precision import Precision
-from fedq.federated import rounds
-from fedq.federated.client import LocalTraining
+from fedq.federated import rank_delivery
+from fedq.federated.image_training import LocalTraining
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.layout import Layout
 from fedq.models import build_model
@@ -153,7 +153,7 @@ def test_a_stack_that_fails_is_trained_one_by_one(
         raise RuntimeError("out of memory")
 
     _, expected = model_of(tmp_path / "one", rounds=1)
-    monkeypatch.setattr(rounds, "train_stacked", fail)
+    monkeypatch.setattr(rank_delivery, "train_stacked", fail)
     _, found = model_of(tmp_path / "stacked", rounds=1, side_by_side=4)
     assert torch.equal(found, expected)
     assert "out of memory" in caplog.text

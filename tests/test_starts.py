@@ -14,7 +14,7 @@ from jobs import SMALL, file_hash
 from fedq.cli import main, parse_args
 from fedq.config import Config
 from fedq.errors import RendezvousError
-from fedq.federated.rounds import FederatedRounds
+from fedq.federated.rounds import Rounds
 from fedq.trainers import starts
 from fedq.trainers.federated import run_job
 
@@ -33,14 +33,14 @@ def stop(*given: object) -> None:
 
 
 def stop_in_round(patch: pytest.MonkeyPatch, number: int) -> None:
-    run = FederatedRounds.run
+    run = Rounds.run
 
-    def stopped(rounds: FederatedRounds, context):
+    def stopped(rounds: Rounds, context):
         if context.round == number:
             raise Stopped(f"in round {number}")
         return run(rounds, context)
 
-    patch.setattr(FederatedRounds, "run", stopped)
+    patch.setattr(Rounds, "run", stopped)
 
 
 def begin(out: Path | None, **changes: object) -> None:

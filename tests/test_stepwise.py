@@ -159,7 +159,7 @@ def test_plain_gradients_train_like_a_hand_written_loop(ran: dict[str, Any]) -> 
 def note_batches(rank: int, config: Config, world_size: int) -> dict[str, Any]:
     """Return the batches that each of so many ranks trains on, as the job draws them."""
     from fedq.data import batches as index_batches
-    from fedq.federated.client import seeded
+    from fedq.federated.training import seeded
     from fedq.kernels import derive_seed
     from fedq.trainers.job import open_job
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,15 +21,14 @@ from torch import Tensor, nn
 from fedq.collectives import Transport
 from fedq.config import Config
 from fedq.errors import FieldError
-from fedq.federated.client import Client, RoundContext, Trained
-from fedq.federated.downlink import DownlinkCost
-from fedq.federated.exchange import Exchange, Rooted
+from fedq.federated.assembly import RoundSettings, Seats, make_rounds, over_ranks
+from fedq.federated.client import Client
+from fedq.federated.cohort import sample_cohort
 from fedq.federated.optim import SERVER_OPTIMIZERS, server_optimizer
-from fedq.federated.rounds import FederatedRounds, sample_cohort
-from fedq.federated.server import NormLimit, Server, join_states
-from fedq.federated.two_phase import TwoPhase, deal
-from fedq.feedback import NoFeedback
-from fedq.layout import Layout, LayoutSchedule
+from fedq.federated.server import Server, join_states
+from fedq.federated.training import RoundContext, Trained
+from fedq.federated.two_phase import deal
+from fedq.layout import Layout
 from fedq.ledger import Ledger
 from fedq.models import build_model
 from fedq.phases import PHASES
@@ -271,39 +271,40 @@ class Scripted(Client):
         return replace(frame, body=join_payloads(UP, UP.encode(spoiled, seed=frame.seed)))
 
 
-UP = Layout.of(nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 2)), "int4")
+def scripted_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 2))
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    return model
+
+
+UP = Layout.of(scripted_model(), "int4")
+
+
+def scripted_client(number: int) -> Scripted:
+    return Scripted(SimpleNamespace(run=None), num_examples=5 + number)
 
 
 def scripted_rounds(rank: int, limits: dict[str, Any]) -> list[tuple]:
     """Return what rank 0 says of left out and clipped clients, the replica and rank 0's totals, by way."""
     results = []
-    for spread in (False, True):
-        ledger, transport, schedule, replica = Ledger(), Transport(), LayoutSchedule.always(UP), torch.zeros(UP.numel)
-        way: Exchange = TwoPhase(transport, ledger, UP) if spread else Rooted(transport, ledger)
-        rounds = FederatedRounds(
-            transport=transport,
-            clients={i: Scripted(i, torch.arange(5 + i), None, schedule, NoFeedback()) for i in range(5)},  # type: ignore
-            server=Server(replica, way.part(UP), lambda p: server_optimizer("fedavg", p)) if way.serves else None,
-            uplink=schedule,
-            downlink=UP,
-            replica=replica,
-            ledger=ledger,
-            downlink_cost=DownlinkCost(ledger, UP, "cohort", 5),
-            cohort_size=5,
-            sticky=False,
-            exchange=way,
-            **limits,
+    for aggregate in ("rooted", "two_phase"):
+        ledger, transport, model = Ledger(), Transport(), scripted_model()
+        settings = RoundSettings("int4", "int4", feedback="off", aggregate=aggregate, **limits)
+        seats = Seats(5, scripted_client, model, settings, None)
+        rounds = make_rounds(
+            model, settings, over_ranks(model, settings, seats, transport, ledger, sticky=False), transport=transport
         )
         rounds.share_start()
         told = [rounds.run(RoundContext(number, 0.1, 7)) for number in range(3)]
-        results.append(([(t.left_out, t.clipped) for t in told], replica.tolist(), ledger.totals()))
+        results.append(([(t.left_out, t.clipped) for t in told], rounds.replica.tolist(), ledger.totals()))
     return results
 
 
 LIMITS: list[dict[str, Any]] = [
     {},
-    {"norm_limit": NormLimit(2.0)},
-    {"norm_limit": NormLimit(2.0, "drop")},
+    {"max_update_norm": 2.0},
+    {"max_update_norm": 2.0, "norm_rule": "drop"},
     {"min_cohort": 5},
 ]
 
@@ -319,7 +320,7 @@ def test_owners_decide_as_one_server_does(world_size: int) -> None:
         assert spread_told == told
         assert all(left_out[1] == "decoded update is not finite" for left_out, _ in told)
         others = {client for left_out, clipped in told for client in (*left_out, *clipped)} - {1}
-        assert others == ({2} if "norm_limit" in limits else {0, 2, 3, 4} if limits else set())
+        assert others == ({2} if "max_update_norm" in limits else {0, 2, 3, 4} if limits else set())
         assert all(other == replica for results in by_rank for _, other, _ in results)
         assert any(replica) == ("min_cohort" not in limits)
         assert (spread_totals.payload, spread_totals.raw) == (totals.payload, totals.raw)

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedq.federated.server import Aggregate, NormLimit, WeightLimit, aggregate
+from fedq.federated.aggregate import Aggregate, aggregate
+from fedq.federated.limits import NormLimit, WeightLimit
+from fedq.federated.parts import Parts
 from fedq.layout import Layout
 from fedq.wire import Frame, Kind, join_payloads
 
@@ -70,7 +72,8 @@ def _frame(client: int, value: float, weight: float) -> Frame:
 
 def _mean(*frames: Frame, share: float = 0.5, norm_limit: NormLimit | None = None) -> Aggregate:
     limit = WeightLimit(share, frozenset(range(10)))
-    return aggregate(LAYOUT, frames, torch.device("cpu"), weight_limit=limit, norm_limit=norm_limit)
+    parts = Parts([limit] if norm_limit is None else [norm_limit, limit])
+    return aggregate(LAYOUT, frames, torch.device("cpu"), parts=parts)
 
 
 def test_the_mean_is_that_of_the_weights_that_count() -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fedq.codecs import split_spec
 from fedq.errors import FieldError, one_of
+from fedq.federated.client import Client
+from fedq.federated.parts import Part
+from fedq.federated.training import RoundContext
 from fedq.kernels import derive_seed
 
 
@@ -25,7 +28,7 @@ class ChaosError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Chaos:
+class Chaos(Part):
     """How often what goes wrong; each is a probability from 0 to 1.
 
     Args:
@@ -45,6 +48,18 @@ class Chaos:
     slow_s: float = 1.0
     seed: int = 0
     start: int = 0
+
+    def before_training(self, context: RoundContext, client: Client) -> None:
+        """Delay or fail a client's training."""
+        self.strike_client(context.round, client.number)
+
+    def before_encoding(self, context: RoundContext, client: Client, update: Tensor) -> None:
+        """Put a NaN into an update if it is to have one."""
+        self.spoil(update, context.round, client.number)
+
+    def before_exchange(self, context: RoundContext, rank: int) -> None:
+        """Kill this process if its time has come."""
+        self.strike_rank(context.round, rank)
 
     def strike_rank(self, round: int, rank: int) -> None:
         """Kill this process if its time has come."""

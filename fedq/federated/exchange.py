@@ -1,6 +1,6 @@
-"""How a round's messages reach the server, and how its change reaches everybody; here by way of rank 0.
+"""How ranks' messages reach the server, and how its change reaches all ranks: by way of rank 0, or not at all.
 
-`TwoPhase` is the other way, with a part of the server on every rank. Both book what crossed.
+`TwoPhase` is the other way, with a part of the server on every rank. All book what crossed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from torch import Tensor
 from fedq.collectives import Moved, Transport
 from fedq.errors import FieldError
 from fedq.federated.accounting import framing, message_parts, plain_model
-from fedq.federated.client import RoundContext
-from fedq.federated.server import Facts
+from fedq.federated.aggregate import Facts
+from fedq.federated.delivery import Ranked
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout
 from fedq.ledger import NO_CLIENT, Ledger, MessageParts
 from fedq.wire import Frame
-
-Ranked = list[tuple[int, Frame]]
-"""Messages with the rank that each came from, in client order."""
 
 
 class Exchange(Facts, ABC):
@@ -147,3 +145,25 @@ class Rooted(Exchange):
         frame = Frame.unpack(message) if message.numel() else None
         self._book_broadcast(context.round, message_parts(layout, frame) if frame else framing("change", 0), moved)
         return frame
+
+
+class Unsent(Exchange):
+    """No rank has a server: what clients tell of their training is gathered on rank 0, and nothing comes back.
+
+    It is a matter of the simulation, booked as bytes between ranks.
+    """
+
+    @property
+    def serves(self) -> bool:
+        """Whether this rank has a server: none has."""
+        return False
+
+    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+        """Gather all messages on rank 0; nothing comes back on the others."""
+        ranked, moved = self.gather(frames, counts)
+        self.book_peer(round, "metrics", moved.payload + moved.sizes)
+        return ranked
+
+    def spread(self, change: Frame | None, layout: Layout, context: RoundContext) -> Frame | None:
+        """Return that there is no change."""
+        return None

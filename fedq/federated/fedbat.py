@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from fedq.federated.client import LocalTraining, Passed
+from fedq.federated.image_training import LocalTraining, Passed
 from fedq.lowbit.update import BinaryUpdate, binary_updates
 
 FULL_PRECISION_SHARE = 0.5

@@ -17,7 +17,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 
 from fedq.data import crop_and_flip, draw_crops, normalize
-from fedq.federated.client import LocalTraining, Trained, Training, seed_torch
+from fedq.federated.image_training import LocalTraining
+from fedq.federated.training import Trained, seed_torch
 from fedq.layout import difference, plain_name
 
 Named = dict[str, Tensor]
@@ -31,7 +32,7 @@ class _Step:
     crops: Tensor | None
 
 
-def can_stack(training: Training) -> TypeGuard[LocalTraining]:
+def can_stack(training: object) -> TypeGuard[LocalTraining]:
     """Return whether clients may share a step: not with float16, whose loss scale would be shared too, nor a model with
     complex numbers."""
     if not isinstance(training, LocalTraining) or training.precision.name == "fp16":

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fedq.collectives import Transport
 from fedq.federated.accounting import Sections, framing, payload_parts, span_sections
-from fedq.federated.client import RoundContext
-from fedq.federated.exchange import Exchange, Ranked
+from fedq.federated.delivery import Ranked
+from fedq.federated.exchange import Exchange
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout, Span
 from fedq.ledger import NO_CLIENT, Ledger
 from fedq.wire import HEADER_NBYTES, Frame, body_nbytes, join_body, split_body

@@ -18,7 +18,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from fedq.codecs import Codec, codec_schedule
 from fedq.errors import FieldError
-from fedq.federated.client import RoundContext
+from fedq.federated.training import RoundContext
 from fedq.flower.accounting import message_nbytes
 from fedq.flower.arrays import (
     Model,

@@ -17,8 +17,9 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedq.errors import FieldError
-from fedq.federated.client import RoundContext, is_finite
-from fedq.federated.server import apply_change
+from fedq.federated.aggregate import apply_change
+from fedq.federated.change_log import ChangeLog
+from fedq.federated.training import RoundContext, is_finite
 from fedq.flower.arrays import Model, layout_of, log, read_record
 from fedq.layout import Layout
 from fedq.wire import SERVER, Frame, Kind, Message, join_payloads
@@ -39,10 +40,14 @@ class Versions:
         self._downlink = downlink
         self._seed = seed
         self._models: dict[int, Model] = {}
-        self._changes: dict[int, Message] = {}
+        self._changes = ChangeLog[Message](lambda change: change.nbytes, fewest=1)
         self._whole: ArrayRecord | None = None
         self._target: dict[str, Any] = {}
-        self.number = 0
+
+    @property
+    def number(self) -> int:
+        """The newest version; 0: there is none yet."""
+        return self._changes.newest
 
     @property
     def model(self) -> Model:
@@ -75,15 +80,13 @@ class Versions:
             log.warning("fedq: the model has other arrays than before; everyone gets it whole")
             model, anew = read_record(record), True
         change = None if anew or not self.number else self._change(model)
-        self.number += 1
         if change is None:
-            self._changes.clear()
+            self._changes.restart(self.number + 1)
             self._models[self.number], self._whole = model, record
             return
-        self._changes[self.number] = change
-        self._models[self.number] = replace(model, flat=changed(self._models[self.number - 1].flat, change))
-        self._whole = None
-        self._forget_changes()
+        moved = replace(model, flat=changed(self.model.flat, change))
+        self._changes.add(change, moved.plain_nbytes)
+        self._models[self.number], self._whole = moved, None
 
     def _change(self, model: Model) -> Message | None:
         """Return the message from the newest version to a model; None if that is not finite."""
@@ -99,17 +102,9 @@ class Versions:
         exact = {name: tensor for name, tensor in model.exact.items() if not _same(tensor, replica.exact.get(name))}
         return Message(frame, layout, self.number + 1, exact)
 
-    def _forget_changes(self) -> None:
-        """Forget changes that together weigh more than the whole model."""
-        while len(self._changes) > 1 and sum(c.nbytes for c in self._changes.values()) > self.model.plain_nbytes:
-            del self._changes[min(self._changes)]
-
     def since(self, held: int) -> list[Message] | None:
         """Return the changes that lead from a version to the newest, or None if the whole model has to be sent."""
-        needed = range(held + 1, self.number + 1)
-        if not 0 < held <= self.number or not all(number in self._changes for number in needed):
-            return None
-        return [self._changes[number] for number in needed]
+        return self._changes.since(held) if held > 0 else None
 
     def whole(self) -> ArrayRecord:
         """Return the newest version as plain arrays."""

@@ -17,9 +17,12 @@ from fedq.configfile import with_settings
 from fedq.data import Dataset
 from fedq.engines import choose_precision, make_engine
 from fedq.errors import FieldError
-from fedq.federated.client import Client, Training
+from fedq.federated.aggregate import why_left_out
+from fedq.federated.assembly import wants_feedback
+from fedq.federated.client import Client
 from fedq.federated.frozen import check_frozen, frozen_checksums
-from fedq.federated.server import why_left_out
+from fedq.federated.own_training import TrainFunction
+from fedq.federated.training import ExampleTraining, OnExamples
 from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
 from fedq.models import is_own
@@ -27,13 +30,12 @@ from fedq.network.certs import Identity, client_number, load_identity
 from fedq.network.fields import FOLDER, check_note, check_settings
 from fedq.network.link import Backoff, Link, Lost, NotWanted
 from fedq.network.member import Diverged, Member, Memory
-from fedq.network.own import OwnTraining, TrainFunction
 from fedq.network.settings import ClientConfig, check_client
 from fedq.network.site import Site
 from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
 from fedq.trainers.allocator import keep_freed_memory
-from fedq.trainers.build import uplink_schedule, wants_feedback
+from fedq.trainers.build import round_settings
 from fedq.trainers.job import build_network, client_parts, load_data, local_optimizer, local_training, make_model
 from fedq.waiting import Say, Wait, speaking
 from fedq.wire import Kind, Message, read_note
@@ -122,8 +124,8 @@ def join(
     try:
         federation = _describe(link, give_up_after)
         settings = settings_of(federation, config, has_own_model=True)
-        training = OwnTraining(model, train)
-        member = _member(config, federation, settings, training, torch.arange(num_examples))
+        client = Client(lambda model, lr: train(lr), num_examples=num_examples)
+        member = _member(config, federation, settings, client, model, own=True)
         result = follow(link, member, Backoff(link, give_up_after, say), say)
         if member.replica is not None:
             member.layout.unflatten_(member.replica, model)
@@ -227,7 +229,8 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     settings = settings_of(federation, config)
     number = int(federation["number"])
     data, training, indices = _prepare(config, settings, runtime, federation)
-    member = _member(config, federation, settings, training, indices)
+    client = Client(OnExamples(training, indices), num_examples=len(indices))
+    member = _member(config, federation, settings, client, training.model, own=False)
     codec, where = settings.exchange.uplink, "TLS" if config.certs is not None else "no TLS"
     ranks = f", {runtime.world_size} ranks by {config.exchange}" if runtime.world_size > 1 else ""
     print_header(
@@ -266,7 +269,7 @@ def _work_for_root(config: ClientConfig, runtime: Runtime) -> None:
 
 def _prepare(
     config: ClientConfig, settings: Config, runtime: Runtime, federation: dict[str, Any]
-) -> tuple[Dataset, Training, Tensor]:
+) -> tuple[Dataset, ExampleTraining, Tensor]:
     """Load the data, and build the model as the server has built its own."""
     if config.own_data:  # all of it is for training: the server has images of its own to test with
         settings = replace(settings, data=replace(settings.data, val_fraction=0.0, train_examples=None))
@@ -309,22 +312,30 @@ def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
 
 
 def _member(
-    config: ClientConfig, federation: dict[str, Any], settings: Config, training: Training, indices: Tensor
+    config: ClientConfig, federation: dict[str, Any], settings: Config, client: Client, model: nn.Module, *, own: bool
 ) -> Member:
+    """Return this client's side of the federation.
+
+    Args:
+        config: Its own settings.
+        federation: What the server says of itself.
+        settings: Those of the federation, with this client's own.
+        client: How it trains.
+        model: The module.
+        own: Whether model and data are none that the server knows.
+    """
     exchange, number = settings.exchange, int(federation["number"])
-    check_frozen(frozen_checksums(training.model), federation.get("frozen", {}), "the server's")
+    check_frozen(frozen_checksums(model), federation.get("frozen", {}), "the server's")
     has_feedback = wants_feedback(exchange.feedback, exchange.uplink)
     memory = Memory(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
-    schedule = uplink_schedule(settings, training.model, exchange.uplink, feedback=has_feedback)
-    client = Client(number, indices, training, schedule, memory.feedback)
+    layouts = round_settings(settings, model).uplink_layouts(model, feedback=has_feedback)
     return Member(
-        client,
+        client.seated(number, layouts, memory.feedback, model=model, residual_memory=exchange.residual_memory),
         memory,
         run=federation["run"],
         uplink=exchange.uplink,
-        residual_memory=exchange.residual_memory,
-        has_own_data=config.own_data or isinstance(training, OwnTraining),
-        has_start=exchange.start == "seed" and not isinstance(training, OwnTraining),
+        has_own_data=config.own_data or own,
+        has_start=exchange.start == "seed" and not own,
     )
 
 

@@ -20,9 +20,9 @@ import torch
 
 from fedq.errors import FieldError
 from fedq.federated.accounting import framing, payload_parts, span_sections
-from fedq.federated.client import RoundContext
+from fedq.federated.cohort import sample_cohort
 from fedq.federated.downlink import without_raw
-from fedq.federated.rounds import sample_cohort
+from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import MessageParts
 from fedq.network.fields import check_answer, check_note

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from fedq.errors import FieldError
-from fedq.federated.client import Client, RoundContext
-from fedq.federated.server import apply_change
+from fedq.federated.aggregate import apply_change
+from fedq.federated.client import Client
+from fedq.federated.parts import Part
+from fedq.federated.training import RoundContext
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.files import replace_file
 from fedq.layout import Layout
@@ -102,7 +104,6 @@ class Member:
         memory: Its residual.
         run: The federation's run.
         uplink: The codecs of its updates, as it announces them.
-        residual_memory: Share of the residual that is left after each round in which it was not asked.
         has_own_data: Whether its examples are no share of a data set that the server knows.
         has_start: Whether the module is the federation's first model already, drawn from its seed.
     """
@@ -114,7 +115,6 @@ class Member:
         *,
         run: str,
         uplink: str,
-        residual_memory: float = 1.0,
         has_own_data: bool = True,
         has_start: bool = False,
     ) -> None:
@@ -122,7 +122,7 @@ class Member:
         self.memory = memory
         self.run = run
         self.uplink = uplink
-        self.residual_memory = residual_memory
+        self.parts = Part()
         self.has_own_data = has_own_data
         self.layout = client.training.layout
         self.replica = self.layout.flatten(client.training.model) if has_start else None
@@ -140,7 +140,7 @@ class Member:
             "run": self.run,
             "uplink": self.uplink,
             "feedback": self.memory.store is not None,
-            "num_examples": len(self.client.indices),
+            "num_examples": self.client.num_examples,
             "own_data": self.has_own_data,
             "instance": self.instance,
             **held,
@@ -196,18 +196,14 @@ class Member:
     def _train(self, context: RoundContext, sequence: int) -> Message:
         assert self.replica is not None
         last, client = self.memory.before(context.round), self.client
-        try:
-            trained = client.train(self.replica, context)
-        except Exception as error:
-            return Message(client.failure(error, context), sequence=sequence)
-        layout = client.uplink.at(context.round)
-        update = layout.to_sent_(trained.flat, self.replica, trained.changes)
         missed = 0 if last is None else context.round - last - 1
-        frame = client.message(update, trained, context, memory=self.residual_memory**missed)
+        frame = client.answer(self.replica, context, parts=self.parts, missed=missed)
         if math.isinf(c_float(frame.loss).value):  # a server knows finite losses, and those that are not known
             frame = replace(frame, loss=math.nan)
-        self.memory.after(context.round)
-        return Message(frame, layout if frame.kind.has_payloads else None, sequence)
+        if frame.kind != Kind.FAILED:
+            self.memory.after(context.round)
+        assert client.layouts is not None
+        return Message(frame, client.layouts.at(context.round) if frame.kind.has_payloads else None, sequence)
 
 
 def check_same_model(received: Layout, own: Layout) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedq.federated.change_log import ChangeLog
 from fedq.layout import Layout
 from fedq.wire import SERVER, Frame, Kind, Message, crc32c
 
@@ -40,7 +40,7 @@ class Offers:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.model: Model | None = None
-        self._changes: dict[int, Message | None] = {}
+        self._changes = ChangeLog[Message](lambda change: change.nbytes)
         self._checksums: dict[int, int] = {}
 
     def publish(self, version: int, replica: Tensor, change: Message | None = None) -> None:
@@ -52,40 +52,27 @@ class Offers:
             change: What the round's server step sent; None if the round changed nothing.
         """
         follows = self.model is not None and self.model.version == version - 1
-        whole = whole_model(self.layout, replica, version)
-        self.model = Model(version, checksum(replica), whole)
-        if not follows:
-            self._changes.clear()
-            self._checksums.clear()
+        self.model = Model(version, checksum(replica), whole_model(self.layout, replica, version))
+        if follows:
+            self._changes.add(change, self.model.message.nbytes)
         else:
-            self._changes[version - 1] = change
+            self._changes.restart(version)
+            self._checksums.clear()
         self._checksums[version] = self.model.checksum
-        self._forget()
+        for forgotten in [known for known in self._checksums if known < self._changes.oldest]:
+            del self._checksums[forgotten]
 
     def lacking(self, version: int | None) -> list[Message]:
         """Return the messages that bring a holder of a version to the newest."""
         assert self.model is not None
-        if version == self.model.version:
-            return []
-        steps = range(self.model.version if version is None else version, self.model.version)
-        if version is None or any(step not in self._changes for step in steps) or not steps:
-            return [self.model.message]
-        changes = [change for step in steps if (change := self._changes[step]) is not None]
-        return changes if _nbytes(changes) < self.model.message.nbytes else [self.model.message]
+        changes = None if version is None else self._changes.since(version)
+        return [self.model.message] if changes is None else changes
 
     def recognise(self, version: object, checksum: object) -> int | None:
         """Return the version that a client says it holds, if it is one of ours with the right checksum."""
         if not isinstance(version, int) or isinstance(version, bool):
             return None
         return version if self._checksums.get(version) == checksum else None
-
-    def _forget(self) -> None:
-        """Drop changes that together weigh more than the whole model: nobody would fetch them."""
-        assert self.model is not None
-        while self._changes and _nbytes(list(self._changes.values())) >= self.model.message.nbytes:
-            oldest = min(self._changes)
-            del self._changes[oldest]
-            self._checksums.pop(oldest, None)
 
 
 def whole_model(layout: Layout, replica: Tensor, round: int) -> Message:
@@ -98,7 +85,3 @@ def whole_model(layout: Layout, replica: Tensor, round: int) -> Message:
 def checksum(replica: Tensor) -> int:
     """Return CRC32C of a flat float32 model's bytes."""
     return crc32c(replica.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def _nbytes(messages: Sequence[Message | None]) -> int:
-    return sum(message.nbytes for message in messages if message is not None)

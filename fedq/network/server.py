@@ -1,7 +1,7 @@
 """`fedq server`: a job like any other, whose clients come over the network.
 
-Data (for validation and test), model, server optimizer, evaluation, checkpoints, the run's folder and its report are
-those of every federated job; `NetworkRounds` stands where the rounds over a process group do.
+Data (for validation and test), model, rounds, evaluation, checkpoints, the run's folder and its report are those of
+every federated job; tasks and answers go by a `NetworkDelivery`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from typing import Any
 
 from fedq.data import NAMED
 from fedq.errors import DivergedError
-from fedq.federated.client import RoundContext
+from fedq.federated.assembly import RoundSettings
 from fedq.federated.frozen import frozen_checksums
+from fedq.federated.rounds import Rounds
+from fedq.federated.training import RoundContext
 from fedq.files import read_or_nothing, replace_file, set_aside
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.certs import Identity, Revoked, load_identity
+from fedq.network.delivery import NetworkDelivery, OwnWeights
 from fedq.network.fields import FOLDER, SETTINGS, check_settings
 from fedq.network.hub import Federation, Hub
-from fedq.network.rounds import NetworkRounds
 from fedq.network.service import Service
 from fedq.network.settings import ServerConfig, check_address
 from fedq.network.traffic import InterfaceTraffic
 from fedq.report import NETWORK_SERVER, print_header, print_summary
 from fedq.trainers.allocator import keep_freed_memory
-from fedq.trainers.build import build_rounds, uplink_schedule
+from fedq.trainers.build import build_rounds, round_settings
 from fedq.trainers.divergence import rolling_back
 from fedq.trainers.federated import show_replica
 from fedq.trainers.job import Job, open_job
@@ -79,20 +81,23 @@ def _speak() -> None:
 
 
 def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[str, Any]:
-    rounds = build_rounds(job, None, rounds=NetworkRounds)
-    assert isinstance(rounds, NetworkRounds)
+    settings = round_settings(config, job.model)
+    uplink = settings.uplink_layouts(job.model, feedback=False)
+    delivery = NetworkDelivery(uplink, job.transport, job.ledger)
+    limit = OwnWeights(delivery, config.network.max_weight_share)
+    rounds = build_rounds(job, settings, delivery=delivery, parts=[limit])
     state = RunState(job, rounds, Progress(), None)
     if not (job.config.run.resume and state.go_on()):
         rounds.share_start(job.model)
     show_replica(job, rounds)
     traffic = InterfaceTraffic()
-    hub = Hub(_federation(job, config), first_sequence=job.start << 32)
+    hub = Hub(_federation(job, config, settings), first_sequence=job.start << 32)
     revoked = Revoked(config.network.certs) if config.network.certs is not None else None
     with Service(hub, config.network.bind, identity, revoked) as service:
-        rounds.serve_by(service, state.so_far.num_rounds)
+        delivery.serve_by(service, state.so_far.num_rounds, rounds.replica)
         print_header([_listening(config, service.port), *_unbounded(config)])
         try:
-            results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
+            results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, delivery, state, number))
         except DivergedError as error:
             if error.is_final:
                 words = {"rounds": state.so_far.num_rounds, "stopped": "the model has diverged"}
@@ -101,7 +106,7 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
         job.watch.beat("telling clients the end")
         last_words = {"rounds": results["rounds"], "test_accuracy": results["test_accuracy"]}
         service.say_goodbye(last_words, config.network.round_timeout, job.watch.beat)
-        rounds.book(results["rounds"] - 1)
+        delivery.book(results["rounds"] - 1)
         results["interface"] = traffic.total(job.ledger.since_start().wire)
         return finish(
             job,
@@ -113,18 +118,18 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
         )
 
 
-def _run_round(job: Job, rounds: NetworkRounds, state: RunState, number: int) -> Ran:
+def _run_round(job: Job, rounds: Rounds, delivery: NetworkDelivery, state: RunState, number: int) -> Ran:
     result = rounds.run(RoundContext(number, state.lr(number), job.config.run.seed))
-    for client in rounds.with_own_data():
+    for client in delivery.with_own_data():
         job.label_counts[client] = 0  # nobody but the client knows them
     state.so_far.left_out += report_left_out(number, result)
     show_replica(job, rounds)
     return Ran(lambda metrics: log_round(job, number, result, metrics), is_lost(job, number, result))
 
 
-def _federation(job: Job, config: ServerConfig) -> Federation:
+def _federation(job: Job, config: ServerConfig, settings: RoundSettings) -> Federation:
     def schedule(spec: str, feedback: bool) -> LayoutSchedule:
-        return uplink_schedule(config, job.model, spec, feedback=feedback)
+        return settings.uplink_layouts(job.model, feedback=feedback, uplink=spec)
 
     return Federation(
         run=_run_name(job.path),

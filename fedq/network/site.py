@@ -14,25 +14,15 @@ from torch import Tensor, nn
 
 from fedq.collectives import Transport
 from fedq.config import Config
-from fedq.federated.client import (
-    Client,
-    LocalTraining,
-    Passed,
-    RoundContext,
-    Start,
-    Trained,
-    counters_restored,
-    seeded,
-)
-from fedq.federated.downlink import DownlinkCost
+from fedq.federated.assembly import RoundSettings, Seats, make_rounds, over_ranks
+from fedq.federated.client import Client
 from fedq.federated.frozen import check_ranks
-from fedq.federated.optim import server_optimizer
-from fedq.federated.rounds import FederatedRounds
-from fedq.federated.server import Server
-from fedq.feedback import NoFeedback
+from fedq.federated.image_training import LocalTraining, Passed
+from fedq.federated.rounds import Rounds
+from fedq.federated.training import OnExamples, RoundContext, Start, Trained, counters_restored, seeded
 from fedq.hooks import StepExchange
 from fedq.kernels import derive_seed
-from fedq.layout import Layout, LayoutSchedule
+from fedq.layout import Layout
 from fedq.ledger import Ledger
 from fedq.runtime import Runtime, from_root
 from fedq.trainers.stepwise import share_statistics, share_weights
@@ -80,7 +70,7 @@ class Site:
         self.transport = Transport(runtime.device)
         check_ranks(training.model, self.transport)
         self._shared: StepExchange | None = None
-        self._rounds: FederatedRounds | None = None
+        self._rounds: Rounds | None = None
         if exchange == "step":
             share_weights(training.layout, training.model, self.transport)  # which the hook compares
             options = {"spec": uplink, "second": downlink, "seed": derive_seed(config.run.seed, "gradients")}
@@ -134,7 +124,7 @@ class Site:
         share_statistics(self.layout, self.model, self.transport)
         return self._trained(began, passed)
 
-    def _train_round(self, rounds: FederatedRounds, start: Tensor, lr: float, seed: int) -> Trained:
+    def _train_round(self, rounds: Rounds, start: Tensor, lr: float, seed: int) -> Trained:
         rounds.replica.copy_(start)
         if rounds.server is not None:
             rounds.server.start(start)
@@ -149,27 +139,15 @@ class Site:
         loss_sum, num_correct, num_seen, _ = rows.sum(dim=0).tolist()
         return began.trained(loss_sum / max(1, num_seen), num_correct / max(1, num_seen), passed.num_steps)
 
-    def _make_rounds(self, uplink: str, downlink: str) -> FederatedRounds:
+    def _make_rounds(self, uplink: str, downlink: str) -> Rounds:
         """Return rounds in which every rank is a client, and rank 0 averages."""
         world_size = self.transport.world_size
-        up = LayoutSchedule.of(self.model, uplink, feedback=False)
-        down = Layout.of(self.model, downlink)
-        replica = torch.zeros(down.numel, device=self.runtime.device)
-        clients = {
-            rank: Client(rank, self.indices[rank::world_size], self.training, up, NoFeedback())
-            for rank in range(world_size)
-        }
-        ledger = Ledger()
-        is_root = self.transport.rank == 0
-        return FederatedRounds(
-            transport=self.transport,
-            clients=clients,
-            server=Server(replica, down, lambda params: server_optimizer("fedavg", params)) if is_root else None,
-            uplink=up,
-            downlink=down,
-            replica=replica,
-            ledger=ledger,
-            downlink_cost=DownlinkCost(ledger, down, "cohort", world_size),
-            cohort_size=world_size,
-            sticky=True,
-        )
+        settings = RoundSettings(uplink=uplink, downlink=downlink, feedback="off")
+
+        def client(rank: int) -> Client:
+            share = self.indices[rank::world_size]
+            return Client(OnExamples(self.training, share), num_examples=len(share))
+
+        seats = Seats(world_size, client, self.model, settings, None)
+        delivery = over_ranks(self.model, settings, seats, self.transport, Ledger(), sticky=True)
+        return make_rounds(self.model, settings, delivery, transport=self.transport)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedq.federated.client import LocalTraining, Passed, counters_restored, seeded
 from fedq.federated.evaluate import batch_sums
+from fedq.federated.image_training import LocalTraining, Passed
+from fedq.federated.training import counters_restored, seeded
 from fedq.personalize.learners import Quantization, make_learner
 from fedq.personalize.own_models import OwnModel
 

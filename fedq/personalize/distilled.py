@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedq.federated.client import LocalTraining, Start, Trained, seeded
+from fedq.federated.image_training import LocalTraining
+from fedq.federated.training import Start, Trained, seeded
 from fedq.personalize.learners import Learner, Pull, Quantization, make_learner
 from fedq.personalize.methods import Method, Tally
 from fedq.personalize.own_models import OwnModel, OwnModels

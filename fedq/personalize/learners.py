@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedq.engines import TorchEngine
-from fedq.federated.client import LocalTraining
+from fedq.federated.image_training import LocalTraining
 from fedq.layout import plain_name
 from fedq.lowbit.centres import Centres, CentreSchedule, CentreStep, QuantizedPass, inner_weights
 from fedq.personalize.own_models import OwnModel

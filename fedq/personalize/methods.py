@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedq.engines import TorchEngine
-from fedq.federated.client import LocalTraining, Start, Trained, counters_restored
 from fedq.federated.evaluate import batch_sums
+from fedq.federated.image_training import LocalTraining
+from fedq.federated.training import Start, Trained, counters_restored
 from fedq.layout import Layout
 from fedq.personalize.own_models import Network, OwnModels
 
@@ -67,7 +68,7 @@ class Method(ABC):
         return own.network
 
     def training_of(self, client: int) -> ClientTraining:
-        """Return what `fedq.federated.client.Client` calls."""
+        """Return how a client trains, in the place of `LocalTraining`."""
         return ClientTraining(client, self)
 
     def examples(self, indices: Tensor, generator: torch.Generator) -> Iterator[Examples]:

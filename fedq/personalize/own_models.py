@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedq.federated.client import is_finite
+from fedq.federated.training import is_finite
 from fedq.feedback import ResidualStore
 from fedq.layout import Layout
 from fedq.lowbit.centres import Centres

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fedq.data import Split
-from fedq.federated.client import Trained
+from fedq.federated.cohort import assign
 from fedq.federated.evaluate import Scores
-from fedq.federated.rounds import assign
+from fedq.federated.training import Trained
 from fedq.kernels import derive_seed
 from fedq.report import round_progress
 from fedq.trainers.divergence import check_losses

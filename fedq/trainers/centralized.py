@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedq.federated.client import Passed
-from fedq.federated.rounds import assign
+from fedq.federated.cohort import assign
+from fedq.federated.image_training import Passed
 from fedq.kernels import derive_seed
 from fedq.lowbit.centres import Centres
 from fedq.personalize.centralized import train_alone

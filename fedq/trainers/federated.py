@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from fedq.config import Config
-from fedq.federated.client import RoundContext
-from fedq.federated.rounds import FederatedRounds
+from fedq.federated.rounds import Rounds
+from fedq.federated.training import RoundContext
 from fedq.personalize.settings import is_personal
 from fedq.report import print_summary
 from fedq.trainers.alone import run_alone
-from fedq.trainers.build import build_rounds, residual_store
+from fedq.trainers.build import build_rounds, residual_store, round_settings
 from fedq.trainers.centralized import run_centralized
 from fedq.trainers.divergence import rolling_back
 from fedq.trainers.job import Job, open_job
@@ -54,17 +54,18 @@ def _trainer(config: Config) -> Callable[[Job], dict[str, Any]]:
 
 def run_rounds(job: Job) -> dict[str, Any]:
     """Run federated rounds, a checkpoint after each, and write their results."""
-    store = residual_store(job)
-    rounds = build_rounds(job, store)
+    settings = round_settings(job.config, job.model)
+    store = residual_store(job, settings)
+    rounds = build_rounds(job, settings, store)
     state = RunState(job, rounds, Progress(), store)
     if not (job.config.run.resume and state.go_on()):
         rounds.share_start(job.model)
     show_replica(job, rounds)
     results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, state, number))
-    return finish(job, feedback=rounds.sticky, root_ingress_bytes=job.transport.received, **results)
+    return finish(job, feedback=store is not None, root_ingress_bytes=job.transport.received, **results)
 
 
-def _run_round(job: Job, rounds: FederatedRounds, state: RunState, number: int) -> Ran:
+def _run_round(job: Job, rounds: Rounds, state: RunState, number: int) -> Ran:
     result = rounds.run(RoundContext(number, state.lr(number), job.config.run.seed))
     state.note(result)
     state.so_far.left_out += report_left_out(number, result)
@@ -72,6 +73,6 @@ def _run_round(job: Job, rounds: FederatedRounds, state: RunState, number: int) 
     return Ran(lambda metrics: log_round(job, number, result, metrics), is_lost(job, number, result))
 
 
-def show_replica(job: Job, rounds: FederatedRounds) -> None:
+def show_replica(job: Job, rounds: Rounds) -> None:
     """Put what clients hold into the job's model, which is evaluated and saved."""
     job.training.layout.unflatten_(rounds.replica, job.model)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from fedq.federated.client import RoundContext
-from fedq.federated.rounds import FederatedRounds
+from fedq.federated.rounds import Rounds
+from fedq.federated.training import RoundContext
 from fedq.feedback import ResidualStore
 from fedq.layout import Layout, frozen_parameters
 from fedq.personalize.distilled import Distillation, Mutual, QuPeD, QuPeL
@@ -22,8 +22,7 @@ from fedq.personalize.meta import PerFedAvg, PFedMe
 from fedq.personalize.methods import GlobalModel, Local, Method
 from fedq.personalize.own_models import Network, OwnModels
 from fedq.personalize.settings import SHARED, parse_client_bits, parse_client_models
-from fedq.personalize.silent import SilentRounds
-from fedq.trainers.build import build_rounds, residual_store
+from fedq.trainers.build import build_rounds, residual_store, round_settings
 from fedq.trainers.job import GIB, Job, make_model
 from fedq.trainers.loop import Log, Ran, run_to_the_end
 from fedq.trainers.personal_scores import PersonalScores
@@ -44,13 +43,9 @@ def run_personal(job: Job) -> dict[str, Any]:
     if personal.warm_start is not None:
         load_weights(personal.warm_start, job.model)
     method = make_method(job)
-    residuals = residual_store(job) if method.sends else None
-    rounds = build_rounds(
-        job,
-        residuals,
-        None if method.is_shared else method.training_of,
-        FederatedRounds if method.sends else SilentRounds,
-    )
+    settings = round_settings(job.config, job.model, sends=method.sends)
+    residuals = residual_store(job, settings)
+    rounds = build_rounds(job, settings, residuals, None if method.is_shared else method.training_of)
     test = PersonalScores(job, method, rounds, _store(job, "best"))
     state = PersonalState(job, rounds, Progress(), residuals, test)
     if not (job.config.run.resume and state.go_on()):
@@ -121,7 +116,7 @@ def _store(job: Job, name: str) -> ResidualStore:
     return ResidualStore(int(job.config.run.memory_limit_gib * GIB) // 2, job.path / "personal" / name)
 
 
-def _run_round(job: Job, rounds: FederatedRounds, state: PersonalState, test: PersonalScores, number: int) -> Ran:
+def _run_round(job: Job, rounds: Rounds, state: PersonalState, test: PersonalScores, number: int) -> Ran:
     test.method.round = number
     result = rounds.run(RoundContext(number, state.lr(number), job.config.run.seed))
     state.note(result)
@@ -130,7 +125,7 @@ def _run_round(job: Job, rounds: FederatedRounds, state: PersonalState, test: Pe
     return Ran(log, is_lost(job, number, result))
 
 
-def _final_model(job: Job, rounds: FederatedRounds, test: PersonalScores) -> nn.Module:
+def _final_model(job: Job, rounds: Rounds, test: PersonalScores) -> nn.Module:
     """Return what `model.safetensors` holds, on rank 0."""
     if not test.method.sends and job.is_root:
         return test.fill_best(0).module

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fedq.data import Split
+from fedq.federated.cohort import assign
 from fedq.federated.evaluate import Scores
-from fedq.federated.rounds import FederatedRounds, assign
+from fedq.federated.rounds import Rounds
 from fedq.feedback import ResidualStore
 from fedq.files import make_folder
 from fedq.kernels import derive_seed
@@ -34,7 +35,7 @@ class PersonalScores:
         best: This rank's part of the clients' best models, as they were tested.
     """
 
-    def __init__(self, job: Job, method: Method, rounds: FederatedRounds, best: ResidualStore) -> None:
+    def __init__(self, job: Job, method: Method, rounds: Rounds, best: ResidualStore) -> None:
         self.job = job
         self.method = method
         self.rounds = rounds

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedq.federated.rounds import FederatedRounds, RoundResult
+from fedq.federated.rounds import Outcome, Rounds
+from fedq.federated.versions import Versions
 from fedq.feedback import ResidualStore
 from fedq.trainers.job import Job
 from fedq.trainers.personal_scores import PersonalScores
 from fedq.trainers.state import Progress, RunState
-from fedq.trainers.versions import Versions
 from fedq.wire import Kind
 
 
@@ -25,13 +25,13 @@ class PersonalState(RunState):
     """
 
     def __init__(
-        self, job: Job, federation: FederatedRounds, so_far: Progress, store: ResidualStore | None, test: PersonalScores
+        self, job: Job, federation: Rounds, so_far: Progress, store: ResidualStore | None, test: PersonalScores
     ) -> None:
         super().__init__(job, federation, so_far, store)
         self.test = test
         self.files |= {"own_models": Versions(test.method.models.store), "best_models": Versions(test.best)}
 
-    def note(self, result: RoundResult) -> None:
+    def note(self, result: Outcome) -> None:
         """Remember whose residual and whose own model a round changed; a client that failed kept its model."""
         super().note(result)
         if self.test.method.keeps_models:

@@ -14,7 +14,7 @@ from fedq.data import Split
 from fedq.errors import FieldError
 from fedq.federated.accounting import framing
 from fedq.federated.evaluate import Scores
-from fedq.federated.rounds import RoundResult
+from fedq.federated.rounds import Outcome
 from fedq.ledger import NO_CLIENT, MessageParts
 from fedq.lowbit import deployed_state_dict, few_bit_layers, pack
 from fedq.phases import PHASES
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _UNKNOWN: Mapping[int, float | None] = MappingProxyType({})
 
 
-def report_left_out(round: int, result: RoundResult) -> list[dict[str, Any]]:
+def report_left_out(round: int, result: Outcome) -> list[dict[str, Any]]:
     """Warn of clients that were left out or clipped; return the rows for the summary."""
     for client, words in result.clipped.items():
         _log.warning("round %d: client %d: %s", round, client, words)
@@ -54,7 +54,7 @@ def on_any_rank(job: Job, holds: bool, round: int) -> bool:
     return bool(told.any())
 
 
-def is_lost(job: Job, round: int, result: RoundResult) -> bool:
+def is_lost(job: Job, round: int, result: Outcome) -> bool:
     """Return whether no update of a round could be used, on every rank; a round that has changed the model is none."""
     return not result.has_change and on_any_rank(job, result.is_lost, round)
 
@@ -131,7 +131,7 @@ def _save_packed(job: Job, float_nbytes: int) -> dict[str, Any]:
 def log_round(
     job: Job,
     round: int,
-    result: RoundResult,
+    result: Outcome,
     metrics: dict[str, Any],
     val_accuracies: Mapping[int, float | None] = _UNKNOWN,
 ) -> None:

@@ -16,16 +16,16 @@ from torch import nn
 from fedq.checkpoint import CheckpointError, Checkpoints, Loaded
 from fedq.config import RunConfig
 from fedq.errors import FieldError
-from fedq.federated.client import is_finite
-from fedq.federated.rounds import FederatedRounds, RoundResult
+from fedq.federated.rounds import Outcome, Rounds
+from fedq.federated.server_shards import ServerShards
+from fedq.federated.training import is_finite
+from fedq.federated.versions import Versions
 from fedq.feedback import ResidualStore
 from fedq.layout import frozen_parameters
 from fedq.report import print_header
 from fedq.trainers.fingerprint import KEY
 from fedq.trainers.job import Job
-from fedq.trainers.shards import ServerShards
 from fedq.trainers.starts import note_repeated, wire_after_rounds
-from fedq.trainers.versions import Versions
 from fedq.wire import Kind
 
 
@@ -175,33 +175,34 @@ class RunState(JobState):
         store: This rank's residuals, None without error feedback.
     """
 
-    def __init__(self, job: Job, federation: FederatedRounds, so_far: Progress, store: ResidualStore | None) -> None:
+    def __init__(self, job: Job, federation: Rounds, so_far: Progress, store: ResidualStore | None) -> None:
         super().__init__(job, so_far)
         self.federation = federation
         self.files = {"residuals": Versions(store)}
         """What every rank has in files of its own, by its name in a checkpoint."""
         self.shards = ServerShards(job.path / "checkpoints" / "servers")
 
-    def note(self, result: RoundResult) -> None:
+    def note(self, result: Outcome) -> None:
         """Remember whose residuals a round changed."""
         self.files["residuals"].note(frame.client for _, frame in result.frames if frame.kind == Kind.UPDATE)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, on rank 0; residuals are named by owner and version, a spread server by its parts."""
         job, federation = self.job, self.federation
-        assert federation.server is not None
-        parts = {"parts": job.runtime.world_size}
+        server: dict[str, Any] = {"parts": job.runtime.world_size}
+        if not federation.delivery.is_spread:
+            server = federation.server.state_dict() if federation.server is not None else {}
         return {
             "progress": asdict(self.so_far),
             "replica": federation.replica,
             **_frozen(job.model),
-            "server": parts if federation.exchange.is_spread else federation.server.state_dict(),
+            "server": server,
             "root_ingress_bytes": job.transport.received,
-            "downlink_cost": federation.downlink_cost.state_dict(),
+            **federation.delivery.state_dict(),
             "ledger": job.ledger.state_dict(),
             "files": job.folder.position(),
             **{name: dict(files.named) for name, files in self.files.items()},
-            "layouts": [federation.uplink.hash, federation.downlink.hash],
+            "layouts": [federation.delivery.uplink.hash, federation.downlink.hash],
             "where": self.where(),
             KEY: job.fingerprint.state_dict(),
         }
@@ -212,7 +213,7 @@ class RunState(JobState):
         Raises:
             FieldError: It belongs to another model or other codecs.
         """
-        hashes = [self.federation.uplink.hash, self.federation.downlink.hash]
+        hashes = [self.federation.delivery.uplink.hash, self.federation.downlink.hash]
         if KEY not in state and state["layouts"] != hashes:  # a fingerprint was compared before
             raise FieldError("resume", state["layouts"], f"{hashes}: the same model and codecs as before")
         vars(self.so_far).update(state["progress"])
@@ -225,7 +226,7 @@ class RunState(JobState):
             self.federation.server.load_state_dict(state["server"])
         if self.job.is_root:
             self.job.transport.received = state.get("root_ingress_bytes", 0)
-            self.federation.downlink_cost.load_state_dict(state["downlink_cost"])
+            self.federation.delivery.load_state_dict(state)
             self.job.ledger.load_state_dict(state["ledger"])
             self.job.folder.rewind(self.so_far.num_rounds, state["files"])
 
@@ -238,7 +239,7 @@ class RunState(JobState):
         number = self.so_far.num_rounds
         for files in self.files.values():
             files.save(number)
-        if self.federation.server is not None and self.federation.exchange.is_spread:
+        if self.federation.server is not None and self.federation.delivery.is_spread:
             self.shards.save(number, self.job.runtime.rank, self.job.runtime.world_size, self.federation.server)
         self.job.transport.barrier()  # all that a checkpoint names is on disk before it is written
         if not self.job.is_root:

@@ -9,7 +9,7 @@ from typing import Any
 from fedq.checkpoint import Checkpoints, Loaded
 from fedq.engines import Engine
 from fedq.errors import FieldError
-from fedq.federated.client import is_finite
+from fedq.federated.training import is_finite
 from fedq.hooks import StepExchange
 from fedq.layout import uncompiled_name
 from fedq.trainers.fingerprint import KEY

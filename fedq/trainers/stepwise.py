@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fedq.collectives import Moved, Transport
 from fedq.federated.accounting import plain_model
-from fedq.federated.client import Passed, seeded
 from fedq.federated.frozen import check_ranks
+from fedq.federated.image_training import Passed
+from fedq.federated.training import seeded
 from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
 from fedq.layout import Layout

@@ -1,0 +1,184 @@
+"""A training function of the user's own, as a client's training."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fedq.errors import FieldError
+from fedq.federated.training import RoundContext, Start, Trained, counters_restored, seed_torch
+from fedq.layout import Layout
+
+TrainFunction = Callable[..., "float | Mapping[str, float] | Sequence[float] | None"]
+"""``train(model, lr)``: trains the model in place; returns its mean loss, means by name, or nothing."""
+STEPS = "first_step"
+_NAMED = ("round", "seed", STEPS, "client")
+"""What a training function gets beside model and learning rate, if it names it."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What can be saved and go on: an optimizer, a scheduler, a data loader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on from a state."""
+
+
+State = Stateful | Mapping[str, Stateful]
+
+
+def states_of(state: State | None) -> dict[str, Stateful]:
+    """Return what a client keeps between rounds, by name; what has none is called ``state``.
+
+    Raises:
+        FieldError: Something cannot be saved.
+    """
+    named: Mapping[str, Any] = state if isinstance(state, Mapping) else {} if state is None else {"state": state}
+    for name, one in named.items():
+        if not isinstance(one, Stateful):
+            raise FieldError(name, type(one).__name__, "something with state_dict and load_state_dict")
+    return dict(named)
+
+
+def check_function(train: TrainFunction) -> None:
+    """Check that a function can be called as ``train(model, lr)``, with what it names besides.
+
+    Raises:
+        FieldError: It needs something that it will not get.
+    """
+    signature = _signature(train)
+    if signature is None:
+        return
+    try:
+        signature.bind(None, 0.0, **dict.fromkeys(named_by(train), 0))
+    except TypeError as error:
+        allowed = f"a function train(model, lr) that may name {', '.join(_NAMED)} as well"
+        raise FieldError("train", f"{getattr(train, '__name__', train)}{signature} ({error})", allowed) from None
+
+
+def named_by(train: TrainFunction) -> tuple[str, ...]:
+    """Return which of the further arguments a training function names."""
+    signature = _signature(train)
+    named = {} if signature is None else signature.parameters
+    return tuple(name for name in _NAMED if name in named and named[name].kind is not inspect.Parameter.VAR_KEYWORD)
+
+
+def _signature(train: TrainFunction) -> inspect.Signature | None:
+    try:
+        return inspect.signature(train)
+    except (TypeError, ValueError):  # one that is not written in Python
+        return None
+
+
+class OwnTraining:
+    """Trains by a function of the user's.
+
+    Args:
+        model: What the function trains.
+        train: The function.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainFunction) -> None:
+        self.model = model
+        self.train = train
+        self.num_steps = 0
+        """Optimizer steps so far."""
+        self._named = named_by(train)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The model's layout."""
+        return Layout.of(self.model, "fp32")
+
+    @property
+    def asks_for_steps(self) -> bool:
+        """Whether the function is told how many steps it has taken."""
+        return STEPS in self._named
+
+    def run(self, start: Tensor, context: RoundContext, client: int) -> Trained:
+        """Write the flat model into the module, and train it; the seed is set for torch's own random numbers.
+
+        Raises:
+            FieldError: The function has replaced, reshaped, moved or frozen a parameter, or returned no mean.
+        """
+        began, seed = Start(self.layout, self.model, start), context.local_seed(client)
+        told = {"round": context.round, "seed": seed, STEPS: self.num_steps, "client": client}
+        seed_torch(seed)
+        self.model.train()
+        with _parameters_kept(self.model), counters_restored(self.model), _counted() as steps:
+            measured = self.train(self.model, context.lr, **{name: told[name] for name in self._named})
+        self.num_steps += steps[0]
+        loss, accuracy, metrics = _measures(measured)
+        return began.trained(loss, accuracy, steps[0], metrics)
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Count the steps of any optimizer in the body."""
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+
+    handle = register_optimizer_step_post_hook(count)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Put a module's own parameters back where the body has replaced, reshaped or moved them, and say so.
+
+    Raises:
+        FieldError: It has; the text names the first.
+    """
+    owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+    before = [(param.shape, param.dtype, param.device) for _, _, param in owners]
+    names = {id(param): name for name, param in model.named_parameters()}
+    changed = ""
+    try:
+        yield
+    finally:
+        for (module, name, param), (shape, dtype, device) in zip(owners, before, strict=True):
+            is_same = module._parameters.get(name) is param
+            if is_same and (param.shape, param.dtype, param.device) == (shape, dtype, device):
+                continue
+            changed = changed or names[id(param)]
+            module._parameters[name] = param
+            param.data = torch.zeros(shape, dtype=dtype, device=device)
+    if changed:
+        raise FieldError(changed, "replaced, reshaped or moved while training", "changed in place")
+
+
+def _measures(told: float | Mapping[str, float] | Sequence[float] | None) -> tuple[float, float, dict[str, float]]:
+    """Return loss, accuracy and all means of what a training function has returned.
+
+    Raises:
+        FieldError: It is nothing of the kind.
+    """
+    if told is None:
+        return math.nan, math.nan, {}
+    if isinstance(told, Sequence):
+        told = dict(zip(("loss", "accuracy"), told, strict=False))
+    means = told if isinstance(told, Mapping) else {"loss": told}
+    try:
+        values = {str(name): float(value) for name, value in means.items()}
+    except (TypeError, ValueError):
+        raise FieldError("result of train", repr(told), "a mean loss, a mapping of means by name, or None") from None
+    accuracy = values.get("accuracy", math.nan)
+    if not (math.isnan(accuracy) or 0 <= accuracy <= 1):
+        raise FieldError("accuracy", accuracy, "0 to 1, as train returns it")
+    return values.get("loss", math.nan), accuracy, values
