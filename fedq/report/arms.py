@@ -13,7 +13,7 @@ import yaml
 
 from fedq.errors import FieldError
 from fedq.lowbit import quantizer
-from fedq.report.metric import Measure, measure_of, with_own_data
+from fedq.report.metric import OWN_DATA_KEYS, Measure, measure_of, with_own_data
 
 FLOAT_BITS = 32.0
 
@@ -124,7 +124,8 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     differing = [key for key in keys if len({repr(own[key]) for own in settings if key in own}) > 1]
     by_words: dict[str, list[Run]] = {}
     for run, own in zip(runs, settings, strict=True):
-        by_words.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
+        known = [key for key in differing if key in own or key not in OWN_DATA_KEYS]
+        by_words.setdefault(", ".join(_words(key, own.get(key)) for key in known), []).append(run)
     folders = [{_SEED.sub("", run.path.resolve().name) for run in members} for members in by_words.values()]
     named = all(len(names) == 1 for names in folders) and len(set().union(*folders)) == len(folders)
     found = [

@@ -18,6 +18,9 @@ from fedq.metrics import Metric, digits
 Tree = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
+OWN_DATA_KEYS = ("model", "num_params", "metric")
+"""What sets a run on data of one's own apart from others, beside its settings."""
+
 _NO_METRIC = Metric("loss")
 """Of a run whose list of metrics is empty: it was never evaluated."""
 
@@ -69,6 +72,10 @@ class Measure:
     def heading(self, kind: str) -> str:
         """Return the words and the unit: "last mse, K^2"."""
         return f"{self.words[kind]}, {self.metric.unit}" if self.metric.unit else self.words[kind]
+
+    def named(self, words: str) -> str:
+        """Return words that name the metric, for where there are several."""
+        return words if self.metric.name in words else f"{words} ({self.metric.name})"
 
     def to_go_on(self, path: Path | None = None) -> str:
         """Return how to go on with a run that is not finished."""
@@ -256,8 +263,8 @@ def with_own_data(config: Tree, summary: Tree) -> dict[str, Any]:
     metrics = metrics_of(summary)
     if not metrics:
         return dict(config)
-    model = {key: summary[key] for key in ("model", "num_params") if summary.get(key) is not None}
-    model["metric"] = f"{metrics[0].label} ({metrics[0].better} is better)"
+    model = {key: summary[key] for key in OWN_DATA_KEYS[:2] if summary.get(key) is not None}
+    model["metric"] = metrics[0].label + (", higher is better" if metrics[0].better == "higher" else "")
     return {**config, "data": {"dataset": "own data"}, "local": model}
 
 

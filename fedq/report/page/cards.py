@@ -84,7 +84,10 @@ def _of_several(study: Study) -> list[Card]:
     cards: list[Card | None] = []
     for measure in study.measures:
         own = study.judged_by(measure)
-        cards += [_base(own), _chosen(own, measure), _small(own, measure)] if is_coded else [_chosen(own, measure)]
+        found = [_base(own), _chosen(own, measure), _small(own, measure)] if is_coded else [_chosen(own, measure)]
+        if len(study.measures) > 1:
+            found = [card and card._replace(label=measure.named(card.label)) for card in found]
+        cards += found
     cards += [_fast(tested), _payoffs(study)] if is_coded else [_fast(tested)]
     return [*(card for card in cards if card), _runs(study)]
 

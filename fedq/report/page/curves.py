@@ -18,9 +18,6 @@ MOST_POINTS = 3000
 START_BITS_PER_S = 1e8
 """Where the slider stands when the page opens."""
 
-LINK_CURVES = "accuracy_on_link"
-"""Name of the curves on a link, whatever they are of."""
-
 
 def learning_charts(study: Study) -> list[Lines]:
     """Return accuracy or other metrics, and loss, each by rounds, by megabytes and by seconds."""
@@ -31,15 +28,22 @@ def learning_charts(study: Study) -> list[Lines]:
     )
     charts = []
     found = [(measure, series) for measure in study.measures for series in _series(study, measure)]
-    keys = distinct(series.key for _, series in found)
+    keys = distinct(_key(study, measure, series) for measure, series in found)
     for (measure, series), key in zip(found, keys, strict=True):
+        title = measure.named(series.title) if len(study.measures) > 1 else series.title
         for axis, x_label, hint, x_log in axes:
             curves = _curves(study, measure, axis, series.column, series.scale)
             caption = f"{first_upper(series.better)} is better; bands are one standard deviation over seeds.{hint}"
-            heading = Heading(f"{key}_by_{axis}", f"{series.title} by {axis}", caption, x_label, series.label)
+            heading = Heading(f"{key}_by_{axis}", f"{title} by {axis}", caption, x_label, series.label)
             if curves:
                 charts.append(Lines(heading, curves, x_log=x_log))
     return charts
+
+
+def _key(study: Study, measure: Measure, series: Series) -> str:
+    """Return a series' name; what other measures than the first have beside them is named after the measure."""
+    own = file_name(measure.metric.name)
+    return series.key if measure == study.measures[0] or series.key == own else f"{own}_{series.key}"
 
 
 def _series(study: Study, measure: Measure) -> list[Series]:
@@ -50,13 +54,16 @@ def _series(study: Study, measure: Measure) -> list[Series]:
 def tradeoff_charts(study: Study) -> list[Front | Lines]:
     """Return what results cost, by measure: against bytes, against seconds on a link, and curves on such a link.
 
-    The first measure's have plain names; those of others end in their metric.
+    The first measure's fronts have plain names; those of others end in their metric.
     """
     charts: list[Front | Lines] = []
-    ends = distinct(["", *(f"_{file_name(measure.metric.name)}" for measure in study.measures[1:])])
-    for measure, end in zip(study.measures, ends, strict=True):
-        own = [*_fronts(study, measure), link_chart(study, measure)]
-        charts += [replace(c, heading=replace(c.heading, key=c.heading.key + end)) for c in own if c is not None]
+    names = list(distinct(file_name(measure.metric.name) for measure in study.measures))
+    for measure, name in zip(study.measures, names, strict=True):
+        for front in _fronts(study, measure):
+            key = front.heading.key + (f"_{name}" if name != names[0] else "")
+            charts.append(replace(front, heading=replace(front.heading, key=key)))
+        if chart := link_chart(study, measure, f"{name}_on_link"):
+            charts.append(chart)
     return charts
 
 
@@ -93,7 +100,7 @@ def _fronts(study: Study, measure: Measure) -> list[Front]:
     return charts
 
 
-def link_chart(study: Study, measure: Measure) -> Lines | None:
+def link_chart(study: Study, measure: Measure, key: str) -> Lines | None:
     """Return the measure by seconds on a link of the chosen bandwidth."""
     metric = measure.metric
     columns = (f"{prefix}_{metric.name}" for prefix in ("val", "train"))
@@ -101,7 +108,7 @@ def link_chart(study: Study, measure: Measure) -> Lines | None:
     curves = next((own for own in found if own), [])
     caption = "Each curve's seconds are its computation so far and its bytes so far on the chosen link."
     title = f"{first_upper(metric.name)} by seconds on such a link"
-    heading = Heading(LINK_CURVES, title, caption, "seconds", metric.label)
+    heading = Heading(key, title, caption, "seconds", metric.label)
     return Lines(heading, curves) if curves else None
 
 

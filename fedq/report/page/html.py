@@ -12,7 +12,7 @@ from fedq.report.page import breakdowns, cells
 from fedq.report.page.cards import make_cards
 from fedq.report.page.cautions import Caution, human_bandwidth
 from fedq.report.page.charts import PageCharts, parts_of
-from fedq.report.page.curves import LINK_CURVES, link_words
+from fedq.report.page.curves import link_words
 from fedq.report.page.diagram import diagram
 from fedq.report.page.draw_bokeh import choice_columns, draw
 from fedq.report.page.pareto import BANDWIDTHS, FORMULA
@@ -62,9 +62,9 @@ def _asset(name: str) -> str:
 
 def _link_charts(charts: PageCharts) -> list[str]:
     """Return the names of the charts that follow the bandwidth of a link."""
-    found = [chart.heading.key for chart in charts.tradeoff]
-    plain = ("front_seconds", LINK_CURVES)
-    return list(dict.fromkeys([*plain, *(key for key in found if key.startswith(plain))]))
+    keys = [chart.heading.key for chart in charts.tradeoff]
+    found = [key for key in keys if key.startswith("front_seconds") or key.endswith("_on_link")]
+    return list(dict.fromkeys(["front_seconds", "accuracy_on_link", *found]))
 
 
 def _items(charts: PageCharts) -> list[Any]:
