@@ -25,7 +25,7 @@ def make_run(path: Path, *, rows: int = 0, summary: dict | None = None, config: 
 def test_a_finished_run_shows_its_test_accuracy(tmp_path: Path) -> None:
     make_run(tmp_path / "a", rows=3, summary={"rounds": 5, "test_accuracy": 0.875, "uplink_bytes": 42})
     (run,) = find_runs([tmp_path])
-    assert (run.state, run.rounds, run.total_rounds, run.accuracy, run.uplink_bytes) == ("finished", 5, 7, 0.875, 42)
+    assert (run.state, run.rounds, run.total_rounds, run.result, run.uplink_bytes) == ("finished", 5, 7, 0.875, 42)
 
 
 def test_an_unfinished_run_shows_its_last_evaluation_and_how_to_go_on(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_an_unfinished_run_shows_its_last_evaluation_and_how_to_go_on(tmp_path: 
         file.write('{"round": 5, "val_acc')  # a kill cut this line off
     (run,) = find_runs([path])
     assert (run.state, run.rounds, run.uplink_bytes) == ("unfinished", 5, 4000)
-    assert run.accuracy == pytest.approx(0.3)  # round 4 was not evaluated, round 3 was
+    assert run.result == pytest.approx(0.3)  # round 4 was not evaluated, round 3 was
     assert run.note == f"go on with --resume {path}"
 
 

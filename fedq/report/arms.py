@@ -13,6 +13,7 @@ import yaml
 
 from fedq.errors import FieldError
 from fedq.lowbit import quantizer
+from fedq.report.metric import OWN_DATA_KEYS, Measure, measure_of, with_own_data
 
 FLOAT_BITS = 32.0
 
@@ -24,7 +25,7 @@ class Run:
     Args:
         path: Its folder.
         summary: Of `summary.json`.
-        config: Of `config.yaml`.
+        config: Of `config.yaml`, with what a run on data of one's own is set apart by; see `with_own_data`.
     """
 
     path: Path
@@ -38,6 +39,11 @@ class Run:
         if self.algorithm in ("quped", "qupel") and bits != "32":
             return {"1": "binary"}.get(bits, f"int{bits}" if bits.isdigit() else bits)
         return str(self.summary.get("weights", "float"))
+
+    @property
+    def measure(self) -> Measure:
+        """What the run is judged by."""
+        return measure_of(self.summary)
 
     @property
     def algorithm(self) -> str:
@@ -100,7 +106,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise FieldError("runs", str(path), f"a folder with summary.json and config.yaml ({error})") from None
-        runs.append(Run(path, summary, config))
+        runs.append(Run(path, summary, with_own_data(config, summary)))
     if not runs:
         raise FieldError("runs", ", ".join(map(str, paths)), "at least one finished run")
     return runs
@@ -118,7 +124,8 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     differing = [key for key in keys if len({repr(own[key]) for own in settings if key in own}) > 1]
     by_words: dict[str, list[Run]] = {}
     for run, own in zip(runs, settings, strict=True):
-        by_words.setdefault(", ".join(_words(key, own.get(key)) for key in differing), []).append(run)
+        known = [key for key in differing if key in own or key not in OWN_DATA_KEYS]
+        by_words.setdefault(", ".join(_words(key, own.get(key)) for key in known), []).append(run)
     folders = [{_SEED.sub("", run.path.resolve().name) for run in members} for members in by_words.values()]
     named = all(len(names) == 1 for names in folders) and len(set().union(*folders)) == len(folders)
     found = [

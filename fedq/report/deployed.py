@@ -32,10 +32,12 @@ class Deployed:
     round: int
 
     def weights(self) -> tuple[str, np.ndarray]:
-        """Return name and values of the second weight of a convolution, or else of a linear layer: the first is exact.
+        """Return name and values of the second weight of a convolution, else of a linear layer: the first is exact.
+
+        A model that has neither is shown by its largest tensor.
 
         Raises:
-            FieldError: The file cannot be read, or has no such weights.
+            FieldError: The file cannot be read, or has no weights.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -45,8 +47,9 @@ class Deployed:
         except (OSError, SafetensorError) as error:
             raise FieldError("runs", str(self.path), f"a model's file ({error})") from None
         kernels = [name for name in tensors if tensors[name].ndim == 4] or [n for n in tensors if tensors[n].ndim == 2]
-        if not kernels:
-            raise FieldError("runs", str(self.path), "a model with convolutions or linear layers")
+        if not tensors:
+            raise FieldError("runs", str(self.path), "a model with weights")
+        kernels = kernels or [max(tensors, key=lambda name: tensors[name].size)]
         name = kernels[min(1, len(kernels) - 1)]
         return name, tensors[name]
 

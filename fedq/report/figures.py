@@ -11,13 +11,15 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedq.errors import FieldError
 from fedq.report.arms import FLOAT_BITS, Arm, Run, group, read_runs
 from fedq.report.deployed import deployed_models
+from fedq.report.metric import ACCURACY, Measure, distinct, file_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +58,7 @@ def write_figures(paths: Sequence[Path], out: Path) -> list[str]:
     check_matplotlib()
     make_folder(out)
     lines = []
-    for kind in KINDS:
+    for kind in _kinds(arms):
         rows = kind.rows(arms)
         if not rows:
             lines.append(f"{kind.name}: left out, needs {kind.needs}")
@@ -130,6 +132,11 @@ def figure_axes(size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
     return figure, grid[0, 0]
 
 
+def without_formulas(words: str) -> str:
+    """Return words that matplotlib shows as they are."""
+    return words.replace("\\", "\\\\").replace("$", r"\$")
+
+
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -138,10 +145,10 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _bits_rows(arms: Sequence[Arm]) -> Rows:
-    """Return one row an arm of one bit width; arms of a series differ in their bits alone."""
+    """Return one row an image arm of one bit width; arms of a series differ in their bits alone."""
     rows = []
     for arm in arms:
-        if arm.first.bits is None:
+        if arm.first.bits is None or arm.first.measure != ACCURACY:
             continue
         mean, sd = _mean_sd([100 * run.summary["test_accuracy"] for run in arm.runs])
         ways = [sum(run.summary[f"{way}_bytes"] for way in ("uplink", "downlink")) / 1e6 for run in arm.runs]
@@ -190,43 +197,44 @@ def _draw_bits(rows: Rows) -> Figure:
     return figure
 
 
-# ---- accuracy against megabytes ------------------------------------------------------------------------------------
+# ---- accuracy or another metric against megabytes ------------------------------------------------------------------
 
 
-def _bytes_rows(arms: Sequence[Arm]) -> Rows:
-    """Return one row an arm and evaluated round: means over seeds of validation accuracy and of bytes both ways."""
-    rows = []
-    for arm in arms:
+def _bytes_rows(arms: Sequence[Arm], measure: Measure = ACCURACY) -> Rows:
+    """Return one row an arm and evaluated round: means of what it is judged by and of bytes both ways."""
+    rows, column = [], f"val_{measure.metric.name}"
+    for arm in (arm for arm in arms if arm.first.measure == measure):
         by_round: dict[int, list[tuple[float, float]]] = {}
         for run in arm.runs:
             for row in run.metrics():
-                if row.get("val_accuracy") is not None and row.get("uplink_bytes") is not None:
+                if row.get(column) is not None and row.get("uplink_bytes") is not None:
                     megabytes = (row["uplink_bytes"] + row["downlink_bytes"]) / 1e6
-                    by_round.setdefault(row["round"], []).append((megabytes, 100 * row["val_accuracy"]))
+                    by_round.setdefault(row["round"], []).append((megabytes, measure.scale * row[column]))
         for round, points in sorted(by_round.items()):
             if len(points) < len(arm.runs):  # a seed that stopped earlier: no mean of all
                 continue
-            mean, sd = _mean_sd([accuracy for _, accuracy in points])
+            mean, sd = _mean_sd([shown for _, shown in points])
             rows.append(
                 {
                     "arm": arm.name,
                     "round": round + 1,
                     "megabytes": statistics.fmean(megabytes for megabytes, _ in points),
-                    "val_accuracy_mean": mean,
-                    "val_accuracy_sd": sd,
+                    f"{column}_mean": mean,
+                    f"{column}_sd": sd,
                     "num_seeds": len(points),
                 }
             )
     return rows if any(row["megabytes"] for row in rows) else []
 
 
-def _draw_bytes(rows: Rows) -> Figure:
+def _draw_bytes(rows: Rows, measure: Measure = ACCURACY) -> Figure:
     from matplotlib.ticker import LogLocator
 
+    mean_sd = [f"val_{measure.metric.name}_{end}" for end in ("mean", "sd")]
     figure, axes = figure_axes()
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         own = [row for row in rows if row["arm"] == arm and row["megabytes"] > 0]
-        x, mean, sd = ([row[key] for row in own] for key in ("megabytes", "val_accuracy_mean", "val_accuracy_sd"))
+        x, mean, sd = ([row[key] for row in own] for key in ("megabytes", *mean_sd))
         colour = COLOURS[number % len(COLOURS)]
         line = "-" if number < len(COLOURS) else "--"
         axes.plot(x, mean, color=colour, linestyle=line, marker=".", label=arm)
@@ -235,7 +243,7 @@ def _draw_bytes(rows: Rows) -> Figure:
     axes.set_xscale("log", subs=[])
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="megabytes up and down, all clients", ylabel="validation accuracy, %")
+    axes.set(xlabel="megabytes up and down, all clients", ylabel=f"validation {without_formulas(measure.metric.label)}")
     axes.legend(fontsize=8)
     return figure
 
@@ -379,4 +387,16 @@ KINDS = (
     _Kind("centres", _centre_rows, _draw_centres, "runs with learned centres (--algorithm quped)"),
     _Kind("client_accuracy", _client_rows, _draw_clients, "runs in which clients are tested one by one"),
 )
-"""All figures."""
+"""All figures of image runs."""
+
+
+def _kinds(arms: Sequence[Arm]) -> list[_Kind]:
+    """Return all figures; what is drawn against megabytes is what arms are judged by, a figure each."""
+    bits, by_megabytes, *others = KINDS
+    measures = sorted({arm.first.measure: None for arm in arms}, key=lambda measure: measure != ACCURACY)
+    names = distinct(f"{file_name(measure.metric.name)}_by_megabytes" for measure in measures)
+    found = [
+        replace(by_megabytes, name=name, rows=partial(_bytes_rows, measure=m), draw=partial(_draw_bytes, measure=m))
+        for m, name in zip(measures, names, strict=True)
+    ]
+    return [bits, *found, *others]

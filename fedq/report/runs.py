@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedq.errors import FieldError
+from fedq.report.metric import ACCURACY, Measure, measure_of
 from fedq.report.terminal import human_bytes
 
 
@@ -22,18 +23,21 @@ class RunStatus:
             ``unreadable``.
         rounds: Rounds finished.
         total_rounds: Rounds asked for.
-        accuracy: Test accuracy if finished, otherwise the last validation accuracy.
+        result: Test accuracy if finished, otherwise the last validation accuracy; of a run on data of one's own the
+            last value of its first metric.
         uplink_bytes: Payload bytes so far.
         note: The problem, or what to do next.
+        measure: What the result is.
     """
 
     path: Path
     state: str
     rounds: int = 0
     total_rounds: int | None = None
-    accuracy: float | None = None
+    result: float | None = None
     uplink_bytes: int | None = None
     note: str = ""
+    measure: Measure = ACCURACY
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunStatus]:
@@ -60,34 +64,38 @@ def run_status(path: Path) -> RunStatus:
         total = int(settings["run"]["rounds"])
         if (path / "summary.json").exists():
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            return RunStatus(
-                path, "finished", summary["rounds"], total, summary["test_accuracy"], summary["uplink_bytes"]
-            )
-        rows = _metrics(path)
+            measure, rounds, sent = measure_of(summary), summary["rounds"], summary["uplink_bytes"]
+            return RunStatus(path, "finished", rounds, total, measure.last(summary), sent, measure=measure)
+        rows, measure = _metrics(path), measure_of(settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return RunStatus(path, "unreadable", note=f"{type(error).__name__}: {error}")
     has_checkpoints = settings.get("exchange", {}).get("exchange") != "none"
-    note = f"go on with --resume {path}" if has_checkpoints else "start it again: --exchange none has no checkpoints"
+    note = measure.to_go_on(path) if has_checkpoints else "start it again: --exchange none has no checkpoints"
     if not rows:
-        return RunStatus(path, "not started", 0, total, note=note)
-    accuracy = next((row["val_accuracy"] for row in reversed(rows) if row.get("val_accuracy") is not None), None)
-    return RunStatus(path, "unfinished", rows[-1]["round"] + 1, total, accuracy, rows[-1].get("uplink_bytes"), note)
+        return RunStatus(path, "not started", 0, total, note=note, measure=measure)
+    last, sent = measure.last_row(rows), rows[-1].get("uplink_bytes")
+    return RunStatus(path, "unfinished", rows[-1]["round"] + 1, total, last, sent, note, measure)
 
 
 def print_runs(runs: Sequence[RunStatus]) -> None:
     """Print one line a run."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    table = Table("run", "state", "rounds", "accuracy", "uplink", "", box=None, pad_edge=False)
+    measures = {run.measure: escape(run.measure.metric.name) for run in runs if run.state != "unreadable"}
+    heading = "result" if len(measures) > 1 else next(iter(measures.values()), ACCURACY.metric.name)
+    table = Table("run", "state", "rounds", heading, "uplink", "", box=None, pad_edge=False)
     for run in runs:
-        accuracy = "-" if run.accuracy is None else f"{100 * run.accuracy:.2f} %"
+        result = escape(run.measure.text(run.measure.shown(run.result)))
+        if len(measures) > 1 and run.result is not None:
+            result = f"{measures[run.measure]} {result}"
         uplink = "-" if run.uplink_bytes is None else human_bytes(run.uplink_bytes)
         rounds = f"{run.rounds}/{run.total_rounds or '-'}"
-        table.add_row(str(run.path), run.state, rounds, accuracy, uplink, run.note)
+        table.add_row(str(run.path), run.state, rounds, result, uplink, run.note)
     console.print(table)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedq.errors import FieldError
 from fedq.report.encoding import make_readable
+from fedq.report.metric import Measure, metrics_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +89,7 @@ def print_summary(folder: Path, console: Console | None = None) -> None:
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for label, value in rows:
-            table.add_row(label, Text(value))
+            table.add_row(Text(label), Text(value))
         console.print(table)
     else:
         print_header([f"{label:<{_LABEL_WIDTH}} {value}" for label, value in rows], console)
@@ -200,15 +201,29 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", get("dataset")),
         ("model", f"{get('model')}, {_count(summary, 'num_params', 'parameter')}"),
         ("job", f"{_work(summary, get('server'))}, {ranks}"),
-        ("test accuracy", f"{_percent(summary.get('test_accuracy'))}{_spread(summary)}"),
-        ("balanced accuracy", _percent(summary.get("test_balanced_accuracy"))),
-        ("best validation", _percent(summary.get("best_val_accuracy"))),
+        *_reached(summary),
         *_exchange(summary, get("uplink"), get("downlink")),
         *_packed(summary),
         _crossed(summary),
         ("time", f"{_seconds(summary.get('seconds'))}, {_seconds(summary.get('seconds_per_round'))} {per}"),
         *_left_out(summary.get("left_out") or []),
     ]
+
+
+def _reached(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the run is judged by: accuracies, or of data of one's own every metric, the first at its best too."""
+    metrics = metrics_of(summary)
+    if not metrics:
+        return [
+            ("test accuracy", f"{_percent(summary.get('test_accuracy'))}{_spread(summary)}"),
+            ("balanced accuracy", _percent(summary.get("test_balanced_accuracy"))),
+            ("best validation", _percent(summary.get("best_val_accuracy"))),
+        ]
+    first, *others = [(metric, Measure(metric).last(summary)) for metric in metrics]
+    metric, last = first
+    words = f"{metric.text(last)}, best {metric.text(summary.get('best'))} ({metric.better} is better)"
+    rows = [(metric.name, words if last is not None else "- (never evaluated)")]
+    return rows + [(metric.name, metric.text(last)) for metric, last in others]
 
 
 def _exchange(summary: Mapping[str, Any], uplink: str, downlink: str) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from fedq.report.page.curves import thinned
 from fedq.report.page.evidence import Evidence, Rows
 from fedq.report.page.spec import Bins, Choice, Dots, Heading, Heat, Stack
 from fedq.report.page.study import ArmEvidence, Study
-from fedq.report.page.tables import client_accuracies, phase_rows
+from fedq.report.page.tables import client_accuracies, labelled, phase_rows
 
 MOST_BARS = 32
 MOST_CLIENTS = 40
@@ -198,7 +198,7 @@ def label_choice(study: Study) -> Choice:
     found: dict[str, Heat] = {}
     seen: dict[str, str] = {}
     for arm, one in study.pairs:
-        if not one.last_clients:
+        if not labelled(one):
             continue
         heat = _heat(one)
         data = repr((heat.rows, heat.values))
@@ -210,8 +210,9 @@ def label_choice(study: Study) -> Choice:
 
 
 def _heat(one: Evidence) -> Heat:
-    clients = thinned(one.last_clients, MOST_CLIENTS)
-    shown = "" if len(clients) == len(one.last_clients) else f" {len(clients)} of {len(one.last_clients)} clients."
+    found = labelled(one)
+    clients = thinned(found, MOST_CLIENTS)
+    shown = "" if len(clients) == len(found) else f" {len(clients)} of {len(found)} clients."
     classes = max(len(row["label_counts"]) for row in clients)
     values = [[*row["label_counts"], *[0] * (classes - len(row["label_counts"]))] for row in clients]
     caption = f"Training examples of each class a client has; darker is more.{shown}"

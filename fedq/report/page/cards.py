@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fedq.report.metric import Measure, first_upper
 from fedq.report.page.cautions import human_bandwidth
-from fedq.report.page.cells import figure_cell, pays_words
+from fedq.report.page.cells import pays_words
 from fedq.report.page.curves import START_BITS_PER_S
 from fedq.report.page.pareto import seconds_on_link
-from fedq.report.page.study import ArmEvidence, Study
+from fedq.report.page.study import ArmEvidence, Figure, Study
 from fedq.report.terminal import human_bytes, human_seconds
-
-WITHIN_POINTS = 1.0
-"""Points of test accuracy that an arm may lose to the float32 arm and still count as equal in a headline."""
 
 
 class Card(NamedTuple):
@@ -29,23 +27,26 @@ def make_cards(study: Study) -> list[Card]:
 
 
 def _of_one(study: Study, arm: ArmEvidence) -> list[Card]:
-    accuracy = arm.accuracy
-    if accuracy:
-        seeds = len(arm.runs)
-        top = Card("Test accuracy", f"{figure_cell(accuracy).text} %", _seeds(seeds))
+    words = arm.measure.words
+    if arm.result:
+        top = Card(first_upper(words["result"]), _text(arm, arm.result), _seeds(len(arm.runs)))
     else:
         state = f"{arm.first.state}: {arm.first.rounds} of {arm.first.total_rounds or '-'} rounds"
-        top = Card("Best validation accuracy", f"{figure_cell(arm.val_accuracy).text} %", state)
+        top = Card(first_upper(words["best in full"]), _text(arm, arm.best), state)
     time = arm.seconds.mean if arm.seconds else 0.0
-    words = f"{arm.first.rounds} {'epochs' if arm.exchange == 'step' else 'rounds'}"
+    rounds = f"{arm.first.rounds} {'epochs' if arm.exchange == 'step' else 'rounds'}"
     pays = pays_words(arm, study.payoff(arm))
     return [
         top,
         _sent(arm, "uplink", "Sent up" if arm.exchange != "step" else "First leg"),
         _sent(arm, "downlink", "Sent down" if arm.exchange != "step" else "Second leg"),
-        Card("Time", human_seconds(time), words),
+        Card("Time", human_seconds(time), rounds),
         Card("Does it pay in time?", *_pays(pays)),
     ]
+
+
+def _text(arm: ArmEvidence, figure: Figure | None) -> str:
+    return arm.measure.text(figure.mean, figure.sd) if figure else f"- {arm.measure.metric.unit}".rstrip()
 
 
 def _seeds(num: int) -> str:
@@ -78,45 +79,50 @@ def _sent(arm: ArmEvidence, way: str, label: str) -> Card:
 
 
 def _of_several(study: Study) -> list[Card]:
-    tested = [arm for arm in study.finished if arm.accuracy]
-    cards = [_chosen(tested), _fast(tested)]
-    if any(not arm.is_float32 and arm.link_bytes for arm in study.arms):
-        cards = [_base(study), _chosen(tested), _small(tested), _fast(tested), _payoffs(study)]
+    tested = [arm for arm in study.finished if arm.result]
+    is_coded = any(not arm.is_float32 and arm.link_bytes for arm in study.arms)
+    cards: list[Card | None] = []
+    for measure in study.measures:
+        own = study.judged_by(measure)
+        found = [_base(own), _chosen(own, measure), _small(own, measure)] if is_coded else [_chosen(own, measure)]
+        if len(study.measures) > 1:
+            found = [card and card._replace(label=measure.named(card.label)) for card in found]
+        cards += found
+    cards += [_fast(tested), _payoffs(study)] if is_coded else [_fast(tested)]
     return [*(card for card in cards if card), _runs(study)]
 
 
-def _base(study: Study) -> Card | None:
-    base = next((arm for arm in study.finished if arm.is_float32 and arm.accuracy), None)
+def _base(tested: list[ArmEvidence]) -> Card | None:
+    base = next((arm for arm in tested if arm.is_float32), None)
     if base is None:
         return None
     both = human_bytes(base.mean("uplink_bytes") + base.mean("downlink_bytes"))
-    return Card("Float32", f"{figure_cell(base.accuracy).text} %", f"{base.name}: {both} up and down")
+    return Card("Float32", _text(base, base.result), f"{base.name}: {both} up and down")
 
 
-def _chosen(tested: list[ArmEvidence]) -> Card | None:
-    validated = [(arm.val_accuracy.mean, arm) for arm in tested if arm.val_accuracy]
+def _chosen(tested: list[ArmEvidence], measure: Measure) -> Card | None:
+    validated = [(measure.gain(arm.best.mean), arm) for arm in tested if arm.best]
     if not validated:
         return None
     _, arm = max(validated, key=lambda pair: pair[0])
-    return Card("Best by validation", f"{figure_cell(arm.accuracy).text} %", f"{arm.name}: its test accuracy")
+    words = measure.words
+    return Card(first_upper(words["chosen by"]), _text(arm, arm.result), f"{arm.name}: its {words['result']}")
 
 
-def _small(tested: list[ArmEvidence]) -> Card | None:
+def _small(tested: list[ArmEvidence], measure: Measure) -> Card | None:
     base = next((arm for arm in tested if arm.is_float32), None)
-    if base is None or base.accuracy is None:
+    if base is None or base.result is None:
         return None
-    label = f"Fewest bytes within {WITHIN_POINTS:g} point of float32"
-    floor = base.accuracy.mean - WITHIN_POINTS
-    close = [
-        arm for arm in tested if not arm.is_float32 and arm.accuracy and arm.accuracy.mean >= floor and arm.link_bytes
-    ]
+    label = f"Fewest bytes within {measure.near} of float32"
+    coded = [arm for arm in tested if not arm.is_float32 and arm.link_bytes]
+    close = [arm for arm in coded if arm.result and measure.is_near(arm.result.mean, base.result.mean)]
     if not close:
         return Card(label, "none", "no compressed arm is that close")
     arm = min(close, key=lambda arm: arm.link_bytes)
     sent, raw = (sum(arm.mean(f"{way}_bytes{end}") for way in ("uplink", "downlink")) for end in ("", "_fp32"))
     less = arm.times_less("uplink")
     up = f", {less:.3g}x less up" if less and arm.mean("downlink_bytes") else ""
-    return Card(label, f"{raw / sent:.3g}x less", f"{arm.name}: {figure_cell(arm.accuracy).text} %{up}")
+    return Card(label, f"{raw / sent:.3g}x less", f"{arm.name}: {_text(arm, arm.result)}{up}")
 
 
 def _fast(tested: list[ArmEvidence]) -> Card | None:

@@ -71,6 +71,7 @@ def find_cautions(study: Study) -> list[Caution]:
         _unfinished,
         _ledgers,
         _interfaces,
+        _not_evaluated,
         _not_comparable,
         _seeds,
         _pays_in_bytes,
@@ -106,7 +107,7 @@ def _unfinished(study: Study) -> Iterator[Caution]:
             continue
         rounds = f"{one.rounds} of {one.total_rounds or 'an unknown number of'} rounds"
         counts = "is left out of the arm's means" if arm.is_finished else "is shown as far as it went"
-        text = f"{one.name} is {one.state} ({rounds}) and {counts}; go on with --resume."
+        text = f"{one.name} is {one.state} ({rounds}) and {counts}; {arm.measure.to_go_on()}."
         yield Caution("warning", "incomplete", ("runs", "results"), text)
 
 
@@ -165,6 +166,14 @@ def interface_limits(interface: dict[str, Any], messages: int = 0) -> tuple[floa
     return 1 - INTERFACE_TOLERANCE, 1 + overhead + INTERFACE_TOLERANCE
 
 
+def _not_evaluated(study: Study) -> Iterator[Caution]:
+    """Say which runs of data of one's own show the training's own numbers alone."""
+    names = [arm.name for arm in study.finished if not arm.measure.has_test_set and arm.result is None]
+    if names:
+        text = f"No evaluation returned a metric in {_listed(names)}: only what training reports is shown."
+        yield Caution("note", "no evaluation", ("results", "learning"), text)
+
+
 # ---- comparisons ---------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +189,11 @@ def _not_comparable(study: Study) -> Iterator[Caution]:
                 name = key.partition(".")[2].replace("_", " ")
                 text = f"These arms are not comparable: they differ in {noun}, {name}: {_by_value(values)}."
                 yield Caution("warning", f"other {noun}", _COMPARED, text)
-    measures = {arm.name: _measure(arm.first) for arm in arms}
+    judged = {arm.name: arm.measure.metric.label for arm in arms}
+    if len({arm.measure for arm in arms}) > 1:
+        text = f"These arms are not comparable: they are judged by different metrics: {_by_value(judged)}."
+        yield Caution("warning", "other metric", _COMPARED, text)
+    measures = {arm.name: _measure(arm.first) for arm in arms if arm.measure.has_test_set}
     if len(set(measures.values())) > 1:
         text = f"Test accuracy is not measured alike: {_by_value(measures)}."
         yield Caution("warning", "other measure", _COMPARED, text)
@@ -332,7 +345,7 @@ def _lost(row: dict[str, Any]) -> bool:
 
 
 def _test_set(study: Study) -> Iterator[Caution]:
-    arms = study.finished
+    arms = [arm for arm in study.finished if arm.measure.has_test_set]
     unvalidated = [arm.name for arm in arms if _has_no_validation(arm.first)]
     if unvalidated and len(arms) > 1:
         text = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fedq.report.metric import Columns, Measure
 from fedq.report.page.cautions import human_bandwidth
 from fedq.report.page.diagram import arrow_words
 from fedq.report.page.study import ArmEvidence, Figure, Payoff, Study, settings
@@ -45,12 +46,11 @@ def number(value: float | None, digits: int = 2, sort: float | None = None) -> C
     return Cell("-") if value is None else Cell(f"{value:,.{digits}f}", value if sort is None else sort)
 
 
-def figure_cell(figure: Figure | None, digits: int = 2) -> Cell:
-    """Return mean ± sd."""
+def judged_cell(columns: Columns, measure: Measure, kind: str, figure: Figure | None) -> Cell:
+    """Return mean ± sd; sorted by its number only where all are of one measure."""
     if figure is None:
         return Cell("-")
-    spread = "" if figure.sd is None else f" ± {figure.sd:.{digits}f}"
-    return Cell(f"{figure.mean:.{digits}f}{spread}", figure.mean)
+    return Cell(columns.cell(measure, kind, figure.mean, figure.sd), None if columns.is_mixed else figure.mean)
 
 
 def bytes_cell(nbytes: float | None) -> Cell:
@@ -82,14 +82,9 @@ def pays_words(arm: ArmEvidence, payoff: Payoff | None) -> str:
 
 
 def results_table(study: Study) -> Shown:
-    """Return one row an arm: accuracy, bytes both ways, seconds, whether it pays."""
-    headers: tuple[str, ...] = (
-        "arm",
-        "test accuracy, %",
-        "best validation, %",
-        "up (beside float32)",
-        "down (beside float32)",
-    )
+    """Return one row an arm: its result, bytes both ways, seconds, whether it pays."""
+    columns = Columns(study.measures, "result", "best")
+    headers = ("arm", *columns.headings, "up (beside float32)", "down (beside float32)")
     headers += ("measured time", "pays in time", "seeds")
     rows = []
     for arm in study.arms:
@@ -100,8 +95,8 @@ def results_table(study: Study) -> Shown:
         rows.append(
             [
                 Cell(arm.name),
-                figure_cell(arm.accuracy) if arm.is_finished else Cell(arm.first.state),
-                figure_cell(arm.val_accuracy),
+                judged_cell(columns, arm.measure, "result", arm.result) if arm.is_finished else Cell(arm.first.state),
+                judged_cell(columns, arm.measure, "best", arm.best),
                 *(_sent(arm, way) for way in ("uplink", "downlink")),
                 seconds_cell(arm.seconds),
                 Cell(pays_words(arm, payoff), limit if limit != float("inf") else 1e30),
@@ -243,12 +238,14 @@ def interface_table(study: Study) -> Shown:
 
 def runs_table(study: Study) -> Shown:
     """Return one row a run."""
-    measures = ("test accuracy, %", "balanced accuracy, %")
-    headers = ("run", "arm", "state", "seed", "rounds", *measures, "up", "down", "seconds")
+    columns = Columns(study.measures, "result", "beside")
+    headers = ("run", "arm", "state", "seed", "rounds", *columns.headings, "up", "down", "seconds")
     rows = []
     for arm, one in study.pairs:
         summary = one.run.summary
-        shares = [summary.get(key) if one.is_finished else None for key in ("test_accuracy", "test_balanced_accuracy")]
+        measure = arm.measure
+        values = {"result": measure.last(summary), "beside": measure.beside(summary)} if one.is_finished else {}
+        shown = {kind: Figure.of([measure.shown(values.get(kind))]) for kind in ("result", "beside")}
         rounds = f"{one.rounds}" if one.is_finished else f"{one.rounds} of {one.total_rounds or '-'}"
         rows.append(
             [
@@ -257,7 +254,7 @@ def runs_table(study: Study) -> Shown:
                 Cell(one.state),
                 Cell(str(summary.get("seed", "-"))),
                 Cell(rounds, one.rounds),
-                *(number(None if share is None else 100 * share) for share in shares),
+                *(judged_cell(columns, measure, kind, figure) for kind, figure in shown.items()),
                 bytes_cell(summary.get("uplink_bytes")),
                 bytes_cell(summary.get("downlink_bytes")),
                 Cell(human_seconds(summary.get("seconds") or 0), summary.get("seconds")),

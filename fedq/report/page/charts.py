@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedq.report.page import breakdowns, curves
-from fedq.report.page.spec import Bins, Chart, Choice, Lines, Stack
+from fedq.report.page.spec import Bins, Chart, Choice, Front, Lines, Stack
 from fedq.report.page.study import Study
 
 
@@ -15,22 +15,25 @@ class PageCharts:
     """All charts of a page.
 
     Args:
-        learning: Accuracy and loss.
+        learning: Metrics and loss.
+        tradeoff: What results cost.
         others: Charts that show all arms.
         choices: Charts that show one run at a time.
     """
 
     learning: Sequence[Lines]
+    tradeoff: Sequence[Front | Lines]
     others: Sequence[Chart]
     choices: Sequence[Choice]
 
     def on_page(self) -> list[Chart]:
         """Return every chart once; of a choice its first variant."""
-        return [*self.learning, *self.others, *self._first_variants()]
+        return [*self.learning, *self.tradeoff, *self.others, *self._first_variants()]
 
     def as_files(self) -> list[Chart]:
         """Return the charts that are written as PNG and SVG: of a choice the first variant."""
-        return [*self.learning, *self.others, *(chart for chart in self._first_variants() if not _is_empty(chart))]
+        shown = [chart for chart in self._first_variants() if not _is_empty(chart)]
+        return [*self.learning, *self.tradeoff, *self.others, *shown]
 
     def _first_variants(self) -> list[Chart]:
         return [chart for choice in self.choices for chart in next(iter(choice.variants.values()))]
@@ -50,8 +53,6 @@ def _parts(twins: Sequence[Chart]) -> list[str]:
 def make_charts(study: Study) -> PageCharts:
     """Return the charts for which there is something to show."""
     others = [
-        *curves.front_charts(study),
-        curves.link_chart(study),
         breakdowns.totals_chart(study),
         *breakdowns.make_up_charts(study),
         curves.bytes_by_round(study),
@@ -66,6 +67,7 @@ def make_charts(study: Study) -> PageCharts:
     ]
     return PageCharts(
         curves.learning_charts(study),
+        curves.tradeoff_charts(study),
         [chart for chart in others if chart is not None],
         [choice for choice in choices if choice.variants],
     )

@@ -1,10 +1,12 @@
-"""Charts of what arms reached: accuracy and loss by rounds, megabytes and seconds, and the Pareto fronts."""
+"""Charts of what arms reached: metrics and loss by rounds, megabytes and seconds, and the Pareto fronts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from fedq.report.metric import Measure, Series, distinct, file_name, first_upper
 from fedq.report.page.evidence import Evidence
 from fedq.report.page.pareto import FORMULA, pareto_front, seconds_on_link
 from fedq.report.page.spec import Curve, Front, Heading, Lines
@@ -16,49 +18,75 @@ MOST_POINTS = 3000
 START_BITS_PER_S = 1e8
 """Where the slider stands when the page opens."""
 
-_MEASURES = {"accuracy": "accuracy, %", "loss": "loss"}
-
 
 def learning_charts(study: Study) -> list[Lines]:
-    """Return accuracy and loss, each by rounds, by megabytes and by seconds."""
-    data = "val" if any("val_accuracy" in row for one in study.runs for row in one.metrics) else "train"
-    noun = {"val": "validation", "train": "training"}[data]
+    """Return accuracy or other metrics, and loss, each by rounds, by megabytes and by seconds."""
     axes = (
         ("rounds", "round", "", False),
         ("megabytes", "megabytes up and down, all clients", " Log scale: a tenth of the bytes is one step left.", True),
         ("seconds", "seconds of training as measured here", "", False),
     )
     charts = []
-    for measure, label in _MEASURES.items():
+    found = [(measure, series) for measure in study.measures for series in _series(study, measure)]
+    keys = distinct(_key(study, measure, series) for measure, series in found)
+    for (measure, series), key in zip(found, keys, strict=True):
+        title = measure.named(series.title) if len(study.measures) > 1 else series.title
         for axis, x_label, hint, x_log in axes:
-            curves = _curves(study, axis, f"{data}_{measure}")
-            better = "Higher is better" if measure == "accuracy" else "Lower is better"
-            caption = f"{better}; bands are one standard deviation over seeds.{hint}"
-            title = f"{noun.capitalize()} {measure} by {axis}"
-            heading = Heading(f"{measure}_by_{axis}", title, caption, x_label, f"{noun} {label}")
+            curves = _curves(study, measure, axis, series.column, series.scale)
+            caption = f"{first_upper(series.better)} is better; bands are one standard deviation over seeds.{hint}"
+            heading = Heading(f"{key}_by_{axis}", f"{title} by {axis}", caption, x_label, series.label)
             if curves:
                 charts.append(Lines(heading, curves, x_log=x_log))
     return charts
 
 
-def front_charts(study: Study) -> list[Front]:
-    """Return accuracy against bytes, and against seconds on a link; none without two arms that were tested."""
-    arms = [arm for arm in study.finished if arm.accuracy]
+def _key(study: Study, measure: Measure, series: Series) -> str:
+    """Return a series' name; what other measures than the first have beside them is named after the measure."""
+    own = file_name(measure.metric.name)
+    return series.key if measure == study.measures[0] or series.key == own else f"{own}_{series.key}"
+
+
+def _series(study: Study, measure: Measure) -> list[Series]:
+    runs = [one for arm, one in study.pairs if arm.measure == measure]
+    return measure.series([(one.run.summary, one.metrics) for one in runs])
+
+
+def tradeoff_charts(study: Study) -> list[Front | Lines]:
+    """Return what results cost, by measure: against bytes, against seconds on a link, and curves on such a link.
+
+    The first measure's fronts have plain names; those of others end in their metric.
+    """
+    charts: list[Front | Lines] = []
+    names = list(distinct(file_name(measure.metric.name) for measure in study.measures))
+    for measure, name in zip(study.measures, names, strict=True):
+        for front in _fronts(study, measure):
+            key = front.heading.key + (f"_{name}" if name != names[0] else "")
+            charts.append(replace(front, heading=replace(front.heading, key=key)))
+        if chart := link_chart(study, measure, f"{name}_on_link"):
+            charts.append(chart)
+    return charts
+
+
+def _fronts(study: Study, measure: Measure) -> list[Front]:
+    """Return results against bytes, and against seconds on a link; none without two arms that have one."""
+    arms = study.judged_by(measure)
     if len(arms) < 2:
         return []
     charts = []
+    name, label = first_upper(measure.metric.name), measure.heading("result")
+    corner = "Up and left" if measure.metric.better == "higher" else "Down and left"
     sent = [arm for arm in arms if arm.link_bytes]
     if sent:
         megabytes = [(arm.mean("uplink_bytes") + arm.mean("downlink_bytes")) / 1e6 for arm in sent]
-        caption = "Up and left is better. The line is the Pareto front: no arm is better in both. Log scale."
+        caption = f"{corner} is better. The line is the Pareto front: no arm is better in both. Log scale."
         x_label = "megabytes up and down, all clients"
-        heading = Heading("front_bytes", "Accuracy against bytes", caption, x_label, "test accuracy, %")
+        heading = Heading("front_bytes", f"{name} against bytes", caption, x_label, label)
         charts.append(_front(study, heading, sent, megabytes))
     up, down = ({arm.mean(f"{way}_bytes") for arm in sent} for way in ("uplink", "downlink"))
     if len(up) > 1 and len(down - {0.0}) == 1:  # one downlink for all hides what differs
         megabytes = [arm.mean("uplink_bytes") / 1e6 for arm in sent]
         caption = "The same without the downlink, which costs the same in all arms. Log scale."
-        heading = Heading("front_uplink", "Accuracy against uplink bytes", caption, "megabytes up", "test accuracy, %")
+        heading = Heading("front_uplink", f"{name} against uplink bytes", caption, "megabytes up", label)
         charts.append(_front(study, heading, sent, megabytes))
     timed = [arm for arm in arms if arm.computation]
     if timed:
@@ -67,16 +95,20 @@ def front_charts(study: Study) -> list[Front]:
         seconds = [seconds_on_link(f, b, START_BITS_PER_S) for f, b in zip(fixed, nbytes, strict=True)]
         caption = f"{FORMULA}. {link_words(timed)} Latency is not counted, and nothing overlaps."
         x_label = "seconds on a link of the chosen bandwidth"
-        heading = Heading("front_seconds", "Accuracy against seconds", caption, x_label, "test accuracy, %")
+        heading = Heading("front_seconds", f"{name} against seconds", caption, x_label, label)
         charts.append(_front(study, heading, timed, seconds, fixed, [8 * b for b in nbytes]))
     return charts
 
 
-def link_chart(study: Study) -> Lines | None:
-    """Return accuracy by seconds on a link of the chosen bandwidth."""
-    curves = _curves(study, "link", "val_accuracy") or _curves(study, "link", "train_accuracy")
+def link_chart(study: Study, measure: Measure, key: str) -> Lines | None:
+    """Return the measure by seconds on a link of the chosen bandwidth."""
+    metric = measure.metric
+    columns = (f"{prefix}_{metric.name}" for prefix in ("val", "train"))
+    found = (_curves(study, measure, "link", column, measure.scale) for column in columns)
+    curves = next((own for own in found if own), [])
     caption = "Each curve's seconds are its computation so far and its bytes so far on the chosen link."
-    heading = Heading("accuracy_on_link", "Accuracy by seconds on such a link", caption, "seconds", "accuracy, %")
+    title = f"{first_upper(metric.name)} by seconds on such a link"
+    heading = Heading(key, title, caption, "seconds", metric.label)
     return Lines(heading, curves) if curves else None
 
 
@@ -98,15 +130,15 @@ def _front(
     fixed: Sequence[float] = (),
     bits: Sequence[float] = (),
 ) -> Front:
-    accuracies = [arm.accuracy or Figure(0.0) for arm in arms]
-    gains = [accuracy.mean for accuracy in accuracies]
+    results = [arm.result or Figure(0.0) for arm in arms]
+    gains = [arm.measure.gain(result.mean) for arm, result in zip(arms, results, strict=True)]
     return Front(
         heading,
         [arm.name for arm in arms],
         [study.arms.index(arm) for arm in arms],
         costs,
-        gains,
-        [accuracy.sd or 0.0 for accuracy in accuracies],
+        [result.mean for result in results],
+        [result.sd or 0.0 for result in results],
         pareto_front(costs, gains),
         fixed,
         bits,
@@ -116,24 +148,24 @@ def _front(
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 
-def _curves(study: Study, axis: str, measure: str) -> list[Curve]:
-    arms = [(number, arm) for number, arm in enumerate(study.arms) if arm.runs]
+def _curves(study: Study, measure: Measure, axis: str, column: str, scale: float) -> list[Curve]:
+    arms = [(number, arm) for number, arm in enumerate(study.arms) if arm.runs and arm.measure == measure]
     most = max(20, MOST_POINTS // max(1, len(arms)))
-    curves = [_curve(arm, number, axis, measure, most) for number, arm in arms]
+    curves = [_curve(arm, number, axis, (column, scale), most) for number, arm in arms]
     return [curve for curve in curves if curve.x and (axis != "megabytes" or curve.x[-1])]
 
 
-def _curve(arm: ArmEvidence, number: int, axis: str, measure: str, most: int) -> Curve:
-    """Return an arm's curve over the rounds that every seed has: means of x and of y."""
+def _curve(arm: ArmEvidence, number: int, axis: str, scaled: tuple[str, float], most: int) -> Curve:
+    """Return an arm's curve over the rounds that every seed has: means of x and of y, a column and its scale."""
+    column, scale = scaled
     by_round: dict[int, list[dict[str, float]]] = {}
     for one in arm.runs:
-        for point in _points(one, measure):
+        for point in _points(one, column):
             by_round.setdefault(int(point["rounds"]), []).append(point)
     shared = [points for _, points in sorted(by_round.items()) if len(points) == len(arm.runs)]
     if axis == "megabytes":
         shared = [points for points in shared if all(point["megabytes"] for point in points)]
     shared = thinned(shared, most)
-    scale = 100 if measure.endswith("accuracy") else 1
     figures = [Figure.of(scale * point["y"] for point in points) or Figure(0.0) for points in shared]
     fixed, bits = ([_mean(points, key) for points in shared] for key in ("fixed", "bits"))
     on_link = axis == "link"
@@ -150,18 +182,18 @@ def _curve(arm: ArmEvidence, number: int, axis: str, measure: str, most: int) ->
     )
 
 
-def _points(one: Evidence, measure: str) -> list[dict[str, float]]:
-    """Return a run's rounds with the measure: rounds, megabytes and seconds from the start, and what a link adds."""
+def _points(one: Evidence, column: str) -> list[dict[str, float]]:
+    """Return a run's rounds with the column: rounds, megabytes and seconds from the start, and what a link adds."""
     total = sum(row.get("seconds") or 0.0 for row in one.metrics)
     share = computation_seconds(one) / total if total else 1.0
     points, seconds = [], 0.0
     for row in one.metrics:
         seconds += row.get("seconds") or 0.0
-        if row.get(measure) is None:
+        if row.get(column) is None:
             continue
         nbytes = float((row.get("uplink_bytes") or 0) + (row.get("downlink_bytes") or 0))
         points.append(
-            {"rounds": row["round"] + 1, "megabytes": nbytes / 1e6, "seconds": seconds, "y": row[measure]}
+            {"rounds": row["round"] + 1, "megabytes": nbytes / 1e6, "seconds": seconds, "y": row[column]}
             | {"fixed": share * seconds, "bits": 8 * nbytes / links(one)}
         )
     return points

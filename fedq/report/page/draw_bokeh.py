@@ -220,7 +220,8 @@ def _marks(curves: Sequence[Curve]) -> Columns:
 
 def _front(chart: Front) -> Any:
     x = _short(chart.heading.x)
-    tips = [("arm", "@arm"), (x, "@x{0,0.[000]}"), ("test accuracy, %", "@y{0.00}"), ("sd", "@sd{0.00}")]
+    places = "{0.00}" if chart.heading.y.endswith("%") else ""  # without: as many digits as the number needs
+    tips = [("arm", "@arm"), (x, "@x{0,0.[000]}"), (chart.heading.y, f"@y{places}"), ("sd", f"@sd{places}")]
     plot = _figure(chart.heading, tooltips=tips, x_axis_type="log")
     front = sorted((x, y) for x, y, is_on in zip(chart.x, chart.y, chart.on_front, strict=True) if is_on)
     line: Columns = {"x": [x for x, _ in front], "y": [y for _, y in front]}

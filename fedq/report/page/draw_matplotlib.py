@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fedq.report.figures import figure_axes, figure_style
+from fedq.report.figures import figure_axes, figure_style, without_formulas
 from fedq.report.page.spec import (
     BAR_SERIES,
     COLOURS,
@@ -61,12 +61,12 @@ def _draw(chart: Chart) -> Figure:
 def plain(name: str) -> str:
     """Return a name that matplotlib shows as it is (no formulas), cut where it is very long."""
     short = name if len(name) <= _MOST_LABEL else f"{name[: _MOST_LABEL - 1]}…"
-    return short.replace("\\", "\\\\").replace("$", r"\$")
+    return without_formulas(short)
 
 
 def _label(axes: Axes, heading: Heading) -> None:
     axes.set_title(plain(heading.title), fontsize=11, loc="left")
-    axes.set(xlabel=heading.x, ylabel=heading.y)
+    axes.set(xlabel=without_formulas(heading.x), ylabel=without_formulas(heading.y))
 
 
 def _log(axes: Axes, axis: Literal["x", "y"]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedq.errors import FieldError
 from fedq.report.arms import Run
+from fedq.report.metric import metrics_of, values_so_far, with_own_data
 from fedq.report.page.bytesums import LEDGER_COLUMNS, ByteSums, sum_ledger
 from fedq.report.runs import find_runs
 
@@ -36,6 +37,7 @@ _COLUMNS = {
     "histograms": ("round", "client", "tensor", "stage", "edges", "counts", "num", "entropy_bits"),
 }
 _OPTIONAL = ("personal", "phases")
+_OPTIONAL_OF_OWN_DATA = (*_OPTIONAL, "histograms")
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,17 @@ def read_evidence(paths: Sequence[Path]) -> list[Evidence]:
 def _read_run(folder: Path) -> Evidence:
     problems: list[Problem] = []
     read = _Reader(folder, problems)
-    config = {name: part for name, part in (read.file("config.yaml", _yaml) or {}).items() if isinstance(part, dict)}
-    summary = read.file("summary.json", _json)
+    tree = read.file("config.yaml", _yaml) or {}
+    told = read.file("summary.json", _json)
+    is_finished, told = told is not None, told or {}
+    judged = read.metrics({"config.yaml": tree, "summary.json": told})
+    told = {key: value for key, value in told.items() if key != "metrics"} | judged
+    config = {name: part for name, part in with_own_data(tree, told).items() if isinstance(part, dict)}
     metrics = read.file("metrics.jsonl", _json_lines) or []
     total = config.get("run", {}).get("rounds")
-    state = "finished" if summary is not None else "unfinished" if metrics else "not started"
-    summary = {**_summary_so_far(config, metrics), **(summary or {})}
+    state = "finished" if is_finished else "unfinished" if metrics else "not started"
+    summary = {**_summary_so_far(config, metrics), **values_so_far(metrics_of(judged), metrics), **told}
+    read.optional = _OPTIONAL_OF_OWN_DATA if judged else _OPTIONAL
     ledger, clients, histograms = (read.table(name) for name in ("ledger", "clients", "histograms"))
     personal, phases = (_rows(read.table(name)) for name in _OPTIONAL)
     last_clients, left_out = _clients(clients)
@@ -156,6 +163,18 @@ class _Reader:
     def __init__(self, folder: Path, problems: list[Problem]) -> None:
         self._folder = folder
         self._problems = problems
+        self.optional: tuple[str, ...] = _OPTIONAL
+
+    def metrics(self, trees: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return the list of metrics of the last file that has one, under its name; of image runs nothing."""
+        found: dict[str, Any] = {}
+        for name, tree in trees.items():
+            try:
+                if metrics_of(tree):
+                    found = {"metrics": tree["metrics"]}
+            except FieldError as error:
+                self._note(name, f"cannot be read: {error}", is_schema=True)
+        return found
 
     def file(self, name: str, parse: Callable[[str], _Content]) -> _Content | None:
         """Return a text file's content; None if it cannot be used."""
@@ -179,7 +198,7 @@ class _Reader:
         file = f"{name}.parquet"
         path = self._folder / file
         if not path.exists():
-            if name not in _OPTIONAL:
+            if name not in self.optional:
                 self._note(file, "is missing")
             return None
         try:

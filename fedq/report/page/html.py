@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from fedq.report.metric import Measure
 from fedq.report.page import breakdowns, cells
 from fedq.report.page.cards import make_cards
 from fedq.report.page.cautions import Caution, human_bandwidth
@@ -16,14 +17,14 @@ from fedq.report.page.diagram import diagram
 from fedq.report.page.draw_bokeh import choice_columns, draw
 from fedq.report.page.pareto import BANDWIDTHS, FORMULA
 from fedq.report.page.spec import PART_COLOURS, Chart, Dots, Stack, style_of
-from fedq.report.page.study import Study, data_name
+from fedq.report.page.study import Study, data_name, model_name
 from fedq.report.page.tables import command, link_rows
 
 _TITLES = {
     "warnings": "Read this first",
     "results": "Results",
-    "learning": "Accuracy and loss",
-    "tradeoff": "What accuracy costs",
+    "learning": "",
+    "tradeoff": "",
     "bytes": "Bytes",
     "time": "Time by phase",
     "clients": "Clients",
@@ -43,7 +44,7 @@ def render(study: Study, charts: PageCharts, cautions: Sequence[Caution]) -> str
     return template.render(
         view=view,
         css=_asset("page.css"),
-        js=_asset("page.js"),
+        js=_asset("page.js").replace("LINK_CHARTS", json.dumps(_link_charts(charts))),
         bokeh=Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0],
         data=in_script({"items": _items(charts), "choices": _choices(charts)}),
     )
@@ -57,6 +58,13 @@ def in_script(value: Any) -> str:
 
 def _asset(name: str) -> str:
     return files("fedq.report.page").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def _link_charts(charts: PageCharts) -> list[str]:
+    """Return the names of the charts that follow the bandwidth of a link."""
+    keys = [chart.heading.key for chart in charts.tradeoff]
+    found = [key for key in keys if key.startswith("front_seconds") or key.endswith("_on_link")]
+    return list(dict.fromkeys(["front_seconds", "accuracy_on_link", *found]))
 
 
 def _items(charts: PageCharts) -> list[Any]:
@@ -101,34 +109,45 @@ def _view(study: Study, charts: PageCharts, cautions: Sequence[Caution]) -> dict
         "histograms": "histograms" not in choices,
         "interface": not tables["interface"].rows,
     }
+    titles, commands = _TITLES | _titles(study), [(one, command(one)) for one in study.runs]
     return {
         "title": study.title,
         "lead": _lead(study),
         "cards": make_cards(study),
-        "contents": [(key, title) for key, title in _TITLES.items() if not absent.get(key)],
+        "contents": [(key, title) for key, title in titles.items() if not absent.get(key)],
         "cautions": cautions,
         "tables": tables,
         "charts": shown,
         "choices": choices,
+        "titles": titles,
+        "advice": " ".join(dict.fromkeys(measure.advice for measure in study.measures)),
         "learning": [chart.heading.key for chart in charts.learning],
+        "tradeoff": [chart.heading.key for chart in charts.tradeoff],
         "arms": [(arm.name, *style_of(number)) for number, arm in enumerate(study.arms)],
-        "has_link": "front_seconds" in shown or "accuracy_on_link" in shown,
+        "has_link": any(key in shown for key in _link_charts(charts)),
         "has_clients": has_clients,
         "presets": [(human_bandwidth(bits), f"{bits:.0f}") for bits in BANDWIDTHS],
         "formula": f"{FORMULA}. {link_words(study.finished)}",
         "diagrams": [(arm.name, diagram(arm.first)) for arm in breakdowns.coded_first(study)][
             : breakdowns.MOST_VARIANTS
         ],
-        "commands": [(one.name, command(one), bool(one.run.summary.get("command"))) for one in study.runs],
+        "commands": [(one.name, words, bool(one.run.summary.get("command"))) for one, words in commands if words],
     }
+
+
+def _titles(study: Study) -> dict[str, str]:
+    """Return titles that depend on what arms are judged by."""
+    measures = study.measures
+    words = measures[0] if len(measures) == 1 else Measure
+    return {"learning": words.learning, "tradeoff": words.tradeoff}
 
 
 def _lead(study: Study) -> str:
     models = ", ".join(
         dict.fromkeys(
-            f"{one.run.summary.get('model')} ({one.run.summary.get('num_params') or 0:,} parameters)"
+            f"{model_name(one)} ({one.run.summary.get('num_params') or 0:,} parameters)"
             if one.run.summary.get("num_params")
-            else str(one.run.summary.get("model"))
+            else model_name(one)
             for one in study.runs
         )
     )

@@ -103,15 +103,15 @@ class Lines:
 
 @dataclass(frozen=True)
 class Front:
-    """Arms as points, with the Pareto front among them: low x, high y.
+    """Arms as points, with the Pareto front among them: low x, high y, or low where less is better.
 
     Args:
         heading: Around it.
         names: Of the arms.
         numbers: Their places among all arms.
         x: Costs.
-        y: Accuracies, %.
-        sd: Of the accuracies, 0 of a single seed.
+        y: Results, in the unit of the axis.
+        sd: Of the results, 0 of a single seed.
         on_front: Whether no arm beats this one.
         fixed: See `Curve.fixed`.
         bits: See `Curve.fixed`.

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from fedq.report.arms import group
+from fedq.report.metric import Measure
 from fedq.report.page.evidence import Evidence
 
 SAME_TIME = 0.05
@@ -70,15 +71,20 @@ class ArmEvidence:
         """When messages travel: round, step or none."""
         return self.first.exchange
 
-    @cached_property
-    def accuracy(self) -> Figure | None:
-        """Test accuracy, %; None if no seed finished."""
-        return self._percent("test_accuracy") if self.is_finished else None
+    @property
+    def measure(self) -> Measure:
+        """What the arm is judged by."""
+        return self.first.run.measure
 
     @cached_property
-    def val_accuracy(self) -> Figure | None:
-        """Best validation accuracy, %."""
-        return self._percent("best_val_accuracy")
+    def result(self) -> Figure | None:
+        """What the last models reached, as it is shown (test accuracy, %); None if no seed finished."""
+        return self._shown(self.measure.last) if self.is_finished else None
+
+    @cached_property
+    def best(self) -> Figure | None:
+        """The best of any round, as it is shown (best validation accuracy, %)."""
+        return self._shown(self.measure.best)
 
     @cached_property
     def test_loss(self) -> Figure | None:
@@ -129,9 +135,9 @@ class ArmEvidence:
         second_leg = summary.get("downlink_bytes") or self.exchange != "step"
         return str(summary.get("uplink")) in codecs and (not second_leg or str(summary.get("downlink")) in codecs)
 
-    def _percent(self, key: str) -> Figure | None:
-        found = self.figure(key)
-        return found and Figure(100 * found.mean, None if found.sd is None else 100 * found.sd)
+    def _shown(self, value: Callable[[dict[str, Any]], float | None]) -> Figure | None:
+        found, scale = Figure.of(value(one.run.summary) for one in self.runs), self.measure.scale
+        return found and Figure(scale * found.mean, None if found.sd is None else scale * found.sd)
 
 
 def exchange_seconds(one: Evidence) -> float:
@@ -199,9 +205,19 @@ class Study:
         """Arms with a run that finished."""
         return [arm for arm in self.arms if arm.is_finished]
 
+    @property
+    def measures(self) -> list[Measure]:
+        """What arms are judged by."""
+        return list(dict.fromkeys(arm.measure for arm in self.arms))
+
+    def judged_by(self, measure: Measure) -> list[ArmEvidence]:
+        """Return the finished arms of a measure that have a result."""
+        return [arm for arm in self.finished if arm.measure == measure and arm.result]
+
     def reference(self, arm: ArmEvidence, kind: Callable[[ArmEvidence], bool]) -> ArmEvidence | None:
         """Return the finished arm of a kind (float32, bf16) that is most like an arm in everything but its codecs."""
-        others = [other for other in self.finished if kind(other) and other.exchange == arm.exchange]
+        alike = [other for other in self.finished if (other.exchange, other.measure) == (arm.exchange, arm.measure)]
+        others = [other for other in alike if kind(other)]
         own = settings(arm.first)
         return min(others, key=lambda other: _distance(own, settings(other.first)), default=None)
 
@@ -252,10 +268,15 @@ def _runs(runs: Sequence[Evidence]) -> Iterable[Any]:
 
 
 def _title(arms: Sequence[ArmEvidence]) -> str:
-    models = dict.fromkeys(str(arm.first.run.summary.get("model")) for arm in arms)
+    models = dict.fromkeys(model_name(arm.first) for arm in arms)
     data = dict.fromkeys(data_name(arm.first) for arm in arms)
     what = arms[0].name if len(arms) == 1 else f"{len(arms)} arms"
     return f"{', '.join(data)}, {', '.join(models)}: {what}"
+
+
+def model_name(one: Evidence) -> str:
+    """Return the model's name."""
+    return str(one.run.summary.get("model") or "unknown model")
 
 
 def data_name(one: Evidence) -> str:

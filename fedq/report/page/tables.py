@@ -6,6 +6,7 @@ Tables about runs have all runs and every round, client and layer, whatever the 
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def arm_rows(study: Study) -> Rows:
             "weights": summary.get("weights", "float"),
             "algorithm": summary.get("algorithm", "fedavg"),
             "rounds": arm.first.rounds,
-            **_mean_sd("test_accuracy_percent", arm.accuracy),
-            **_mean_sd("best_val_accuracy_percent", arm.val_accuracy),
+            **_mean_sd(arm.measure.arm_columns()["result"], arm.result),
+            **_mean_sd(arm.measure.arm_columns()["best"], arm.best),
             **_mean_sd("test_loss", arm.test_loss),
         }
         for way in ("uplink", "downlink"):
@@ -100,8 +101,7 @@ def run_rows(study: Study) -> Rows:
     """Return one row a run: what ran, where, and what came of it."""
     keys = ("model", "num_params", "num_clients", "cohort", "partition", "exchange", "aggregate", "server")
     codecs = ("uplink", "downlink", "feedback", "weights", "algorithm")
-    results: tuple[str, ...] = ("test_accuracy", "test_balanced_accuracy", "test_loss", "best_val_accuracy")
-    results += (
+    costs = (
         "uplink_bytes",
         "downlink_bytes",
         "uplink_bytes_fp32",
@@ -116,7 +116,8 @@ def run_rows(study: Study) -> Rows:
         summary = one.run.summary
         row = {"arm": arm.name, "run": one.name, "state": one.state, "seed": summary.get("seed")}
         row |= {"rounds": one.rounds, "total_rounds": one.total_rounds, "data": data_name(one)}
-        row |= {key: summary.get(key) for key in (*keys, *codecs, *results)}
+        row |= {key: summary.get(key) for key in (*keys, *codecs)} | arm.measure.run_columns(summary)
+        row |= {key: summary.get(key) for key in costs}
         row |= {"computation_seconds": computation_seconds(one), "exchange_seconds": exchange_seconds(one)}
         row |= {key: summary.get(key) for key in (*places, "platform", "git_commit")}
         row |= {f"version_{name}": version for name, version in (summary.get("versions") or {}).items()}
@@ -127,34 +128,33 @@ def run_rows(study: Study) -> Rows:
 def command(one: Evidence) -> str:
     """Return the exact command of a run, or, where it was not recorded, one that does the same."""
     recorded = one.run.summary.get("command")
-    return str(recorded) if recorded else f"python train.py --config {one.name}/config.yaml --out NEW"
+    return str(recorded) if recorded else one.run.measure.to_repeat(one.name)
 
 
 def round_rows(study: Study) -> Rows:
-    """Return one row a run and round: loss and accuracy, and seconds and bytes from the start to its end."""
+    """Return one row a run and round: losses and metrics, and seconds and bytes from the start to its end."""
     rows = []
     for arm, one in study.pairs:
-        seconds = 0.0
+        seconds, columns = 0.0, arm.measure.round_columns(one.metrics)
         for metric in one.metrics:
             seconds += metric.get("seconds") or 0.0
             row = {"arm": arm.name, "run": one.name, "seed": one.run.summary.get("seed"), "round": metric["round"] + 1}
             row |= {"seconds": seconds}
             row |= {key: metric.get(key) for key in ("uplink_bytes", "downlink_bytes", "wire_bytes")}
-            keys = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
-            rows.append(row | {key: metric.get(key) for key in keys})
+            rows.append(row | {key: metric.get(key) for key in columns})
     return rows
 
 
 def link_rows(study: Study) -> Rows:
     """Return one row a finished arm and bandwidth: seconds on such a link, and whether it is on the front."""
-    arms = [arm for arm in study.finished if arm.accuracy and arm.computation]
     rows = []
-    for bandwidth in BANDWIDTHS:
+    for measure, bandwidth in itertools.product(study.measures, BANDWIDTHS):
+        arms = [arm for arm in study.judged_by(measure) if arm.computation]
         costs = [seconds_on_link(_mean(arm.computation), arm.link_bytes, bandwidth) for arm in arms]
-        front = pareto_front(costs, [_mean(arm.accuracy) for arm in arms])
+        front = pareto_front(costs, [measure.gain(_mean(arm.result)) for arm in arms])
         for arm, seconds, is_on_front in zip(arms, costs, front, strict=True):
             row = {"arm": arm.name, "bits_per_s": bandwidth, "seconds": seconds, "on_front": is_on_front}
-            rows.append(row | {"test_accuracy_percent": _mean(arm.accuracy), "links": links(arm.first)})
+            rows.append(row | {measure.arm_columns()["result"]: _mean(arm.result), "links": links(arm.first)})
     return rows
 
 
@@ -203,13 +203,18 @@ def phase_rows(study: Study) -> Rows:
 
 
 def label_rows(study: Study) -> Rows:
-    """Return one row a run and client: examples of each class."""
+    """Return one row a run and client: examples of each class, where classes were counted."""
     rows = []
     for arm, one in study.pairs:
-        for client in one.last_clients:
+        for client in labelled(one):
             row = {"arm": arm.name, "run": one.name, "client": client["client"], "examples": client["num_examples"]}
             rows.append(row | {f"class_{label}": count for label, count in enumerate(client["label_counts"])})
     return rows
+
+
+def labelled(one: Evidence) -> Rows:
+    """Return the last rows of a run's clients whose classes were counted."""
+    return [row for row in one.last_clients if row["label_counts"]]
 
 
 def client_rows(study: Study) -> Rows:

@@ -68,7 +68,7 @@
   function onLink(chosen) {
     bits = chosen;
     document.getElementById("bandwidth-text").textContent = inWords(bits);
-    for (const key of ["front_seconds", "accuracy_on_link"]) if (charts[key]) refresh(charts[key]);
+    for (const key of LINK_CHARTS) if (charts[key]) refresh(charts[key]);
   }
   if (slider) {
     slider.addEventListener("input", () => onLink(10 ** Number(slider.value)));
