@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,29 @@ class Checkpoints:
         """
         document = _read_document(self.folder / f"{number:08d}" / "state.json", number)
         return _from_plain(dict(document["state"]["items"]).get(key), {})
+
+    def newest_whole(self, check: Callable[[Loaded], None]) -> tuple[Loaded, dict[int, str]]:
+        """Return the newest checkpoint that is whole, and what is wrong with those after it.
+
+        All processes agree because all read the same files.
+
+        Args:
+            check: Reads what a checkpoint names outside itself; raises `CheckpointError` or `FieldError`.
+
+        Raises:
+            FieldError: All are damaged.
+        """
+        damaged: dict[int, str] = {}
+        for number in reversed(self.numbers()):
+            try:
+                loaded = self.load(number)
+                check(loaded)
+            except (CheckpointError, FieldError) as error:
+                damaged[number] = str(error)
+                continue
+            return loaded, damaged
+        refused = [f"round {number} is refused: {why}" for number, why in damaged.items()]
+        raise FieldError("resume", str(self.folder), "a checkpoint that is whole; " + "; ".join(refused))
 
     def set_aside(self, number: int) -> None:
         """Rename a checkpoint that cannot be used, so that it is no longer taken for one."""

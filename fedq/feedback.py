@@ -170,6 +170,19 @@ class ResidualStore:
         assert self.folder is not None, "residuals are saved in a folder"
         return self.folder / f"client-{owner:06d}-{number:08d}.f32"
 
+    def check(self, owner: int, number: int) -> None:
+        """Read a saved version.
+
+        Raises:
+            FieldError: It is missing or damaged.
+        """
+        read_residual(self.path(owner, number))
+
+    def prune(self, keep: Collection[Path]) -> None:
+        """Delete saved versions that no checkpoint refers to any more."""
+        if self.folder is not None:
+            prune_residuals(self.folder, keep)
+
     def _memory_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._memory.values())
 

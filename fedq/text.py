@@ -1,9 +1,10 @@
-"""Text that others have written, made fit for a log, a table, a terminal and a page."""
+"""Text for people: what others have written, made fit for a log, a table, a terminal and a page, and sizes."""
 
 from __future__ import annotations
 
 import re
 
+_UNITS = ("kB", "MB", "GB", "TB", "PB")
 LONGEST = 512
 """Characters of a text that are kept."""
 # Letters, marks and symbols by their category, but nobody sees them: fillers, joiners, variation selectors.
@@ -35,3 +36,14 @@ def _visible(character: str) -> str:
     if character.isprintable() and not _UNSEEN.match(character):
         return character
     return character.encode("unicode_escape").decode()
+
+
+def human_bytes(n: float) -> str:
+    """Return bytes in the unit a person would choose, three digits, powers of 1000: "812 B", "1.43 MB"."""
+    if n < 999.5:
+        return f"{n:.0f} B"
+    for unit in _UNITS:
+        n /= 1000
+        if n < 999.5 or unit == _UNITS[-1]:  # 999.5 would round to 1000 of this unit
+            break
+    return f"{n:.3g} {unit}" if n < 999.5 else f"{n:,.0f} {unit}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,6 +130,7 @@ class Seats(Mapping[int, Client]):
         model: What functions train.
         settings: How they exchange.
         store: Of this rank's clients' residuals; None: none is kept.
+        seated: Told of each that was made.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Seats(Mapping[int, Client]):
         model: nn.Module,
         settings: RoundSettings,
         store: ResidualStore | None,
+        seated: Callable[[Client], None] = lambda client: None,
     ) -> None:
         self.layouts = settings.uplink_layouts(model, feedback=store is not None and settings.has_feedback)
         """Layouts of the updates of clients without a codec of their own."""
@@ -147,6 +149,7 @@ class Seats(Mapping[int, Client]):
         self._model = model
         self._settings = settings
         self._store = store
+        self._told = seated
         self._seated: dict[int, Client] = {}
 
     def __len__(self) -> int:
@@ -158,12 +161,8 @@ class Seats(Mapping[int, Client]):
     def __getitem__(self, number: int) -> Client:
         if number not in self._seated:
             self._seated[number] = self._seat(number)
+            self._told(self._seated[number])
         return self._seated[number]
-
-    @property
-    def made(self) -> Iterable[Client]:
-        """Those that were asked for."""
-        return self._seated.values()
 
     def _seat(self, number: int) -> Client:
         client, settings = self._make(number), self._settings

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Client:
         state: What lives between rounds: something with `state_dict` and `load_state_dict` (an optimizer, a scheduler,
             a data loader), or several by name.
         uplink: Codec of its updates; default: the federation's.
-        name: Its name in what a person reads; default: its number.
+        name: Its name, which stands beside its number where a person reads of it.
 
     Raises:
         FieldError: A weight that is not above 0, a ``train`` that cannot be called so, or a ``state`` that is none.
@@ -112,10 +113,32 @@ class Client:
             seated.training = self._train
         return seated
 
+    # ---- what it keeps between rounds --------------------------------------------------------------------------------
+
     @property
-    def has_steps(self) -> bool:
-        """Whether its training asks how many steps it has taken, which is kept with its state."""
-        return isinstance(self.training, OwnTraining) and self.training.asks_for_steps
+    def keeps_state(self) -> bool:
+        """Whether there is anything: a state of the user's, or a count of steps that its function asks for."""
+        return bool(self.states) or (isinstance(self.training, OwnTraining) and self.training.asks_for_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it keeps."""
+        num_steps = self.training.num_steps if isinstance(self.training, OwnTraining) else 0
+        return {"num_steps": num_steps, "states": {name: one.state_dict() for name, one in self.states.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            FieldError: It keeps something else now.
+        """
+        if state["states"].keys() != self.states.keys():
+            raise FieldError(
+                f"state of client {self.number}", sorted(self.states), f"{sorted(state['states'])}, as saved"
+            )
+        if isinstance(self.training, OwnTraining):
+            self.training.num_steps = state["num_steps"]
+        for name, one in self.states.items():
+            one.load_state_dict(state["states"][name])
 
     # ---- a round -----------------------------------------------------------------------------------------------------
 
@@ -150,7 +173,8 @@ class Client:
                 self.training.layout.unflatten_(trained.flat, self.training.model)
             parts.after_training(context, self, trained)
         except Exception as error:
-            _log.exception("round %d: training of client %d failed", context.round, self.number)
+            named = f" ({self.name})" if self.name else ""
+            _log.exception("round %d: training of client %d%s failed", context.round, self.number, named)
             return self.failure(error, context)
         if self.layouts is None:
             return self._frame(Kind.UPDATE, context, trained.loss, trained.accuracy, _nothing())

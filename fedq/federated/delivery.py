@@ -118,6 +118,9 @@ class Delivery(ABC):
             context: The round.
         """
 
+    def note_peer(self, round: int, nbytes: int) -> None:
+        """Book bytes that crossed between processes and are no message of a client."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must be known to go on, for a checkpoint."""
         return {}

@@ -141,6 +141,10 @@ class RankDelivery(Delivery):
         if change is not None and self.reports:
             self.downlink_cost.end_round(context.round, message_parts(layout, change))
 
+    def note_peer(self, round: int, nbytes: int) -> None:
+        """Book bytes between ranks."""
+        self.exchange.book_peer(round, "metrics", nbytes)
+
     def state_dict(self) -> dict[str, Any]:
         """Return who has downloaded what."""
         return {"downlink_cost": self.downlink_cost.state_dict()}

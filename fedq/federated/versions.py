@@ -7,10 +7,30 @@ them in its checkpoint. A file that no kept checkpoint names is deleted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
 
 from fedq.checkpoint import KEPT
-from fedq.feedback import ResidualStore, prune_residuals, read_residual
+
+
+class OwnerStore(Protocol):
+    """What keeps something for each of its owners, in files that are never changed: a version is a file of its own."""
+
+    def save(self, number: int) -> list[int]:
+        """Write what changed since the last time as version ``number``; return its owners."""
+
+    def attach(self, versions: Mapping[int, int]) -> None:
+        """Go on from saved versions, by owner."""
+
+    def path(self, owner: int, number: int) -> Path:
+        """Return the file of a saved version."""
+
+    def check(self, owner: int, number: int) -> None:
+        """Read a saved version; raise `FieldError` if it is missing or damaged."""
+
+    def prune(self, keep: Collection[Path]) -> None:
+        """Delete all saved versions but some."""
 
 
 class Versions:
@@ -20,7 +40,7 @@ class Versions:
         store: This rank's part; None: nothing is kept, and every method does nothing.
     """
 
-    def __init__(self, store: ResidualStore | None) -> None:
+    def __init__(self, store: OwnerStore | None) -> None:
         self.store = store
         self.named: dict[int, int] = {}
         """Newest saved version by owner, on rank 0 and after loading."""
@@ -45,9 +65,8 @@ class Versions:
     def prune(self) -> None:
         """Delete what no kept checkpoint names, on rank 0, after the checkpoint."""
         self._kept.append(dict(self.named))
-        if self.store is not None and self.store.folder is not None:
-            keep = {self.store.path(*pair) for versions in self._kept for pair in versions.items()}
-            prune_residuals(self.store.folder, keep)
+        if self.store is not None:
+            self.store.prune({self.store.path(*pair) for versions in self._kept for pair in versions.items()})
 
     def attach(self, named: Mapping[int, int]) -> None:
         """Go on from the versions that a checkpoint names."""
@@ -64,4 +83,4 @@ class Versions:
         """
         if self.store is not None:
             for pair in named.items():
-                read_residual(self.store.path(*pair))
+                self.store.check(*pair)

@@ -5,13 +5,13 @@ from fedq.report.runs import RunStatus, find_runs, print_runs
 from fedq.report.terminal import (
     NETWORK_SERVER,
     RoundProgress,
-    human_bytes,
     human_seconds,
     print_header,
     print_summary,
     read_summary,
     round_progress,
 )
+from fedq.text import human_bytes
 
 __all__ = [
     "NETWORK_SERVER",

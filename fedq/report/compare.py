@@ -8,7 +8,7 @@ from typing import Any
 
 from fedq.report.metric import Columns, measure_of
 from fedq.report.runs import RunStatus
-from fedq.report.terminal import human_bytes
+from fedq.text import human_bytes
 
 _BEFORE = ("run", "uplink", "downlink", "rounds")
 _AFTER = ("up", "of float32", "down", "of float32", "seconds")

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedq.errors import FieldError
 from fedq.report.metric import ACCURACY, Measure, measure_of
-from fedq.report.terminal import human_bytes
+from fedq.text import human_bytes
 
 
 @dataclass(frozen=True)

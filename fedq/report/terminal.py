@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from fedq.errors import FieldError
 from fedq.report.encoding import make_readable
 from fedq.report.metric import Measure, metrics_of
+from fedq.text import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-_UNITS = ("kB", "MB", "GB", "TB", "PB")
 NETWORK_SERVER = "fedq server"
 """Launcher in the summary of a run whose clients came over a network."""
 _DOWNLINK_RULES = {
@@ -32,17 +32,6 @@ _DOWNLINK_RULES = {
 }
 _LABEL_WIDTH = len("balanced accuracy")
 _MAX_LEFT_OUT = 5  # lines; the rest is counted
-
-
-def human_bytes(n: float) -> str:
-    """Return bytes in the unit a person would choose, three digits, powers of 1000: "812 B", "1.43 MB"."""
-    if n < 999.5:
-        return f"{n:.0f} B"
-    for unit in _UNITS:
-        n /= 1000
-        if n < 999.5 or unit == _UNITS[-1]:  # 999.5 would round to 1000 of this unit
-            break
-    return f"{n:.3g} {unit}" if n < 999.5 else f"{n:,.0f} {unit}"
 
 
 def human_seconds(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Where this process runs: its rank, its device, and the process group, from the launcher's environment alone."""
 
 from fedq.runtime.generation import agent_store
-from fedq.runtime.group import Runtime, distributed, from_root, local_root_first, on_every_rank, on_root
+from fedq.runtime.group import Runtime, distributed, existing_group, from_root, local_root_first, on_every_rank, on_root
 from fedq.runtime.launcher import Ranks, check_lone_process, detect, num_restarts, rendezvous, without_local_rank
 from fedq.runtime.streams import lasting_streams
 
@@ -12,6 +12,7 @@ __all__ = [
     "check_lone_process",
     "detect",
     "distributed",
+    "existing_group",
     "from_root",
     "lasting_streams",
     "local_root_first",

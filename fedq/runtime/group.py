@@ -85,6 +85,19 @@ def distributed(
             dist.destroy_process_group()
 
 
+def existing_group(device: torch.device) -> Runtime:
+    """Return this process's place in the default process group, which somebody else has opened.
+
+    Args:
+        device: Where its tensors live.
+    """
+    ranks, rank, world_size = detect(os.environ), dist.get_rank(), dist.get_world_size()
+    if (ranks.rank, ranks.world_size) != (rank, world_size):  # opened without a launcher
+        ranks = Ranks(rank, world_size, rank, world_size, "python")
+    backend = dist.get_backend()
+    return Runtime(**asdict(ranks), device=device, backend=backend, note=f"{world_size} ranks, {backend}")
+
+
 @contextmanager
 def local_root_first(runtime: Runtime) -> Iterator[None]:
     """Run the body on the first rank of every machine, then on the others, so that a cache is written once.

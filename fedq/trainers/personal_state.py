@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fedq.federated.rounds import Outcome, Rounds
-from fedq.federated.versions import Versions
 from fedq.feedback import ResidualStore
 from fedq.trainers.job import Job
 from fedq.trainers.personal_scores import PersonalScores
@@ -18,18 +17,18 @@ class PersonalState(RunState):
 
     Args:
         job: The job.
-        federation: Its rounds.
+        rounds: Its rounds.
         so_far: Its progress.
         store: This rank's residuals, None without error feedback.
         test: Has the method with the clients' models, and their best ones.
     """
 
     def __init__(
-        self, job: Job, federation: Rounds, so_far: Progress, store: ResidualStore | None, test: PersonalScores
+        self, job: Job, rounds: Rounds, so_far: Progress, store: ResidualStore | None, test: PersonalScores
     ) -> None:
-        super().__init__(job, federation, so_far, store)
+        kept = {"own_models": test.method.models.store, "best_models": test.best}
+        super().__init__(job, rounds, so_far, store, kept)
         self.test = test
-        self.files |= {"own_models": Versions(test.method.models.store), "best_models": Versions(test.best)}
 
     def note(self, result: Outcome) -> None:
         """Remember whose residual and whose own model a round changed; a client that failed kept its model."""

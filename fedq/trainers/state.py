@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
-from fedq.checkpoint import CheckpointError, Checkpoints, Loaded
+from fedq.checkpoint import Checkpoints, Loaded
 from fedq.config import RunConfig
-from fedq.errors import FieldError
 from fedq.federated.rounds import Outcome, Rounds
-from fedq.federated.server_shards import ServerShards
+from fedq.federated.rounds_state import RoundsState
 from fedq.federated.training import is_finite
-from fedq.federated.versions import Versions
+from fedq.federated.versions import OwnerStore, Versions
 from fedq.feedback import ResidualStore
-from fedq.layout import frozen_parameters
 from fedq.report import print_header
 from fedq.trainers.fingerprint import KEY
 from fedq.trainers.job import Job
 from fedq.trainers.starts import note_repeated, wire_after_rounds
 from fedq.wire import Kind
+
+_NOTHING: Mapping[str, OwnerStore] = MappingProxyType({})
 
 
 @dataclass
@@ -121,7 +122,7 @@ class JobState(ABC):
         if not self.checkpoints.numbers():
             self.job.folder.rewind(0, {"metrics_bytes": 0})
             return False, "no round was finished before: starting from the first"
-        loaded, damaged = self._newest_whole()
+        loaded, damaged = self.checkpoints.newest_whole(self.check)
         self.load_state_dict(loaded.state)
         for number in damaged if self.job.is_root else ():
             self.checkpoints.set_aside(number)
@@ -145,66 +146,48 @@ class JobState(ABC):
             "threads": torch.get_num_threads(),
         }
 
-    def _newest_whole(self) -> tuple[Loaded, dict[int, str]]:
-        """Return the newest checkpoint that is whole, and what is wrong with those after it; all ranks agree because
-        all read the same files."""
-        damaged: dict[int, str] = {}
-        for number in reversed(self.checkpoints.numbers()):
-            try:
-                loaded = self.checkpoints.load(number)
-                self.check(loaded)
-            except (CheckpointError, FieldError) as error:
-                damaged[number] = str(error)
-                continue
-            return loaded, damaged
-        refused = [f"round {number} is refused: {why}" for number, why in damaged.items()]
-        raise FieldError("resume", str(self.checkpoints.folder), "a checkpoint that is whole; " + "; ".join(refused))
-
 
 class RunState(JobState):
-    """Saves and loads rounds: model, replica, server optimizer, residuals, sampler position, ledger, files.
-
-    Every rank saves the files of its own clients, only those that changed, and its part of the server where that is
-    spread over the ranks; rank 0 writes the rest. Every rank loads what it needs from the run's folder, so nothing
-    travels.
+    """Saves and loads rounds, with the run's progress and its files.
 
     Args:
         job: The job.
-        federation: Its rounds.
+        rounds: Its rounds.
         so_far: Its progress.
         store: This rank's residuals, None without error feedback.
+        kept: What else every rank has in files of its own, by its name in a checkpoint.
     """
 
-    def __init__(self, job: Job, federation: Rounds, so_far: Progress, store: ResidualStore | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        rounds: Rounds,
+        so_far: Progress,
+        store: ResidualStore | None,
+        kept: Mapping[str, OwnerStore] = _NOTHING,
+    ) -> None:
         super().__init__(job, so_far)
-        self.federation = federation
-        self.files = {"residuals": Versions(store)}
+        self.federation = rounds
+        files = {"residuals": Versions(store)} | {name: Versions(one) for name, one in kept.items()}
+        self.rounds = RoundsState(rounds, job.model, job.transport, job.ledger, job.path, files)
+
+    @property
+    def files(self) -> Mapping[str, Versions]:
         """What every rank has in files of its own, by its name in a checkpoint."""
-        self.shards = ServerShards(job.path / "checkpoints" / "servers")
+        return self.rounds.files
 
     def note(self, result: Outcome) -> None:
         """Remember whose residuals a round changed."""
         self.files["residuals"].note(frame.client for _, frame in result.frames if frame.kind == Kind.UPDATE)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, on rank 0; residuals are named by owner and version, a spread server by its parts."""
-        job, federation = self.job, self.federation
-        server: dict[str, Any] = {"parts": job.runtime.world_size}
-        if not federation.delivery.is_spread:
-            server = federation.server.state_dict() if federation.server is not None else {}
+        """Return everything, on rank 0."""
         return {
             "progress": asdict(self.so_far),
-            "replica": federation.replica,
-            **_frozen(job.model),
-            "server": server,
-            "root_ingress_bytes": job.transport.received,
-            **federation.delivery.state_dict(),
-            "ledger": job.ledger.state_dict(),
-            "files": job.folder.position(),
-            **{name: dict(files.named) for name, files in self.files.items()},
-            "layouts": [federation.delivery.uplink.hash, federation.downlink.hash],
+            **self.rounds.state_dict(),
+            "files": self.job.folder.position(),
             "where": self.where(),
-            KEY: job.fingerprint.state_dict(),
+            KEY: self.job.fingerprint.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,21 +196,9 @@ class RunState(JobState):
         Raises:
             FieldError: It belongs to another model or other codecs.
         """
-        hashes = [self.federation.delivery.uplink.hash, self.federation.downlink.hash]
-        if KEY not in state and state["layouts"] != hashes:  # a fingerprint was compared before
-            raise FieldError("resume", state["layouts"], f"{hashes}: the same model and codecs as before")
+        self.rounds.load_state_dict(state, is_compared=KEY in state)
         vars(self.so_far).update(state["progress"])
-        self.federation.replica.copy_(state["replica"])
-        for name, param in frozen_parameters(self.job.model).items():
-            param.data.copy_(state["frozen"][name])
-        for name, files in self.files.items():
-            files.attach(state[name])
-        if self.federation.server is not None:
-            self.federation.server.load_state_dict(state["server"])
         if self.job.is_root:
-            self.job.transport.received = state.get("root_ingress_bytes", 0)
-            self.federation.delivery.load_state_dict(state)
-            self.job.ledger.load_state_dict(state["ledger"])
             self.job.folder.rewind(self.so_far.num_rounds, state["files"])
 
     def is_finite(self) -> bool:
@@ -236,34 +207,12 @@ class RunState(JobState):
 
     def save(self) -> None:
         """Write a checkpoint of the rounds so far; every rank calls it."""
-        number = self.so_far.num_rounds
-        for files in self.files.values():
-            files.save(number)
-        if self.federation.server is not None and self.federation.delivery.is_spread:
-            self.shards.save(number, self.job.runtime.rank, self.job.runtime.world_size, self.federation.server)
-        self.job.transport.barrier()  # all that a checkpoint names is on disk before it is written
-        if not self.job.is_root:
-            return
-        for files in self.files.values():
-            files.advance(number)
-        self.checkpoints.save(number, self.state_dict())
-        self.shards.prune(self.checkpoints.numbers())
-        for files in self.files.values():
-            files.prune()
+        self.rounds.save(self.so_far.num_rounds, self.checkpoints, self.state_dict)
 
     def check(self, loaded: Loaded) -> None:
-        """Read the residuals that the checkpoint names, and the parts of a spread server, which are put together."""
-        for name, files in self.files.items():
-            files.check(loaded.state[name])
-        if "parts" in (server := loaded.state["server"]):
-            loaded.state["server"] = self.shards.load(loaded.number, server["parts"], self.federation.downlink)
+        """Read what the checkpoint names outside itself."""
+        self.rounds.check(loaded)
 
     def where(self) -> dict[str, Any]:
         """Return where the job runs, and who averages."""
         return super().where() | {"aggregate": self.job.config.exchange.aggregate}
-
-
-def _frozen(model: nn.Module) -> dict[str, Any]:
-    """Return the entry of the parameters that do not travel, which the replica therefore lacks; none without any."""
-    frozen = {name: param.detach() for name, param in frozen_parameters(model).items()}
-    return {"frozen": frozen} if frozen else {}

@@ -10,7 +10,8 @@ from fedq.report.page.cells import pays_words
 from fedq.report.page.curves import START_BITS_PER_S
 from fedq.report.page.pareto import seconds_on_link
 from fedq.report.page.study import ArmEvidence, Figure, Study
-from fedq.report.terminal import human_bytes, human_seconds
+from fedq.report.terminal import human_seconds
+from fedq.text import human_bytes
 
 
 class Card(NamedTuple):

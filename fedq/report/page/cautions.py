@@ -12,7 +12,8 @@ from typing import Any
 from fedq.planning.units import bandwidth_text
 from fedq.report.page.evidence import Evidence
 from fedq.report.page.study import SAME_TIME, Payoff, Study, settings
-from fedq.report.terminal import human_bytes, human_seconds
+from fedq.report.terminal import human_seconds
+from fedq.text import human_bytes
 
 LEVELS = ("error", "warning", "note")
 

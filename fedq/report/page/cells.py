@@ -11,7 +11,8 @@ from fedq.report.page.cautions import human_bandwidth
 from fedq.report.page.diagram import arrow_words
 from fedq.report.page.study import ArmEvidence, Figure, Payoff, Study, settings
 from fedq.report.page.tables import entropy_rows, interface_rows, phase_rows
-from fedq.report.terminal import human_bytes, human_seconds
+from fedq.report.terminal import human_seconds
+from fedq.text import human_bytes
 
 
 class Cell(NamedTuple):

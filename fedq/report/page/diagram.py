@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from fedq.report.page.evidence import Evidence
-from fedq.report.terminal import human_bytes
+from fedq.text import human_bytes
 
 WIDTH = 360
 _BOX = 84

@@ -1,0 +1,164 @@
+"""What a federation leaves in its run's folder, and what it must remember of its rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedq.checkpoint import Checkpoints
+from fedq.federated.results import RoundResult, Summary
+from fedq.federated.rounds import Outcome
+from fedq.ledger import Ledger
+from fedq.metrics import Metric
+from fedq.runfolder import NullRunFolder, RunFolder, environment_info
+
+_BYTES = ("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32")
+
+
+class Record:
+    """The run's folder, written on rank 0, and the sums of its rounds, known on every rank.
+
+    Args:
+        path: The folder; None: nothing is written.
+        metrics: What is measured; the first one decides what is best.
+    """
+
+    def __init__(self, path: Path | None, metrics: Sequence[Metric]) -> None:
+        self.path = path
+        self.metrics = metrics
+        self.checkpoints = None if path is None else Checkpoints(path / "checkpoints")
+        self.total = Summary(0)
+        """What the rounds so far have come to."""
+        self._folder: RunFolder | NullRunFolder = NullRunFolder()
+        self._left_out: list[dict[str, Any]] = []
+
+    def open(self, *, resume: bool) -> None:
+        """Make the folder this process's own, on rank 0.
+
+        Raises:
+            FieldError: It cannot be written, another process works in it, or it holds a run that is not gone on with.
+        """
+        if self.path is not None:
+            self._folder = RunFolder.create(self.path, name="", exist_ok=resume)
+
+    def begin(self) -> None:
+        """Forget the rounds of a run that has no checkpoint."""
+        self._folder.rewind(0, {"metrics_bytes": 0})
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings."""
+        self._folder.write_config({**settings, "metrics": [asdict(metric) for metric in self.metrics]})
+
+    def add(self, result: RoundResult, lr: float, outcome: Outcome, ledger: Ledger, received: int) -> None:
+        """Take a round: on rank 0 write its rows.
+
+        Args:
+            result: The round, known to every rank.
+            lr: Its learning rate.
+            outcome: What rank 0 knows of it besides.
+            ledger: What was counted so far.
+            received: Bytes that have come to rank 0 so far.
+        """
+        total, values = self.total, dict(result.metrics)
+        first = values.get(f"val_{self.metrics[0].name}", values.get(f"train_{self.metrics[0].name}"))
+        sums = {name: getattr(total, name) + getattr(result, name) for name in _BYTES}
+        self.total = Summary(
+            result.round + 1,
+            result.loss,
+            self.metrics[0].best([total.best, first]),
+            values,
+            seconds=total.seconds + result.seconds,
+            **sums,
+        )
+        self._left_out += [{"round": result.round, "client": c, "reason": why} for c, why in result.left_out.items()]
+        if self._folder.path is None:
+            return
+        self._folder.log_clients(
+            [
+                {
+                    "round": result.round,
+                    "client": frame.client,
+                    "rank": rank,
+                    "num_examples": int(frame.weight),
+                    "train_loss": _known(frame.loss),
+                    "train_accuracy": _known(frame.accuracy),
+                    "status": result.left_out.get(frame.client) or result.clipped.get(frame.client, "ok"),
+                    "label_counts": [],
+                }
+                for rank, frame in outcome.frames
+            ]
+        )
+        counted = {f"{direction}_bytes": ledger.totals(direction).payload for direction in ("uplink", "downlink")}
+        self._folder.log_metrics(
+            result.round,
+            **{"train_loss": result.loss, **values},
+            lr=lr,
+            seconds=result.seconds,
+            root_ingress_bytes=received,
+            **counted,
+            wire_bytes=ledger.totals().wire,
+        )
+
+    def write(
+        self, ledger: Ledger, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], place: Mapping[str, Any]
+    ) -> None:
+        """Write model, ledger and summary, on rank 0.
+
+        Args:
+            ledger: What was counted.
+            tensors: The model's, by name.
+            settings: As `describe` has written them.
+            place: Of the summary: what was trained, and where.
+        """
+        if self._folder.path is None:
+            return
+        total = self.total
+        self._folder.save_model(tensors)
+        self._folder.write_ledger(ledger)
+        self._folder.write_summary(
+            {
+                "dataset": "own data",
+                **place,
+                **settings["clients"],
+                **settings["exchange"],
+                "seed": settings["run"]["seed"],
+                "rounds": total.rounds,
+                "metrics": [asdict(metric) for metric in self.metrics],
+                "best": total.best,
+                "last": dict(total.metrics),
+                "train_loss": _known(total.loss),
+                "test_accuracy": None,
+                "best_val_accuracy": None,
+                **{name: getattr(total, name) for name in _BYTES},
+                "wire_bytes": ledger.totals().wire,
+                "left_out": self._left_out,
+                "seconds": total.seconds,
+                "seconds_per_round": total.seconds / max(1, total.rounds),
+                "git_commit": None,
+                **environment_info(),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be known to go on, on rank 0."""
+        total = asdict(self.total) | {"metrics": dict(self.total.metrics)}
+        return {"files": self._folder.position(), "total": total, "left_out": self._left_out}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, and forget what was written later."""
+        self.total = Summary(**state["total"])
+        self._left_out = list(state["left_out"])
+        self._folder.rewind(self.total.rounds, state["files"])
+
+    def close(self) -> None:
+        """Write what is still in memory, and let other processes in."""
+        self._folder.close()
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
