@@ -23,8 +23,8 @@ from fedq.layout import Layout, LayoutSchedule
 from fedq.network import client
 from fedq.network.client import settings_of
 from fedq.network.fields import MOST_EXAMPLES, NOTES, SETTINGS, check_answer, check_note
-from fedq.network.hub import Federation as Job
 from fedq.network.hub import Hub, Refused
+from fedq.network.hub import Terms as Job
 from fedq.network.link import NotWanted
 from fedq.network.seat import RateLimit, Task
 from fedq.network.server import run_server, shared_settings

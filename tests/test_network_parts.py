@@ -21,7 +21,7 @@ from fedq.federated.server import Server
 from fedq.federated.training import RoundContext, Trained
 from fedq.feedback import ErrorFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
-from fedq.network.hub import Federation, Hub, Refused
+from fedq.network.hub import Hub, Refused, Terms
 from fedq.network.member import Diverged, Member, Memory, check_same_model
 from fedq.network.offer import Offers, checksum, whole_model
 from fedq.network.seat import RateLimit
@@ -109,8 +109,8 @@ def test_a_round_without_a_change_costs_nothing() -> None:
 # ---- who is admitted, and what is taken ------------------------------------------------------------------------------
 
 
-def _federation(**network: Any) -> Federation:
-    return Federation(
+def _terms(**network: Any) -> Terms:
+    return Terms(
         run="a run",
         num_clients=3,
         cohort_size=3,
@@ -129,7 +129,7 @@ HELLO = {"kind": "hello", "run": "a run", "uplink": "int8", "feedback": True, "n
 
 
 def _hub(**network: Any) -> Hub:
-    hub = Hub(_federation(**network))
+    hub = Hub(_terms(**network))
     hub.offers.publish(0, FP32.flatten(_model()))
     return hub
 

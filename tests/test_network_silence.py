@@ -15,7 +15,7 @@ from fedq import waiting
 from fedq.federated.aggregate import why_left_out
 from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
-from fedq.network.hub import Federation, Hub, Refused
+from fedq.network.hub import Hub, Refused, Terms
 from fedq.network.settings import NetworkConfig
 from fedq.waiting import Pace
 from fedq.wire import Frame, Kind, Message
@@ -26,7 +26,7 @@ HELLO = {"kind": "hello", "run": "a run", "uplink": "fp32", "feedback": False, "
 
 
 def _hub(num_clients: int = 3, **network: float) -> Hub:
-    federation = Federation(
+    federation = Terms(
         run="a run",
         num_clients=num_clients,
         cohort_size=num_clients,

@@ -232,6 +232,21 @@ class Federation:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def replica(self) -> Tensor:
+        """The model that everybody holds, flat float32; updated in place."""
+        return self._ready().replica
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether its clients are here, and not somewhere across a network."""
+        return self._make is not None
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder."""
+        return self._record.path
+
     # ---- one round ---------------------------------------------------------------------------------------------------
 
     def _run_round(self, lr: float) -> RoundResult:

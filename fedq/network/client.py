@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from fedq.federated.aggregate import why_left_out
 from fedq.federated.assembly import wants_feedback
 from fedq.federated.client import Client
 from fedq.federated.frozen import check_frozen, frozen_checksums
-from fedq.federated.own_training import TrainFunction
 from fedq.federated.training import ExampleTraining, OnExamples
 from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
@@ -75,8 +75,9 @@ def join(
     connect: str,
     *,
     model: nn.Module,
-    train: TrainFunction,
-    num_examples: int,
+    client: Client | None = None,
+    train: Callable[[float], float | Sequence[float] | None] | None = None,
+    num_examples: int | None = None,
     certs: Path | str | None = None,
     insecure: bool = False,
     number: int | None = None,
@@ -92,13 +93,15 @@ def join(
     Args:
         connect: The server's ``host:port``.
         model: A module like the server's; it is trained in place and holds the final model at the end.
-        train: Trains ``model`` for a round: ``train(lr)`` returns its mean loss, or loss and accuracy, or None.
-        num_examples: This client's weight in the average.
+        client: How to train it, as in a `fedq.Federation`; its weight must be a whole number.
+        train: Instead of ``client``: ``train(lr)`` trains ``model`` for a round and returns its mean loss, or loss and
+            accuracy, or None.
+        num_examples: With ``train``: this client's weight in the average.
         certs: This client's folder of certificates.
         insecure: No TLS; on loopback only, with ``number``.
         number: This client's number, without TLS.
-        uplink: Codec of its updates; default: the server's.
-        out: Where residuals are kept; default: ``clients/<number>``.
+        uplink: Codec of its updates; default: the client's own, or the server's.
+        out: Where its residual and its state are kept; default: ``clients/<number>``.
         give_up_after: Seconds without a server after which to end.
         say: Told of progress, a line at a time.
 
@@ -108,12 +111,13 @@ def join(
     Raises:
         FieldError: A setting that cannot be used, another model than the server's, or a server that refuses.
     """
+    client = _own_client(client, train, num_examples)
     config = ClientConfig(
         connect=connect,
         certs=None if certs is None else Path(certs),
         insecure=insecure,
         number=number,
-        uplink=uplink,
+        uplink=client.uplink if uplink is None else uplink,
         out=None if out is None else Path(out),
         give_up_after=give_up_after,
     )
@@ -124,7 +128,6 @@ def join(
     try:
         federation = _describe(link, give_up_after)
         settings = settings_of(federation, config, has_own_model=True)
-        client = Client(lambda model, lr: train(lr), num_examples=num_examples)
         member = _member(config, federation, settings, client, model, own=True)
         result = follow(link, member, Backoff(link, give_up_after, say), say)
         if member.replica is not None:
@@ -132,6 +135,25 @@ def join(
         return result
     finally:
         link.close()
+
+
+def _own_client(client: Client | None, train: Callable[[float], Any] | None, num_examples: int | None) -> Client:
+    """Return a client of the user's own.
+
+    Raises:
+        FieldError: There is none, or more than one way to train; or a weight that is no whole number.
+    """
+    if client is None:
+        if train is None or num_examples is None:
+            raise FieldError("client", None, "a fedq.Client; or train and num_examples")
+        return Client(lambda model, lr: train(lr), num_examples=num_examples)
+    if train is not None or num_examples is not None:
+        raise FieldError(
+            "train" if train is not None else "num_examples", train or num_examples, "left out with client"
+        )
+    if client.num_examples != int(client.num_examples):
+        raise FieldError("num_examples", client.num_examples, "a whole number, across a network")
+    return client
 
 
 def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, Any]:
@@ -396,5 +418,7 @@ def _answer(link: Link, member: Member, message: Message, text: dict[str, Any], 
 def _outcome(answer: Message) -> str:
     frame = answer.frame
     if frame.kind == Kind.UPDATE:
-        return f"loss {frame.loss:.3f}, accuracy {100 * frame.accuracy:.1f} %"
+        told = [] if math.isnan(frame.loss) else [f"loss {frame.loss:.3f}"]
+        told += [] if math.isnan(frame.accuracy) else [f"accuracy {100 * frame.accuracy:.1f} %"]
+        return ", ".join(told) or "update"
     return f"no update: {why_left_out(frame)}"

@@ -58,8 +58,8 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Federation:
-    """What the hub must know of the job.
+class Terms:
+    """What a federation's clients are told and held to.
 
     Args:
         run: Name of the run, never that of another.
@@ -152,13 +152,13 @@ class Hub:
     """The clients' seats, and one round at a time.
 
     Args:
-        federation: The job.
+        terms: What clients are told and held to.
         first_sequence: Number of the first task.
     """
 
-    def __init__(self, federation: Federation, first_sequence: int = 0) -> None:
-        self.federation = federation
-        self.offers = Offers(federation.layout)
+    def __init__(self, terms: Terms, first_sequence: int = 0) -> None:
+        self.terms = terms
+        self.offers = Offers(terms.layout)
         self.seats: dict[int, Seat] = {}
         self.context: RoundContext | None = None
         """The open round's."""
@@ -185,12 +185,10 @@ class Hub:
         Raises:
             Refused: It has no seat here, or has broken the rules too often.
         """
-        if not 0 <= number < self.federation.num_clients:
-            raise Refused(
-                f"client {number} has no seat; the federation has clients 0 to {self.federation.num_clients - 1}"
-            )
+        if not 0 <= number < self.terms.num_clients:
+            raise Refused(f"client {number} has no seat; the federation has clients 0 to {self.terms.num_clients - 1}")
         seat = self.seats.setdefault(number, Seat(number))
-        if seat.offences >= self.federation.network.max_offences:
+        if seat.offences >= self.terms.network.max_offences:
             raise Refused(_shut_out(seat))
         return seat
 
@@ -206,10 +204,10 @@ class Hub:
 
     def description(self, seat: Seat) -> Message:
         """Return what the federation is, as a client is told before it prepares."""
-        federation = self.federation
-        text = {"kind": "federation", "run": federation.run, "number": seat.number, "clients": federation.num_clients}
-        frozen = {"frozen": dict(federation.frozen)} if federation.frozen else {}
-        return note(text | {"settings": dict(federation.shares)} | frozen)
+        terms = self.terms
+        text = {"kind": "federation", "run": terms.run, "number": seat.number, "clients": terms.num_clients}
+        frozen = {"frozen": dict(terms.frozen)} if terms.frozen else {}
+        return note(text | {"settings": dict(terms.shares)} | frozen)
 
     def admit(self, number: int, hello: Mapping[str, Any], peer: str = "") -> Seat:
         """Give a client its seat, anew if it had lost its connection.
@@ -241,16 +239,16 @@ class Hub:
                 is_final=False,
             )
         uplink, has_own_data = self._uplink(hello), hello.get("own_data") is True
-        if has_own_data and not self.federation.network.accept_own_data:
+        if has_own_data and not self.terms.network.accept_own_data:
             raise Refused(
                 "own_data=True is not allowed; allowed: a share of the server's data, or --accept-own-data there"
             )
-        num_examples, share = hello["num_examples"], self.federation.shares_held[number]
+        num_examples, share = hello["num_examples"], self.terms.shares_held[number]
         if not has_own_data and num_examples != share:
             raise Refused(f"num_examples={num_examples} is not allowed; allowed: {share}, its share; or --own-data")
         seat.uplink, seat.num_examples = uplink, num_examples
         self.own_data = self.own_data | {number} if has_own_data else self.own_data - {number}
-        is_ours = hello["run"] == self.federation.run
+        is_ours = hello["run"] == self.terms.run
         seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         seat.session = secrets.token_hex(16)
         seat.instance, seat.peer = hello.get("instance") or "", peer
@@ -308,7 +306,7 @@ class Hub:
             "seed": context.seed,
             "version": model.version,
             "checksum": model.checksum,
-            "timeout": self.federation.network.round_timeout,
+            "timeout": self.terms.network.round_timeout,
         }
         task = note(text, round=context.round, client=seat.number, sequence=seat.task.sequence)
         return Assignment(seat.task, self.offers.lacking(seat.version), task, model.version)
@@ -400,7 +398,7 @@ class Hub:
         if self.context is not None and seat.has_open_task(self.context.round):
             assert seat.task is not None
             seat.task.reason = f"refused: {reason}"
-        if seat.offences >= self.federation.network.max_offences:
+        if seat.offences >= self.terms.network.max_offences:
             seat.end_followers(_shut_out(seat))
         self._changed.set()
 
@@ -420,7 +418,7 @@ class Hub:
             self.seats[number].task = Task(context.round, self._sequence)
             self.seats[number].told()
         asked = [self.seats[number] for number in cohort]
-        end = _RoundEnd(asked, self.federation.network)
+        end = _RoundEnd(asked, self.terms.network)
         wait = self._wait_for_answers(asked, context.round)
         while waiting := [seat for seat in asked if seat.has_open_task(context.round)]:
             now = time.monotonic()
@@ -437,7 +435,7 @@ class Hub:
 
     def present(self) -> list[int]:
         """Return the clients that are here, in order."""
-        limit = self.federation.network.max_offences
+        limit = self.terms.network.max_offences
         return sorted(n for n, seat in self.seats.items() if seat.is_connected and seat.offences < limit)
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -456,28 +454,28 @@ class Hub:
 
     async def _cohort(self, context: RoundContext) -> list[int]:
         """Wait for enough clients, and return those that are asked: all that are here, or a draw of them."""
-        federation = self.federation
-        until = self._began + federation.network.join_timeout if self._is_first else 0.0
+        terms = self.terms
+        until = self._began + terms.network.join_timeout if self._is_first else 0.0
         wait = Wait(lambda: self._absent(until), say=_log.info)
         while True:
             here, now = self.present(), time.monotonic()
-            wanted = federation.num_clients if now < until else max(1, federation.min_cohort)
+            wanted = terms.num_clients if now < until else max(1, terms.min_cohort)
             if len(here) >= wanted:
                 break
             wait.look()
             await self._wait(min(wait.quiet_s, max(0.05, until - now) if now < until else math.inf))
         self._is_first = False
-        size = min(federation.cohort_size, len(here))
+        size = min(terms.cohort_size, len(here))
         picked = sample_cohort(len(here), size, seed=context.seed, round=context.round)
         return [here[place] for place in picked]
 
     def _absent(self, until: float) -> str:
         """Return who is not here, and who need not be, for a person."""
-        federation, here = self.federation, self.present()
-        missing = named("client", [number for number in range(federation.num_clients) if number not in here])
-        least, left_s = max(1, federation.min_cohort), until - time.monotonic()
+        terms, here = self.terms, self.present()
+        missing = named("client", [number for number in range(terms.num_clients) if number not in here])
+        least, left_s = max(1, terms.min_cohort), until - time.monotonic()
         enough = f"{least} would do" + (f" in {left_s:.0f} s" if left_s > 0 else "")
-        return f"{missing} ({len(here)} of {federation.num_clients} are here; {enough})"
+        return f"{missing} ({len(here)} of {terms.num_clients} are here; {enough})"
 
     def _wait_for_answers(self, asked: Sequence[Seat], round: int) -> Wait:
         """Return the wait for those who were asked; it is quiet longer than others, as they train meanwhile."""
@@ -486,7 +484,7 @@ class Hub:
             open_tasks = [seat.number for seat in asked if seat.has_open_task(round)]
             return f"answers of {named('client', open_tasks)} in round {round + 1}"
 
-        return Wait(whom, self.federation.network.round_timeout, say=_log.info, first_s=_TRAINING_S)
+        return Wait(whom, self.terms.network.round_timeout, say=_log.info, first_s=_TRAINING_S)
 
     async def _wait(self, seconds: float) -> None:
         """Wait until something has changed, at most so long; without a task of its own, as `asyncio.wait_for` has."""
@@ -499,12 +497,12 @@ class Hub:
 
     def _patience(self, seat: Seat) -> float:
         """Return until when a client is waited for."""
-        return math.inf if seat.is_connected else seat.lost_at + self.federation.network.reconnect_grace
+        return math.inf if seat.is_connected else seat.lost_at + self.terms.network.reconnect_grace
 
     def _why_missing(self, seat: Seat, end: _RoundEnd) -> str:
         """Return why a client has not answered, and note that it is silent if it had all the time there is."""
         if not seat.is_connected:
-            grace = self.federation.network.reconnect_grace
+            grace = self.terms.network.reconnect_grace
             return f"no answer: the connection was lost and not made again within {grace:g} s"
         return end.why_missing(seat)
 
@@ -536,7 +534,7 @@ class Hub:
 
     def _uplink(self, hello: Mapping[str, Any]) -> LayoutSchedule:
         try:
-            return self.federation.schedule(hello["uplink"], hello["feedback"])
+            return self.terms.schedule(hello["uplink"], hello["feedback"])
         except FieldError as error:
             raise Refused(str(error)) from None
 

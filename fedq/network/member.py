@@ -6,7 +6,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ctypes import c_float
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from fedq.errors import FieldError
 from fedq.federated.aggregate import apply_change
 from fedq.federated.client import Client
+from fedq.federated.client_states import ClientStates
 from fedq.federated.parts import Part
 from fedq.federated.training import RoundContext
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
@@ -34,9 +35,9 @@ class Diverged(Exception):
 
 
 class Memory:
-    """A client's residual on disk, one version for each round that it took part in.
+    """What a client keeps on disk: its residual and its state, one version for each round that it took part in.
 
-    A round that is asked again starts from the residual that the first time started from, so it ends the same.
+    A round that is asked again starts from what the first time started from, so it ends the same.
 
     Args:
         folder: Where it is kept.
@@ -49,6 +50,7 @@ class Memory:
         self.number = number
         self.store = ResidualStore(folder=folder / "residuals") if has_feedback else None
         self.feedback = NoFeedback() if self.store is None else ErrorFeedback(self.store)
+        self.states = ClientStates(folder / "states")
         self._version: int | None = None
 
     def begin(self, run: str, uplink: str) -> None:
@@ -56,44 +58,59 @@ class Memory:
         file, now = self.folder / "state.json", {"run": run, "uplink": uplink}
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if before != now:
-            for _, path in self._versions():
-                path.unlink()
+            self._forget(self._versions())
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(file, json.dumps(now).encode())
         self._version = None
 
+    def follow(self, client: Client) -> None:
+        """Keep a client's state from now on; the one that it has now is that before the first round."""
+        self.states.follow(client)
+        if client.keeps_state and not self._versions():
+            self.states.note(self.number)
+            self.states.save(0)
+
     def before(self, round: int) -> int | None:
-        """Return to the residual with which a round begins; say which round left it, None if none did."""
-        if self.store is None:
-            return None
-        version = max((version for version, _ in self._versions() if version <= round), default=None)
+        """Return to what the client had when a round began; say which round left it, None if none did."""
+        version = max((version for version in self._versions() if version <= round), default=None)
         if version is None or version != self._version:
-            self.store.attach({} if version is None else {self.number: version})
+            for store in self._stores:
+                has_file = version is not None and store.path(self.number, version).exists()
+                store.attach({self.number: version} if version is not None and has_file else {})
             self._version = version
-        return None if version is None else version - 1
+        self.states.note(self.number)
+        return version - 1 if version else None
 
     def after(self, round: int) -> None:
-        """Keep the residual that a round has left, before its answer is sent."""
-        if self.store is None:
-            return
-        if self.number in self.store.save(round + 1):
+        """Keep what a round has left, before its answer is sent."""
+        saved = [store.save(round + 1) for store in self._stores]
+        if any(self.number in owners for owners in saved):
             self._version = round + 1
-        for _, path in self._versions()[:-_KEPT]:
-            path.unlink()
+        self._forget(sorted(self._versions())[:-_KEPT])
 
     def undo(self, round: int) -> None:
         """Forget what a round has left: its answer did not count."""
-        if self.store is not None:
-            self.store.path(self.number, round + 1).unlink(missing_ok=True)
-            self._version = None
+        self._forget([round + 1])
+        self._version = None
 
-    def _versions(self) -> list[tuple[int, Path]]:
-        """Return the versions on disk, oldest first."""
-        if self.store is None or self.store.folder is None:
-            return []
-        pattern = re.compile(rf"client-{self.number:06d}-(\d+)\.f32")
-        found = ((pattern.fullmatch(path.name), path) for path in self.store.folder.glob("client-*.f32"))
-        return sorted((int(match[1]), path) for match, path in found if match)
+    @property
+    def _stores(self) -> list[ResidualStore | ClientStates]:
+        return [self.states] if self.store is None else [self.store, self.states]
+
+    def _versions(self) -> dict[int, list[Path]]:
+        """Return the files on disk by version."""
+        pattern, found = re.compile(rf"client-{self.number:06d}-(\d+)\.(f32|pt)"), dict[int, list[Path]]()
+        for store in self._stores:
+            assert store.folder is not None
+            for path in store.folder.glob("client-*"):
+                if match := pattern.fullmatch(path.name):
+                    found.setdefault(int(match[1]), []).append(path)
+        return found
+
+    def _forget(self, versions: Iterable[int]) -> None:
+        on_disk = self._versions()
+        for path in [path for version in versions for path in on_disk.get(version, [])]:
+            path.unlink(missing_ok=True)
 
 
 class Member:
@@ -101,7 +118,7 @@ class Member:
 
     Args:
         client: Who trains, and encodes its updates.
-        memory: Its residual.
+        memory: Its residual and its state.
         run: The federation's run.
         uplink: The codecs of its updates, as it announces them.
         has_own_data: Whether its examples are no share of a data set that the server knows.
@@ -131,6 +148,7 @@ class Member:
         """By this the server knows that it is this process which joins again, and no other with its certificate."""
         self._answer: Message | None = None
         memory.begin(run, uplink)
+        memory.follow(client)
 
     def hello(self) -> dict[str, Any]:
         """Return what the server must know of this client."""
@@ -140,7 +158,7 @@ class Member:
             "run": self.run,
             "uplink": self.uplink,
             "feedback": self.memory.store is not None,
-            "num_examples": self.client.num_examples,
+            "num_examples": int(self.client.num_examples),
             "own_data": self.has_own_data,
             "instance": self.instance,
             **held,
@@ -200,8 +218,7 @@ class Member:
         frame = client.answer(self.replica, context, parts=self.parts, missed=missed)
         if math.isinf(c_float(frame.loss).value):  # a server knows finite losses, and those that are not known
             frame = replace(frame, loss=math.nan)
-        if frame.kind != Kind.FAILED:
-            self.memory.after(context.round)
+        self.memory.after(context.round)
         assert client.layouts is not None
         return Message(frame, client.layouts.at(context.round) if frame.kind.has_payloads else None, sequence)
 

@@ -26,9 +26,9 @@ from fedq.layout import Layout, LayoutSchedule
 from fedq.network.certs import Identity, Revoked, load_identity
 from fedq.network.delivery import NetworkDelivery, OwnWeights
 from fedq.network.fields import FOLDER, SETTINGS, check_settings
-from fedq.network.hub import Federation, Hub
+from fedq.network.hub import Hub, Terms
 from fedq.network.service import Service
-from fedq.network.settings import ServerConfig, check_address
+from fedq.network.settings import NetworkConfig, ServerConfig, check_address
 from fedq.network.traffic import InterfaceTraffic
 from fedq.report import NETWORK_SERVER, print_header, print_summary
 from fedq.trainers.allocator import keep_freed_memory
@@ -55,7 +55,7 @@ def run_server(config: ServerConfig) -> dict[str, Any]:
     """
     network = config.network
     check_settings(shared_settings(config))
-    _speak()
+    speak()
     keep_freed_memory(of_any_size=True)
     identity = load_identity(network.certs, serves=True) if network.certs is not None else None
 
@@ -69,7 +69,7 @@ def run_server(config: ServerConfig) -> dict[str, Any]:
     return rolling_back(config, serve_once)
 
 
-def _speak() -> None:
+def speak() -> None:
     """Say on standard output who comes and goes."""
     log = logging.getLogger("fedq.network")
     if not log.handlers:
@@ -91,11 +91,11 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
         rounds.share_start(job.model)
     show_replica(job, rounds)
     traffic = InterfaceTraffic()
-    hub = Hub(_federation(job, config, settings), first_sequence=job.start << 32)
+    hub = Hub(_terms(job, config, settings), first_sequence=job.start << 32)
     revoked = Revoked(config.network.certs) if config.network.certs is not None else None
     with Service(hub, config.network.bind, identity, revoked) as service:
         delivery.serve_by(service, state.so_far.num_rounds, rounds.replica)
-        print_header([_listening(config, service.port), *_unbounded(config)])
+        print_header([listening(config.network, service.port, config.clients.num_clients), *_unbounded(config)])
         try:
             results = run_to_the_end(job, state, lambda number: _run_round(job, rounds, delivery, state, number))
         except DivergedError as error:
@@ -127,12 +127,12 @@ def _run_round(job: Job, rounds: Rounds, delivery: NetworkDelivery, state: RunSt
     return Ran(lambda metrics: log_round(job, number, result, metrics), is_lost(job, number, result))
 
 
-def _federation(job: Job, config: ServerConfig, settings: RoundSettings) -> Federation:
+def _terms(job: Job, config: ServerConfig, settings: RoundSettings) -> Terms:
     def schedule(spec: str, feedback: bool) -> LayoutSchedule:
         return settings.uplink_layouts(job.model, feedback=feedback, uplink=spec)
 
-    return Federation(
-        run=_run_name(job.path),
+    return Terms(
+        run=run_name(job.path),
         num_clients=config.clients.num_clients,
         cohort_size=config.cohort_size,
         min_cohort=config.clients.min_cohort,
@@ -162,7 +162,7 @@ def _named(config: ServerConfig, dataset: str) -> ServerConfig:
     return replace(config, data=replace(config.data, dataset=dataset))
 
 
-def _run_name(path: Path) -> str:
+def run_name(path: Path) -> str:
     """Return the run's name, which clients compare with that of the run they remember; made once.
 
     A damaged one is made anew: clients then forget what they remember.
@@ -182,7 +182,8 @@ def _unbounded(config: ServerConfig) -> list[str]:
     return []
 
 
-def _listening(config: ServerConfig, port: int) -> str:
-    host, _ = check_address("bind", config.network.bind)
-    trust = "without TLS" if config.network.insecure else "TLS, client certificates"
-    return f"listening on {host}:{port}, {trust}; waiting for {config.clients.num_clients} clients"
+def listening(network: NetworkConfig, port: int, num_clients: int) -> str:
+    """Return where a server listens, and for whom, in words."""
+    host, _ = check_address("bind", network.bind)
+    trust = "without TLS" if network.insecure else "TLS, client certificates"
+    return f"listening on {host}:{port}, {trust}; waiting for {num_clients} clients"

@@ -184,7 +184,7 @@ class Service(grpc.GenericRpcHandler):
             Refused: It is no note.
         """
         try:
-            return read_note(unpack(request, self.hub.federation.limits))
+            return read_note(unpack(request, self.hub.terms.limits))
         except FieldError as error:
             raise self.hub.misgreeted(self.hub.knock(number), error) from None
 
@@ -240,7 +240,7 @@ class Service(grpc.GenericRpcHandler):
 
     async def _receive(self, seat: Seat, pieces: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         """Take one message of a client."""
-        assembler = Assembler(self.hub.federation.limits)
+        assembler = Assembler(self.hub.terms.limits)
         task, done = seat.task, 0
         try:
             messages: list[Message] = []
@@ -294,7 +294,7 @@ class Service(grpc.GenericRpcHandler):
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        most = connection_limit(self.hub.federation.num_clients, check_address("bind", self.bind)[0])
+        most = connection_limit(self.hub.terms.num_clients, check_address("bind", self.bind)[0])
         options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most)]
         self._server = grpc.aio.server(handlers=(self,), options=options)
         try:

@@ -119,18 +119,12 @@ def check_server(config: ServerConfig) -> None:
     """
     validate(config)
     network, exchange = config.network, config.exchange
-    check_trust("bind", network.bind, network.certs, insecure=network.insecure)
-    share = network.max_weight_share
+    check_network(network)
     _, port = check_address("bind", network.bind)
     goes_back = config.run.on_divergence == "rollback"
-    timeouts = [(name, getattr(network, name)) for name in ("round_timeout", "join_timeout", "reconnect_grace")]
     check_all(
         [
-            *((name, value, 0 < value < math.inf, "above 0") for name, value in timeouts),
             ("bind", network.bind, port > 0 or not goes_back, "a port that stays, with --on-divergence rollback"),
-            ("quorum", network.quorum, 0 < network.quorum <= 1, "above 0, at most 1"),
-            ("max_weight_share", share, 0 < share <= 1, "above 0, at most 1"),
-            ("max_offences", network.max_offences, network.max_offences >= 1, "1 or more"),
             ("exchange", exchange.exchange, exchange.exchange == "round", "round, across a network"),
             ("aggregate", exchange.aggregate, exchange.aggregate == "rooted", "rooted, across a network"),
             ("uplink", exchange.uplink, exchange.uplink != "auto", "a codec, across a network"),
@@ -138,6 +132,26 @@ def check_server(config: ServerConfig) -> None:
             ("chaos", config.run.chaos, not config.run.chaos, "left out, across a network"),
             ("side_by_side", config.local.side_by_side, config.local.side_by_side == 1, "1, across a network"),
             ("profile", config.run.profile, not config.run.profile, "left out, across a network"),
+        ]
+    )
+
+
+def check_network(network: NetworkConfig) -> None:
+    """Check where a server listens, whom it trusts, and how long it waits.
+
+    Raises:
+        FieldError: The first setting that cannot be used.
+    """
+    check_address("bind", network.bind)
+    check_trust("bind", network.bind, network.certs, insecure=network.insecure)
+    share = network.max_weight_share
+    timeouts = [(name, getattr(network, name)) for name in ("round_timeout", "join_timeout", "reconnect_grace")]
+    check_all(
+        [
+            *((name, value, 0 < value < math.inf, "above 0") for name, value in timeouts),
+            ("quorum", network.quorum, 0 < network.quorum <= 1, "above 0, at most 1"),
+            ("max_weight_share", share, 0 < share <= 1, "above 0, at most 1"),
+            ("max_offences", network.max_offences, network.max_offences >= 1, "1 or more"),
         ]
     )
 
