@@ -15,7 +15,7 @@ from distributed import LIMIT_S, run_group
 from jobs import small_config
 
 from fedq.federated.training import RoundContext
-from fedq.trainers.build import build_rounds, residual_store
+from fedq.trainers.build import build_rounds, residual_store, round_settings
 from fedq.trainers.job import open_job
 
 ROUNDS = 3
@@ -49,7 +49,8 @@ def measure(rank: int, folder: str) -> list[dict[str, Any]]:
     for spec in CODECS:
         flags = {"model": "cnn1m", "num_clients": 2, "cohort": 2, "local_steps": 1, "uplink": spec, "downlink": spec}
         with open_job(small_config(Path(folder, spec), **flags)) as job:
-            rounds = build_rounds(job, residual_store(job))
+            settings = round_settings(job.config, job.model)
+            rounds = build_rounds(job, settings, residual_store(job, settings))
             rounds.share_start()
 
             def state(job=job) -> tuple[int, int, int, int]:
