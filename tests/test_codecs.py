@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from properties import tried
 from torch import Tensor
 
 import fedq.codecs.base as base
@@ -248,7 +249,7 @@ def check_residual(c: Codec, x: Tensor, old: Tensor, seed: int) -> None:
 @given(values=arrays, seed=st.integers(0, 2**64 - 1))
 @example(values=np.full((2, 3), 1e-45, np.float32), seed=0)
 @example(values=np.array([1e30, 1e-30], np.float32), seed=1)
-@settings(max_examples=6, deadline=None)
+@tried(6)
 def test_any_values(spec: str, values: np.ndarray, seed: int) -> None:
     x = torch.from_numpy(values.copy())
     check_residual(codec(spec), x, x.flip(0) * 0.25, seed)
@@ -379,7 +380,7 @@ def test_int8_keeps_the_upper_half_of_its_range() -> None:
 
 
 @given(hnp.arrays(np.float32, 256, elements=st.floats(-1e4, 1e4, width=32)))
-@settings(max_examples=50)
+@tried(50)
 def test_int8_error_is_half_a_step(values: np.ndarray) -> None:
     x = torch.from_numpy(values.copy())
     payload = codec("int8").encode(x, seed=0)

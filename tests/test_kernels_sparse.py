@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor
 
 from fedq.errors import FieldError
@@ -297,7 +298,7 @@ def test_topk_when_the_sample_misleads(sample: float) -> None:
     ids=str,
 )
 @given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@tried(40)
 def test_damage_is_refused_or_stays_inside(plan: SparsePlan, flips: list[tuple[int, int]]) -> None:
     num = 1000
     data = reference.encode(plan, gaussian(num), seed=SEED)

@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
@@ -203,7 +204,7 @@ ODD = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("chosen", ALL, ids=named)
-@settings(max_examples=15, deadline=None)
+@tried(15)
 @given(values=st.lists(ODD, min_size=1, max_size=12))
 def test_codes_never_leave_the_grid(chosen: Quantizer, stochastic: bool, values: list[float]) -> None:
     rows = torch.tensor([values])

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jobs import small_config
+from properties import tried
 from safetensors.torch import load_file
 from test_lowbit_quantizers import ALL_BOTH, named, weights
 from torch import Tensor, nn
@@ -252,7 +253,7 @@ NAMES = st.text(max_size=12)
 SHAPES = st.lists(st.integers(0, 4), max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@tried(40)
 @given(
     exact=st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=6),
     packed=st.dictionaries(

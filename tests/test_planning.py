@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_group
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import nn
 
 from fedq import hooks
@@ -318,7 +319,7 @@ def test_break_even_says_never_and_always() -> None:
 SHAPES = Shapes.of(SMALL)
 
 
-@settings(max_examples=40, deadline=None)
+@tried(40)
 @given(
     bandwidth=st.floats(1e4, 1e10),
     more=st.floats(1.01, 100),

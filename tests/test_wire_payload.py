@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 import wire_reader
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 
 import fedq
 from fedq import kernels
@@ -64,7 +65,7 @@ def test_another_process_needs_nothing_else() -> None:
     assert done.stdout.decode().strip() == f"torch.float16 [8, 40] {payload.decode().sum().item()}"
 
 
-@settings(max_examples=200, deadline=None)
+@tried(200)
 @given(st.sampled_from(["int4", "threshold:value=0.5"]), st.integers(0, 10**6), st.integers(1, 255))
 def test_damage_is_a_field_error(spec: str, at: int, flip: int) -> None:
     whole = bytearray(codec(spec).encode(torch.linspace(-1, 1, 50)).to_bytes())
