@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -92,3 +93,11 @@ def _one_thread() -> None:
     import torch  # not above: the process that hands out the tests to workers needs none
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ranks_left():
+    """End the ranks that the tests of a process share."""
+    yield
+    if distributed := sys.modules.get("distributed"):  # which takes seconds to import
+        distributed.end_ranks()
