@@ -90,14 +90,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Small tensors gain nothing from more threads, and test processes share the cores."""
-    import torch  # not above: the process that hands out the tests to workers needs none
-
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):  # which takes seconds to import
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_ranks_left():
     """End the ranks that the tests of a process share."""
     yield
-    if distributed := sys.modules.get("distributed"):  # which takes seconds to import
+    if distributed := sys.modules.get("distributed"):
         distributed.end_ranks()
