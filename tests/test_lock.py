@@ -18,6 +18,7 @@ import pytest
 from distributed import run_group, run_ranks
 from jobs import small_config
 from launched import environ
+from properties import few
 
 from fedq.cli import main
 from fedq.errors import FieldError
@@ -228,7 +229,7 @@ def refused(rank: int, folder: Path, resume: Path | None) -> str:
 
 
 @pytest.mark.parametrize("resumes", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", few([2, 1], 1))
 def test_a_second_job_is_refused_on_every_rank_before_it_writes(tmp_path: Path, world_size: int, resumes: bool) -> None:
     folder = tmp_path / "run"
     if resumes:
@@ -256,6 +257,7 @@ def test_jobs_one_after_another_and_after_an_error_need_no_help(
         assert not (folder / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_a_server_is_refused_as_well_and_readers_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     run_job(small_config(folder, rounds=1))
