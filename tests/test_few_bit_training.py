@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed import run_group
 from jobs import file_hash, run_watched, small_config
+from properties import few
 from safetensors.torch import load_file
 from test_client import FP32, MEAN, STD, sgd
 from test_resume import Stop, run_jobs
@@ -320,7 +321,7 @@ def test_sent_weights_cost_one_bit_each(ran: dict[int, dict[str, Path]]) -> None
     assert downloads * (body + exact) <= both["downlink_bytes"] <= downloads * (body + exact + 200)
 
 
-@pytest.mark.parametrize("case", ["both", "learned", "fedbat"])
+@pytest.mark.parametrize("case", few(["both", "learned", "fedbat"], 1))
 def test_a_resumed_few_bit_job_equals_one_that_never_stopped(case: str, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     never, stopped = job_config(whole, **JOBS[case]), job_config(folder, **JOBS[case])
