@@ -220,7 +220,9 @@ class _State:
         torch.set_num_threads(1)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        return dist.is_initialized() == self.has_group and threading.active_count() == 1
+        # A hook's thread stays with its process and waits for work that will not come.
+        threads = [thread for thread in threading.enumerate() if thread.name not in ("MainThread", "fedq-exchange")]
+        return dist.is_initialized() == self.has_group and not threads
 
 
 def own_state(state: Any) -> dict[str, Any]:
