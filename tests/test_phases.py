@@ -247,6 +247,7 @@ exec "$@"
 """
 
 
+@pytest.mark.slow
 def test_interfaces_agree_with_what_was_counted(tmp_path: Path) -> None:
     """Two ranks in a network namespace of their own, where nobody else sends anything."""
     alone = ["unshare", "--net", "--mount", "sh", "-c", NAMESPACE, "sh"]
