@@ -87,6 +87,7 @@ def test_steps_have_rows_and_bytes_by_the_formula(tmp_path: Path) -> None:
     assert f"| {LINK} | 2 | int4 | off |" in text
 
 
+@pytest.mark.slow
 def test_collectives_have_rows_and_bytes_by_the_formula(tmp_path: Path) -> None:
     flags = ["--sizes", "65536", "--codecs", "fp32", "int4", "--calls", "2", "--repetitions", "2"]
     rows, _ = run("bench_collectives.py", str(tmp_path / "rows.json"), *flags)
