@@ -12,9 +12,11 @@ from typing import Any
 
 import conftest
 import pytest
+from properties import few
 
 TESTS = """
 import pytest
+from properties import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import few, tried
