@@ -16,10 +16,9 @@ from properties import few
 
 TESTS = """
 import pytest
-from properties import few
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from properties import few, tried
+from properties import tried
 
 numbers = []
 
