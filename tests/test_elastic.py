@@ -43,16 +43,25 @@ def starts_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("more", few(["", "--out runs/mine"], 1), ids=["without --out", "with --out"])
-def test_a_killed_rank_costs_a_start_and_no_run(tmp_path: Path, two_ranks: Path, more: str) -> None:
+TWICE = ((3, 1), (6, 0))
+
+
+@pytest.mark.parametrize(
+    ("more", "kills"),
+    few([("", ((3, 1),)), ("", TWICE), ("--out runs/mine", TWICE)], 1),
+    ids=["once", "without --out", "with --out"],
+)
+def test_a_killed_rank_costs_a_start_and_no_run(
+    tmp_path: Path, two_ranks: Path, more: str, kills: tuple[tuple[int, int], ...]
+) -> None:
     where = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
     job = Supervised(flags(more), 2, tmp_path / "log", *where)
-    kill_after(job, tmp_path / "runs", 3, rank=1)
-    kill_after(job, tmp_path / "runs", 6, rank=0)
+    for rounds, rank in kills:
+        kill_after(job, tmp_path / "runs", rounds, rank)
     assert job.end() == 0, job.log.read_text()
     (run,) = (tmp_path / "runs").iterdir()
     assert results(run) == results(two_ranks)
-    assert summary(run)["restarts"] == 2
+    assert summary(run)["restarts"] == len(kills)
     assert not [line for line in starts_of(run) if "error" in line], "no rank has failed by itself"
 
 
