@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from properties import few
 
 SCRIPT = """
 import resource
@@ -40,7 +41,7 @@ else:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.parametrize("nbytes", [6_500_000, 45_000_000])
+@pytest.mark.parametrize("nbytes", few([6_500_000, 45_000_000], 1))
 def test_steps_take_the_memory_that_earlier_ones_freed(nbytes: int) -> None:
     """Without it the same steps fault nearly every page in again, or some, as the heap happens to lie.
 

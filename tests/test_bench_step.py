@@ -17,6 +17,7 @@ import bench_collectives
 import bench_step
 import links
 import pytest
+from properties import few
 from torch import nn
 
 from fedq.codecs import codec
@@ -59,6 +60,7 @@ def payload_nbytes(spec: str, model: nn.Module) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_steps_have_rows_and_bytes_by_the_formula(tmp_path: Path) -> None:
     arms = ["no_sync", "none", "bf16", "int4", "int4-int6"]
     flags = ["--model", "cnn62k", "--steps", "2", "--repetitions", "2", "--trace", str(tmp_path / "traces")]
@@ -85,6 +87,7 @@ def test_steps_have_rows_and_bytes_by_the_formula(tmp_path: Path) -> None:
     assert f"| {LINK} | 2 | int4 | off |" in text
 
 
+@pytest.mark.slow
 def test_collectives_have_rows_and_bytes_by_the_formula(tmp_path: Path) -> None:
     flags = ["--sizes", "65536", "--codecs", "fp32", "int4", "--calls", "2", "--repetitions", "2"]
     rows, _ = run("bench_collectives.py", str(tmp_path / "rows.json"), *flags)
@@ -179,7 +182,7 @@ def test_a_rate_that_does_not_exist_leaves_nothing_behind() -> None:
 
 
 @needs_namespaces
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT], 1))
 def test_a_signal_takes_links_and_ranks_down(tmp_path: Path, number: int) -> None:
     script = tmp_path / "sleeper.py"
     script.write_text(

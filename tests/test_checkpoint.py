@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 
 from fedq.checkpoint import CheckpointError, Checkpoints
 from fedq.errors import FieldError
@@ -97,7 +98,7 @@ NESTED = st.recursive(
 
 
 @given(st.dictionaries(KEYS, NESTED, max_size=4))
-@settings(deadline=None, max_examples=60)
+@tried(60)
 def test_what_was_saved_comes_back(tmp_path_factory: pytest.TempPathFactory, state: dict) -> None:
     checkpoints = Checkpoints(tmp_path_factory.mktemp("round_trip"))
     checkpoints.save(7, state)

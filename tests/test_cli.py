@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import few
 
 from fedq.cli import main, parse_args
 from fedq.config import (
@@ -334,7 +335,7 @@ def test_a_broken_launcher_environment_is_told(
     assert jobs == []
 
 
-@pytest.mark.parametrize(("script", "model"), [("train.py", "resnet18"), ("train_resnet50.py", "resnet50")])
+@pytest.mark.parametrize(("script", "model"), few([("train_resnet50.py", "resnet50"), ("train.py", "resnet18")], 1))
 def test_the_scripts_differ_in_their_model(script: str, model: str) -> None:
     done = subprocess.run(
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from properties import few, tried
 from torch import Tensor
 
 import fedq.codecs.base as base
@@ -223,7 +224,7 @@ CONTRACT: list[Callable[[Codec], None]] = [
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__[6:])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", few(SPECS, 18))
 def test_contract(spec: str, check: Callable[[Codec], None]) -> None:
     check(codec(spec))
 
@@ -244,17 +245,17 @@ def check_residual(c: Codec, x: Tensor, old: Tensor, seed: int) -> None:
     assert ((decoded + new.double() - total).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", few(SPECS, 18))
 @given(values=arrays, seed=st.integers(0, 2**64 - 1))
 @example(values=np.full((2, 3), 1e-45, np.float32), seed=0)
 @example(values=np.array([1e30, 1e-30], np.float32), seed=1)
-@settings(max_examples=6, deadline=None)
+@tried(6)
 def test_any_values(spec: str, values: np.ndarray, seed: int) -> None:
     x = torch.from_numpy(values.copy())
     check_residual(codec(spec), x, x.flip(0) * 0.25, seed)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", few(SPECS, 18))
 def test_residual_on_ordinary_values(spec: str) -> None:
     check_residual(codec(spec), gaussian(40, 50), 0.1 * gaussian(40, 50, seed=1), 5)
 
@@ -379,7 +380,7 @@ def test_int8_keeps_the_upper_half_of_its_range() -> None:
 
 
 @given(hnp.arrays(np.float32, 256, elements=st.floats(-1e4, 1e4, width=32)))
-@settings(max_examples=50)
+@tried(50)
 def test_int8_error_is_half_a_step(values: np.ndarray) -> None:
     x = torch.from_numpy(values.copy())
     payload = codec("int8").encode(x, seed=0)
@@ -668,7 +669,7 @@ def extremes(dtype: torch.dtype, num: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("spec", BOUNDED)
+@pytest.mark.parametrize("spec", few(BOUNDED, 12))
 def test_no_finite_value_decodes_to_one_that_is_not(spec: str, dtype: torch.dtype) -> None:
     made = codec(spec)
     for shape in ((5,), (3, 300)):
@@ -683,7 +684,7 @@ def test_no_finite_value_decodes_to_one_that_is_not(spec: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("spec", BOUNDED)
+@pytest.mark.parametrize("spec", few(BOUNDED, 12))
 def test_nan_and_infinity_travel(spec: str, value: float, dtype: torch.dtype) -> None:
     if spec.startswith("randk"):
         pytest.skip("keeps elements at random")

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 
 from fedq.data import Dataset, augment, batches, load_dataset, normalize
 from fedq.data.batch import crop_and_flip
@@ -42,7 +43,7 @@ def assert_same(first: Dataset, second: Dataset) -> None:
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-@settings(deadline=None)
+@tried(100)
 @given(num=st.integers(0, 200), size=st.integers(1, 60), seed=st.integers(0, 99))
 def test_training_batches_hold_every_example_once_but_a_trailing_one(num, size, seed):
     parts = list(batches(num, size, generator=torch.Generator().manual_seed(seed)))
@@ -54,7 +55,7 @@ def test_training_batches_hold_every_example_once_but_a_trailing_one(num, size, 
     assert size == 1 or num == 1 or all(len(part) > 1 for part in parts)
 
 
-@settings(deadline=None)
+@tried(100)
 @given(num=st.integers(0, 100), size=st.integers(1, 30))
 def test_sequential_batches_leave_nothing_out(num, size):
     parts = list(batches(num, size))
@@ -104,7 +105,7 @@ def slow_crop(image: torch.Tensor, top: int, left: int, flip: int, padding: int)
     return torch.stack(list(cropped.unbind(-1))[:: -1 if flip else 1], dim=-1)
 
 
-@settings(deadline=None, max_examples=50)
+@tried(50)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
     padding=st.integers(0, 4),
@@ -156,7 +157,7 @@ def test_a_gpu_gives_the_same_augmented_bits():
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-@settings(deadline=None)
+@tried(100)
 @given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), data=st.data())
 def test_a_stratified_subset_keeps_the_proportions(labels, data):
     num = data.draw(st.integers(0, len(labels)))
@@ -167,7 +168,7 @@ def test_a_stratified_subset_keeps_the_proportions(labels, data):
         assert abs(sum(labels[index] == label for index in chosen) - exact) < 1  # largest remainders
 
 
-@settings(deadline=None)
+@tried(100)
 @given(
     num=st.integers(6, 80),
     num_test=st.integers(0, 3),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageOps
+from properties import few
 
 from fedq.data import DataError, Dataset, load_dataset
 from fedq.data.torchvision_files import CIFAR10_CLASSES, load_arrays
@@ -699,7 +700,7 @@ COMPLETE = {
 
 
 @pytest.mark.parametrize("place", ["", "data", "default", "data/default"])
-@pytest.mark.parametrize("names", COMPLETE.values(), ids=COMPLETE)
+@pytest.mark.parametrize("names", few(COMPLETE.values(), 5), ids=COMPLETE)
 def test_complete_sets_are_read_in_order(tmp_path, place, names):
     folder = tmp_path / "set" / place
     for label, name in enumerate(names):
@@ -905,7 +906,7 @@ def smooth(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("parquet", [False, True])
 @pytest.mark.parametrize(("kind", "apart"), [("JPEG", 6), ("PNG", 0), ("TIFF", 0), ("WEBP", 12)])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", few(range(1, 9), 3))
 def test_images_are_upright_as_their_exif_says(tmp_path, orientation, kind, apart, parquet):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -1128,7 +1129,7 @@ def test_digits_are_said_to_be_small_and_grey(tmp_path):
 
 
 @pytest.mark.skipif("FEDQ_TEST_DATA" not in os.environ, reason="FEDQ_TEST_DATA names no folder with real data sets")
-@pytest.mark.parametrize(("dataset", "num_test"), [("cifar10", 10_000), ("mnist", 2_000)])
+@pytest.mark.parametrize(("dataset", "num_test"), few([("mnist", 2_000), ("cifar10", 10_000)], 1))
 def test_real_images(tmp_path, dataset, num_test):
     data = load_dataset(dataset, data_dir=Path(os.environ["FEDQ_TEST_DATA"]), cache_dir=tmp_path)
     assert len(data.test) == num_test

@@ -51,6 +51,7 @@ def test_a_library_that_does_not_load_is_told(tmp_path: Path) -> None:
     assert "does not load" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(cpu.why_missing()), reason="needs the C++ kernels")
 def test_it_fails_on_settings_that_fedq_cannot_use() -> None:
     code, said = doctor_of(FEDQ_ISA="mmx")

@@ -12,6 +12,7 @@ import kill_resume
 import pytest
 from kill_resume import Supervised
 from launched import SMALL, free_ports, results, summary, torchrun, train
+from properties import few
 
 ROUNDS = 12
 
@@ -42,19 +43,29 @@ def starts_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("more", ["", "--out runs/mine"], ids=["without --out", "with --out"])
-def test_a_killed_rank_costs_a_start_and_no_run(tmp_path: Path, two_ranks: Path, more: str) -> None:
+TWICE = ((3, 1), (6, 0))
+
+
+@pytest.mark.parametrize(
+    ("more", "kills"),
+    few([("", ((3, 1),)), ("", TWICE), ("--out runs/mine", TWICE)], 1),
+    ids=["once", "without --out", "with --out"],
+)
+def test_a_killed_rank_costs_a_start_and_no_run(
+    tmp_path: Path, two_ranks: Path, more: str, kills: tuple[tuple[int, int], ...]
+) -> None:
     where = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
     job = Supervised(flags(more), 2, tmp_path / "log", *where)
-    kill_after(job, tmp_path / "runs", 3, rank=1)
-    kill_after(job, tmp_path / "runs", 6, rank=0)
+    for rounds, rank in kills:
+        kill_after(job, tmp_path / "runs", rounds, rank)
     assert job.end() == 0, job.log.read_text()
     (run,) = (tmp_path / "runs").iterdir()
     assert results(run) == results(two_ranks)
-    assert summary(run)["restarts"] == 2
+    assert summary(run)["restarts"] == len(kills)
     assert not [line for line in starts_of(run) if "error" in line], "no rank has failed by itself"
 
 
+@pytest.mark.slow
 def test_two_agents_meet_again_whichever_side_was_killed(tmp_path: Path, two_ranks: Path) -> None:
     """The agents' counts of restarts may differ from the first kill on."""
     where = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "5", "--rdzv-backend", "c10d")
@@ -73,6 +84,7 @@ def test_two_agents_meet_again_whichever_side_was_killed(tmp_path: Path, two_ran
     assert summary(tmp_path / "runs/mine")["restarts"] == 4
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_is_no_success(tmp_path: Path, two_ranks: Path) -> None:
     """Of one rank alone, because others fail by themselves when it goes."""
     alone = train(tmp_path / "alone", torchrun(1), "--rounds", str(ROUNDS))
@@ -86,6 +98,7 @@ def test_sigterm_to_one_rank_is_no_success(tmp_path: Path, two_ranks: Path) -> N
     assert summary(tmp_path / "runs/mine")["restarts"] == 1
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_repeat_a_round_at_most(tmp_path: Path) -> None:
     tally = kill_resume.torment_by_torchrun("sign, fedavgm, int4 down", 2, 3, tmp_path / "work", random.Random(4))
     assert tally.differences == []

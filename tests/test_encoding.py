@@ -122,7 +122,7 @@ def test_every_command_can_be_read_in_a_plain_terminal(
 ) -> None:
     train = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     plan = ["--bandwidth", "1Gbit", "--latency", "1ms", "--world", "2", "--model", "cnn62k", "--compute-ms", "5"]
-    arms = {"a ± é": "--uplink int8", "b": "--uplink sign"}
+    arms = {"a ± é": "--uplink int8"}
     sweep = {"title": "± 1 → x", "common": " ".join([*train, "--rounds", "1"]), "arms": arms, "seeds": [1, 2]}
     (tmp_path / "plan.yaml").write_text(json.dumps(sweep), encoding="utf-8")  # JSON is YAML, too
     commands = [*([name, "--help"] for name in _COMMANDS), ["--help"], ["--dataset", "nö±"]]

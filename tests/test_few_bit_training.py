@@ -11,6 +11,7 @@ import torch
 from clients import client_on
 from distributed import run_group
 from jobs import file_hash, run_watched, small_config
+from properties import few
 from safetensors.torch import load_file
 from test_client import FP32, MEAN, STD, sgd
 from test_resume import Stop, run_jobs
@@ -324,7 +325,7 @@ def test_sent_weights_cost_one_bit_each(ran: dict[int, dict[str, Path]]) -> None
     assert downloads * (body + exact) <= both["downlink_bytes"] <= downloads * (body + exact + 200)
 
 
-@pytest.mark.parametrize("case", ["both", "learned", "fedbat"])
+@pytest.mark.parametrize("case", few(["both", "learned", "fedbat"], 1))
 def test_a_resumed_few_bit_job_equals_one_that_never_stopped(case: str, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     never, stopped = job_config(whole, **JOBS[case]), job_config(folder, **JOBS[case])

@@ -102,6 +102,7 @@ def test_histograms_are_those_of_deployed_weights(drawn: tuple[Path, list[str]])
         assert used == 2 if arm in ("one", "mixed") else used > 2
 
 
+@pytest.mark.slow
 def test_clients_own_models_are_shown_as_they_are_deployed(tmp_path: Path) -> None:
     flags = {"num_clients": 4, "cohort": None, "local_steps": 1, "rounds": 2, "partition": "shards:classes=3"}
     personal = {"algorithm": "quped", "client_bits": "1,2,32", "freeze_at": 0.5, "val_fraction": 0.05}

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from jobs import file_hash, small_config
 from launched import environ, free_ports
+from properties import few
 from test_lost_streams import LIMIT_S, command, files_of
 from test_resume import metrics, whole_run
 from test_starts import flags
@@ -49,7 +50,7 @@ def fail_at(patch: pytest.MonkeyPatch, number: int, code: int, name: str = "os.f
     patch.setattr(f"{module}.{function}", failing)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("code", few([errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS], 1))
 @pytest.mark.parametrize("number", [25, 40, 60])
 def test_an_error_of_the_disk_ends_in_one_line_and_the_resume_has_the_same_bytes(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, number: int
@@ -73,6 +74,7 @@ def test_an_error_of_the_disk_ends_in_one_line_and_the_resume_has_the_same_bytes
     assert metrics(folder) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_real_limit_on_files_ends_in_one_line(tmp_path: Path) -> None:
     """A few kilobytes a file: enough for settings and rows, too little for a checkpoint. Then the limit is gone."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
@@ -182,6 +184,7 @@ def two_ranks(arguments: list[str], victim: int, number: int) -> list[tuple[int,
     return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "number"), [(0, 40), (1, 3)])
 def test_a_full_disk_of_one_rank_ends_all_and_the_run_goes_on_later(
     whole: Path, tmp_path: Path, victim: int, number: int

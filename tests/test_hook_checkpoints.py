@@ -108,7 +108,7 @@ def _accelerated(rank: int, spec: str, schedule: str, folder: str) -> None:
 @pytest.mark.parametrize(("spec", "schedule"), KINDS)
 def test_accelerate_brings_every_rank_its_own_back(spec: str, schedule: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    run_group(2, _accelerated, spec, schedule, str(tmp_path))
+    run_group(2, _accelerated, spec, schedule, str(tmp_path), fresh=True)
 
 
 def _rank_0s(rank: int) -> None:

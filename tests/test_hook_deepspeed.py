@@ -74,7 +74,7 @@ def _in_an_engine(rank: int, spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["fp32", "int4"])
 def test_an_engine_trains_with_our_mean_alone(spec: str) -> None:
-    run_group(2, _in_an_engine, spec)
+    run_group(2, _in_an_engine, spec, fresh=True)
 
 
 def _refused(rank: int, stage: int) -> None:
@@ -85,7 +85,7 @@ def _refused(rank: int, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_is_refused_by_name(stage: int) -> None:
-    run_group(2, _refused, stage)
+    run_group(2, _refused, stage, fresh=True)
 
 
 def _scaled(rank: int) -> None:
@@ -97,4 +97,4 @@ def _scaled(rank: int) -> None:
 
 @pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="DeepSpeed has no float16 on this processor")
 def test_the_engines_own_loss_scale_is_used() -> None:
-    run_group(2, _scaled)
+    run_group(2, _scaled, fresh=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import own_state, run_group
+from properties import few
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -195,7 +196,7 @@ def _unused(rank: int, spec: str, pattern: str, schedule: str) -> tuple[np.ndarr
     return applied.numpy(), own.numpy(), left.view(64, 64).numpy()
 
 
-@pytest.mark.parametrize("pattern", ["nobody", "one", "in turn"])
+@pytest.mark.parametrize("pattern", few(["in turn", "nobody", "one"], 1))
 @pytest.mark.parametrize(
     ("spec", "schedule", "world_size"),
     [("sign", "one_phase", 2), ("int2", "two_phase", 3), ("sign", "hierarchical", 4), (POWERSGD, "auto", 2)],

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 
 from fedq import kernels
 from fedq.errors import FieldError
@@ -161,7 +162,7 @@ def packbits(codes: list[int], bits: int) -> bytes:
 
 
 @given(st.data(), st.integers(1, 40))
-@settings(max_examples=150)
+@tried(150)
 def test_pack_bits_is_numpy_packbits(data: st.DataObject, bits: int) -> None:
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=70))
     tensor = torch.tensor(codes, dtype=torch.uint8 if bits <= 8 else torch.int64)

@@ -13,8 +13,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor
 
 from fedq import kernels
@@ -279,7 +280,7 @@ def values(draw: st.DrawFn, num: int) -> Tensor:
 
 @needs_library
 @given(data=st.data(), plan=plans(), num=st.integers(1, 3000), seed=seeds, offset=st.integers(0, 17))
-@settings(max_examples=150, deadline=None)
+@tried(150)
 def test_any_plan(data: st.DataObject, plan: kernels.Plan, num: int, seed: int, offset: int) -> None:
     x = data.draw(values(num)).to(data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])))
     residual = misplaced(data.draw(values(num)), 17 - offset) if data.draw(st.booleans()) else None
@@ -291,7 +292,7 @@ def test_any_plan(data: st.DataObject, plan: kernels.Plan, num: int, seed: int, 
 
 @needs_library
 @given(plan=plans(), num=st.integers(1, 700), seed=seeds, filler=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@tried(40)
 def test_any_bytes_decode_alike(plan: kernels.Plan, num: int, seed: int, filler: int) -> None:
     nbytes = plan.nbytes(num)  # type: ignore[union-attr]
     data = torch.randint(0, 256, (nbytes,), generator=torch.Generator().manual_seed(filler), dtype=torch.uint8)

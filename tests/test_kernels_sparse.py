@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import few, tried
 from torch import Tensor
 
 from fedq.errors import FieldError
@@ -165,7 +166,7 @@ def twin_payload(plan: SparsePlan, x: np.ndarray) -> bytes:
     return twin_position_bytes(plan, kept, x.size) + twin_value_bytes(plan, sent, kept, x.size)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", few(PLANS, 24), ids=str)
 def test_the_reference_gives_numpys_bytes(plan: SparsePlan) -> None:
     for kind, num in (("gauss", 300), ("ties", 5000), ("denormal", 70)):
         x = values(kind, num)
@@ -213,7 +214,7 @@ def check(plan: SparsePlan, x: Tensor, residual: Tensor | None = None, threads: 
 
 
 @needs_library
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", few(PLANS, 18), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_give_the_references_bits(plan: SparsePlan, kind: str) -> None:
     for num in (1, 15, 300, 5000):
@@ -226,7 +227,7 @@ def test_the_kernels_give_the_references_bits(plan: SparsePlan, kind: str) -> No
 
 
 @needs_library
-@pytest.mark.parametrize("plan", PLANS[::3], ids=str)
+@pytest.mark.parametrize("plan", few(PLANS[::3], 8), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input(plan: SparsePlan, dtype: torch.dtype) -> None:
     for num in (1, 33, 5000):
@@ -297,7 +298,7 @@ def test_topk_when_the_sample_misleads(sample: float) -> None:
     ids=str,
 )
 @given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@tried(40)
 def test_damage_is_refused_or_stays_inside(plan: SparsePlan, flips: list[tuple[int, int]]) -> None:
     num = 1000
     data = reference.encode(plan, gaussian(num), seed=SEED)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from properties import few
 from torch import Tensor
 
 from fedq.kernels import BlockPlan, CastPlan, Plan, SparsePlan, reference
@@ -34,8 +35,9 @@ runs_kernels = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run under TRITON_INTERPRET=1")
-def test_kernels_interpreted() -> None:
+def test_kernels_interpreted(request: pytest.FixtureRequest) -> None:
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--all"] if request.config.option.all else []
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -157,7 +159,7 @@ def check(plan: Plan, x: Tensor) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("plan", BLOCKS, ids=str)
+@pytest.mark.parametrize("plan", few(BLOCKS, 4), ids=str)
 def test_any_scale_of_a_message(plan: BlockPlan) -> None:
     num, odd = 3 * 1024, (-1e38, -3.3e38, 3.3e38, -(2.0**96), 2.0**96, -1.0, math.nan, math.inf, -math.inf, -0.0)
     data = reference.encode(plan, values(num, hard=False), seed=SEED)
@@ -171,14 +173,14 @@ def test_any_scale_of_a_message(plan: BlockPlan) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("num", [1, NUM])
-@pytest.mark.parametrize("plan", CASTS + BLOCKS, ids=str)
+@pytest.mark.parametrize("plan", few(CASTS + BLOCKS, 9), ids=str)
 def test_casts_and_blocks(plan: Plan, num: int) -> None:
     check(plan, values(num))
 
 
 @runs_kernels
 @pytest.mark.parametrize("num", [1, SPARSE_NUM])
-@pytest.mark.parametrize("plan", SPARSE, ids=str)
+@pytest.mark.parametrize("plan", few(SPARSE, 6), ids=str)
 def test_sparse(plan: Plan, num: int) -> None:
     check(plan, values(num))
 
@@ -219,7 +221,7 @@ def test_without_feedback_at_any_address(plan: Plan) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize(("plan_in", "plan_out"), PAIRS, ids=str)
+@pytest.mark.parametrize(("plan_in", "plan_out"), few(PAIRS, 3), ids=str)
 def test_reduce(plan_in: Plan, plan_out: Plan) -> None:
     num, seeds, weights = NUM, [SEED, SEED + 1, SEED - (1 << 40)], [0.5, 0.3, -0.2]
     datas = [reference.encode(plan_in, (w + 1) * values(num), seed=seed) for w, seed in enumerate(seeds)]

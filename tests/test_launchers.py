@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launched import SMALL, environ, execute, free_ports, require, results, slurm_cluster, summary, torchrun, train
+from properties import few
 
 MULTI_GPU = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
@@ -16,6 +17,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("torchrun") / "run", torchrun(2))
 
 
+@pytest.mark.slow
 def test_python_gives_what_one_rank_of_torchrun_gives(tmp_path: Path, two_ranks: Path) -> None:
     alone = train(tmp_path / "python", (sys.executable,))
     assert (summary(alone)["launcher"], summary(alone)["world_size"]) == ("python", 1)
@@ -23,6 +25,7 @@ def test_python_gives_what_one_rank_of_torchrun_gives(tmp_path: Path, two_ranks:
     assert results(alone)[0] == results(two_ranks)[0]  # nor does the model depend on the number of ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "launcher", "more"),
     [
@@ -43,6 +46,7 @@ def test_launchers_on_one_machine_give_what_torchrun_gives(
     assert results(run) == results(two_ranks)
 
 
+@pytest.mark.slow
 def test_srun_on_two_nodes_gives_what_torchrun_gives(tmp_path: Path, two_ranks: Path) -> None:
     with slurm_cluster() as env:
         run = train(tmp_path / "run", ("srun", "--nodes=2", "--ntasks=2", sys.executable), env=env)
@@ -50,7 +54,7 @@ def test_srun_on_two_nodes_gives_what_torchrun_gives(tmp_path: Path, two_ranks: 
     assert results(run) == results(two_ranks)
 
 
-@pytest.mark.parametrize("by", ["flag", "file"])
+@pytest.mark.parametrize("by", few(["flag", "file"], 1))
 def test_accelerate_that_would_start_one_process_of_two_is_refused(tmp_path: Path, by: str) -> None:
     require("accelerate")
     file = tmp_path / "multi_cpu.yaml"  # what `accelerate config` writes for several processes on a CPU

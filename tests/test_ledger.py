@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 
 from fedq import ledger as ledger_module
 from fedq.errors import FieldError
@@ -57,7 +58,7 @@ def sums(rows: list[dict]) -> Totals:
 
 
 @given(st.lists(records, max_size=8))
-@settings(deadline=None, max_examples=60)
+@tried(60)
 def test_table_and_sums_equal_rows_written_out_one_by_one(drawn):
     ledger, expected = booked(drawn)
     table = ledger.table()
@@ -74,7 +75,7 @@ def test_table_and_sums_equal_rows_written_out_one_by_one(drawn):
 
 
 @given(st.lists(records, max_size=8))
-@settings(deadline=None, max_examples=30)
+@tried(30)
 def test_state_goes_on_as_if_it_had_never_stopped(drawn):
     whole, _ = booked(drawn)
     first, _ = booked(drawn[: len(drawn) // 2])

@@ -18,6 +18,7 @@ import pytest
 from distributed import run_group, run_ranks
 from jobs import small_config
 from launched import environ
+from properties import few
 
 from fedq.cli import main
 from fedq.errors import FieldError
@@ -84,6 +85,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(
     FolderLock.take(tmp_path).release()
 
 
+@pytest.mark.slow
 def test_a_child_of_a_dead_process_does_not_hold_its_folder(tmp_path: Path) -> None:
     with held_elsewhere(tmp_path, "fork") as (parent, said):
         parent.kill()
@@ -160,6 +162,7 @@ def test_one_on_another_machine_that_falls_silent_is_waited_for_and_then_dead(
     assert len(caplog.records) == 1
 
 
+@pytest.mark.slow
 def test_a_file_system_that_keeps_a_dead_machines_lock_is_outwitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +195,7 @@ def take_once(rank: int, folder: Path) -> str:
     return "taken"
 
 
+@pytest.mark.slow
 def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path: Path) -> None:
     leave(tmp_path, replace(Holder.this(), born="1"))
     told = run_ranks(take_once, *[(rank, tmp_path) for rank in range(6)])
@@ -227,8 +231,8 @@ def refused(rank: int, folder: Path, resume: Path | None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("resumes", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("resumes", few([True, False], 1))
+@pytest.mark.parametrize("world_size", few([2, 1], 1))
 def test_a_second_job_is_refused_on_every_rank_before_it_writes(tmp_path: Path, world_size: int, resumes: bool) -> None:
     folder = tmp_path / "run"
     if resumes:
@@ -256,6 +260,7 @@ def test_jobs_one_after_another_and_after_an_error_need_no_help(
         assert not (folder / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_a_server_is_refused_as_well_and_readers_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     run_job(small_config(folder, rounds=1))

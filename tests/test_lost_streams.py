@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from jobs import file_hash
 from launched import ROOT, SMALL, environ, until
+from properties import few
 
 from fedq.checkpoint import Checkpoints
 from fedq.cli import main
@@ -52,7 +53,7 @@ def files_of(folder: Path) -> set[str]:
     return {name for name in names if not name.startswith("tensorboard")}
 
 
-@pytest.mark.parametrize("num_bytes", [0, 1])
+@pytest.mark.parametrize("num_bytes", few([1, 0], 1))
 def test_training_goes_on_to_its_end_without_a_reader(whole: Path, tmp_path: Path, num_bytes: int) -> None:
     code, errors = with_reader_gone(command(tmp_path / "run"), num_bytes)
     assert (code, errors) == (0, b"")
@@ -60,6 +61,7 @@ def test_training_goes_on_to_its_end_without_a_reader(whole: Path, tmp_path: Pat
     assert file_hash(tmp_path / "run" / "model.safetensors") == file_hash(whole / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_streams_at_all_and_on_a_full_device(whole: Path, tmp_path: Path) -> None:
     for number, where in enumerate((">&- 2>&-", "> /dev/full 2> /dev/full", "2>&-")):
         folder = tmp_path / str(number)
@@ -72,7 +74,9 @@ def test_training_goes_on_without_streams_at_all_and_on_a_full_device(whole: Pat
 
 @pytest.mark.parametrize(
     "words",
-    ["report RUN --out OUT", "runs RUN", "runs --compare RUN", "inspect RUN/model.safetensors", "report --help"],
+    few(
+        ["runs RUN", "report RUN --out OUT", "runs --compare RUN", "inspect RUN/model.safetensors", "report --help"], 1
+    ),
 )
 def test_commands_end_quietly_without_a_reader(whole: Path, tmp_path: Path, words: str) -> None:
     given = [word.replace("RUN", str(whole)).replace("OUT", str(tmp_path)) for word in words.split()]
@@ -123,7 +127,7 @@ def has_round(folder: Path) -> bool:
     return bool(list(folder.glob("checkpoints/0*")))
 
 
-@pytest.mark.parametrize("is_terminal_gone", [False, True])
+@pytest.mark.parametrize("is_terminal_gone", few([False, True], 1))
 def test_a_closed_terminal_ends_a_job_as_sigterm_does(tmp_path: Path, is_terminal_gone: bool) -> None:
     folder = tmp_path / "run"
     control, terminal = os.openpty()
@@ -167,6 +171,7 @@ def _drain(descriptor: int, keep: bool = False) -> bytes | None:
     return data if keep else None
 
 
+@pytest.mark.slow
 def test_nohup_goes_on(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ignoring = (
@@ -181,7 +186,7 @@ def test_nohup_goes_on(whole: Path, tmp_path: Path) -> None:
     assert file_hash(folder / "model.safetensors") == file_hash(whole / "model.safetensors")
 
 
-@pytest.mark.parametrize("when", ["in the imports", "in a round"])
+@pytest.mark.parametrize("when", few(["in a round", "in the imports"], 1))
 def test_ctrl_c_thrice_shows_no_traceback(tmp_path: Path, when: str) -> None:
     folder = tmp_path / "run"
     with subprocess.Popen(

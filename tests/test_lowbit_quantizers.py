@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import few, tried
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
@@ -53,7 +54,7 @@ def levels(chosen: Quantizer, rows: Tensor) -> Tensor:
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [*UNIFORM, Binary()], ids=named)
+@pytest.mark.parametrize("chosen", few([*UNIFORM, Binary()], 12), ids=named)
 def test_a_weight_goes_to_the_nearest_level(chosen: Quantizer) -> None:
     rows = weights(3, 999) * torch.tensor([[1.0], [1e-3], [50.0]]) + torch.tensor([[0.0], [0.01], [-20.0]])
     own = levels(chosen, rows).double()
@@ -65,7 +66,7 @@ def test_a_weight_goes_to_the_nearest_level(chosen: Quantizer) -> None:
     assert ((found.double() - rows).abs() <= distances.amin(dim=0) + slack).all()
 
 
-@pytest.mark.parametrize("chosen", ALL_BOTH, ids=named)
+@pytest.mark.parametrize("chosen", few(ALL_BOTH, 16), ids=named)
 def test_values_are_levels_and_codes_are_whole(chosen: Quantizer) -> None:
     weight = weights(4, 5, 3, 3)
     rows = chosen.rows(weight)
@@ -81,7 +82,7 @@ def test_values_are_levels_and_codes_are_whole(chosen: Quantizer) -> None:
     assert all(torch.isin(values, allowed).all() for values, allowed in zip(found, own, strict=True))
 
 
-@pytest.mark.parametrize("chosen", [c for c in ALL_BOTH if c.per == "channel"], ids=named)
+@pytest.mark.parametrize("chosen", few([c for c in ALL_BOTH if c.per == "channel"], 12), ids=named)
 def test_a_channel_is_a_tensor_of_its_own(chosen: Quantizer) -> None:
     weight = weights(4, 5, 3, 3)
     alone = type(chosen)(**(vars(chosen) | {"per": "tensor"}))
@@ -202,8 +203,8 @@ ODD = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("chosen", ALL, ids=named)
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("chosen", few(ALL, 12), ids=named)
+@tried(15)
 @given(values=st.lists(ODD, min_size=1, max_size=12))
 def test_codes_never_leave_the_grid(chosen: Quantizer, stochastic: bool, values: list[float]) -> None:
     rows = torch.tensor([values])
@@ -212,7 +213,7 @@ def test_codes_never_leave_the_grid(chosen: Quantizer, stochastic: bool, values:
     assert ((codes >= 0) & (codes <= chosen.num_levels - 1)).all()
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=named)
+@pytest.mark.parametrize("chosen", few(ALL, 8), ids=named)
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -2.5, 1e-45, -1e-40, 1e30])
 def test_weights_all_alike_stay_finite_and_close(chosen: Quantizer, value: float) -> None:
     found = chosen.quantize(torch.full((7,), value))
@@ -222,13 +223,13 @@ def test_weights_all_alike_stay_finite_and_close(chosen: Quantizer, value: float
         assert torch.equal(found, torch.full((7,), value))
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=named)
+@pytest.mark.parametrize("chosen", few(ALL, 12), ids=named)
 def test_denormals_beside_a_zero_stay_finite(chosen: Quantizer) -> None:
     assert chosen.quantize(torch.tensor([0.0, 1e-45, -3e-42, 1e-39])).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("chosen", [c for c in ALL_BOTH if c.per == "channel"], ids=named)
+@pytest.mark.parametrize("chosen", few([c for c in ALL_BOTH if c.per == "channel"], 12), ids=named)
 def test_what_is_not_finite_shows_and_stays_in_its_channel(chosen: Quantizer, bad: float) -> None:
     weight = weights(3, 9)
     good = chosen.quantize(weight)
@@ -241,7 +242,7 @@ def test_what_is_not_finite_shows_and_stays_in_its_channel(chosen: Quantizer, ba
 # ---- specs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [*ALL_BOTH, *STOCHASTIC], ids=named)
+@pytest.mark.parametrize("chosen", few([*ALL_BOTH, *STOCHASTIC], 16), ids=named)
 def test_a_spec_names_its_quantizer(chosen: Quantizer) -> None:
     assert quantizer(chosen.spec) == chosen
     assert quantizer(chosen) is chosen

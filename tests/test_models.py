@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torchvision
+from properties import few
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,9 @@ from fedq.models.resnet import ZeroPadShortcut
 
 NAMES_AND_NORMS = [(name, "batch") for name in MODELS]
 NAMES_AND_NORMS += [(name, "group") for name in MODELS if name not in ("cnn62k", "cnn1m")]
+WITHOUT_RESNET50 = [  # which is slow
+    pytest.param(*pair, marks=pytest.mark.slow if pair[0] == "resnet50" else ()) for pair in NAMES_AND_NORMS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +84,7 @@ def test_num_parameters_counts_neither_frozen_parameters_nor_buffers():
     assert num_parameters(model) == 3 * 4 + 2 * 4
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet18", 11_173_962), ("resnet50", 23_520_842)])
+@pytest.mark.parametrize(("name", "count"), few([("resnet18", 11_173_962), ("resnet50", 23_520_842)], 1))
 def test_resnets_equal_torchvisions_with_the_small_stem(name, count):
     ours = build_model(name)
     theirs = getattr(torchvision.models, name)(num_classes=10)
@@ -100,7 +104,7 @@ def test_resnets_equal_torchvisions_with_the_small_stem(name, count):
 
 @pytest.mark.parametrize("image_size", [28, 32])
 @pytest.mark.parametrize("in_channels", [1, 3])
-@pytest.mark.parametrize(("name", "norm"), NAMES_AND_NORMS)
+@pytest.mark.parametrize(("name", "norm"), WITHOUT_RESNET50)
 def test_logits_have_one_column_a_class(name, norm, in_channels, image_size):
     with torch.device("meta"):  # shapes only: the arithmetic is tested below
         model = build_model(name, num_classes=7, in_channels=in_channels, image_size=image_size, norm=norm)
@@ -181,7 +185,7 @@ def test_pooling_before_relu_changes_neither_logits_nor_gradients(name, referenc
 LEARNING_RATES = {("resnet18", "group"): 1e-4, ("resnet50", "group"): 1e-4, ("cnn62k", "batch"): 5e-3}
 
 
-@pytest.mark.parametrize(("name", "norm"), NAMES_AND_NORMS)
+@pytest.mark.parametrize(("name", "norm"), WITHOUT_RESNET50)
 def test_a_few_steps_in_bf16_and_channels_last_reduce_the_loss(name, norm):
     model = build_model(name, image_size=16, norm=norm).to(memory_format=torch.channels_last)
     images = torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last)

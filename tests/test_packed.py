@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jobs import small_config
+from properties import few, tried
 from safetensors.torch import load_file
 from test_lowbit_quantizers import ALL_BOTH, named, weights
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the same model ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", ALL_BOTH, ids=named)
+@pytest.mark.parametrize("chosen", few(ALL_BOTH, 14), ids=named)
 def test_a_loaded_model_computes_what_was_trained(chosen: Quantizer, path: Path) -> None:
     model = net(chosen.spec)
     expected, state = outputs(model), deployed_state_dict(model)
@@ -166,7 +167,7 @@ def test_packing_leaves_the_model_alone() -> None:
 # ---- what is packed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [c for c in ALL_BOTH if c.per == "tensor"], ids=named)
+@pytest.mark.parametrize("chosen", few([c for c in ALL_BOTH if c.per == "tensor"], 14), ids=named)
 def test_codes_are_the_kernels_bytes(chosen: Quantizer) -> None:
     num = 1003
     codes = torch.randint(chosen.num_levels, (num,), generator=torch.Generator().manual_seed(0))
@@ -252,7 +253,7 @@ NAMES = st.text(max_size=12)
 SHAPES = st.lists(st.integers(0, 4), max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@tried(40)
 @given(
     exact=st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=6),
     packed=st.dictionaries(

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 
 from fedq.errors import FieldError
 from fedq.federated.partition import label_counts, partition
@@ -20,7 +21,7 @@ def assert_partition(parts: list[torch.Tensor], num_examples: int) -> None:
         assert torch.equal(part, part.sort().values)
 
 
-@settings(deadline=None, max_examples=60)
+@tried(60)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=120),
     num_clients=st.integers(1, 8),
@@ -41,7 +42,7 @@ def test_parts_are_disjoint_complete_and_large_enough(labels, num_clients, schem
     assert min(map(len, parts)) >= min_examples
 
 
-@settings(deadline=None, max_examples=30)
+@tried(30)
 @given(copies=st.integers(10, 30), num_clients=st.integers(3, 9), seed=st.integers(0, 99))
 def test_groups_are_disjoint_complete_and_keep_their_labels(copies, num_clients, seed):
     labels = torch.arange(6).repeat(copies)

@@ -154,6 +154,7 @@ def assert_same_run(folder: Path, whole: Path, *, without: tuple[str, ...] = ("r
     assert ledger(folder) == ledger(whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_resumed_job_leave_the_same(mixed: Path, tmp_path: Path) -> None:
     stopped = config(tmp_path / "stopped", **MIXED)
     jobs = [(config(tmp_path / "two", **MIXED), None), (stopped, 1)]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from distributed import run_group
+from properties import few
 from torch import nn
 
 from fedq import hooks
@@ -168,7 +169,7 @@ def times_of_ddp(rank: int, spec: str) -> tuple[float, dict[str, Spent]]:
     return time.perf_counter() - begin, timer.take()
 
 
-@pytest.mark.parametrize("spec", ["fp32", "int4", "powersgd:rank=1,start=2"])
+@pytest.mark.parametrize("spec", few(["int4", "fp32", "powersgd:rank=1,start=2"], 1))
 def test_a_rank_that_waits_for_another_says_so(spec: str) -> None:
     (seconds, early), (_, late) = run_group(2, times_of_ddp, spec)
     assert 0.4 <= early["exchange"].seconds <= seconds
@@ -247,6 +248,7 @@ exec "$@"
 """
 
 
+@pytest.mark.slow
 def test_interfaces_agree_with_what_was_counted(tmp_path: Path) -> None:
     """Two ranks in a network namespace of their own, where nobody else sends anything."""
     alone = ["unshare", "--net", "--mount", "sh", "-c", NAMESPACE, "sh"]
@@ -268,7 +270,7 @@ def test_interfaces_agree_with_what_was_counted(tmp_path: Path) -> None:
     assert 1.0 <= interface["ratio"] <= 1.01
 
 
-@pytest.mark.parametrize("exchange", ["round", "step", "none"])
+@pytest.mark.parametrize("exchange", few(["round", "step", "none"], 1))
 def test_a_profile_has_the_phases_of_the_first_round(tmp_path: Path, exchange: str) -> None:
     clients = ["--local-steps", "5"] if exchange == "step" else ["--num-clients", "2"]
     run("--profile", "--exchange", exchange, "--rounds", "1", *clients, out=tmp_path / "run")

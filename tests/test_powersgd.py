@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Spy, own_state, run_group
+from properties import few
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -91,7 +92,9 @@ def _beside_torch(rank: int, bias: bool, columns: int) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("world_size", "bias", "columns"), [(2, False, 2), (3, False, 1), (2, False, 3), (2, True, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "bias", "columns"), few([(3, False, 1), (2, False, 2), (2, False, 3), (2, True, 2)], 2)
+)
 def test_it_is_torchs_hook(world_size: int, bias: bool, columns: int) -> None:
     run_group(world_size, _beside_torch, bias, columns)
 
@@ -214,7 +217,7 @@ def _resumed(rank: int, half: int) -> None:
     assert np.array_equal(flat_of(again), flat_of(through))
 
 
-@pytest.mark.parametrize("half", [1, 4])
+@pytest.mark.parametrize("half", few([4, 1], 1))
 def test_resume_is_bitwise(half: int) -> None:
     run_group(2, _resumed, half)
 
@@ -282,7 +285,7 @@ def _idle_layer(rank: int, columns: int) -> None:
     torch.testing.assert_close(module.weight.grad, gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("columns", few([2, 1, 3], 1))
 def test_a_layer_that_had_no_gradient_comes_back(columns: int) -> None:
     run_group(2, _idle_layer, columns)
 

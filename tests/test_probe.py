@@ -15,6 +15,7 @@ import pytest
 import yaml
 from distributed import run_group
 from jobs import file_hash, small_config
+from properties import few
 
 from fedq.cli import main
 from fedq.config import Config, validate
@@ -50,7 +51,7 @@ def probed(rank: int, file: str) -> Cluster:
     return cluster
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", few([1, 2, 3], 2))
 def test_a_probe_of_real_ranks(tmp_path: Path, ranks: int) -> None:
     first, *others = run_group(ranks, probed, str(tmp_path / "link.json"))
     assert (first.world_size, first.ranks_per_node, first.across, first.device) == (ranks, ranks, None, "cpu")

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from safetensors.torch import load_file
 
 from fedq.errors import FieldError
@@ -167,7 +168,7 @@ def test_histogram_rows_have_the_documented_columns(folder):
 
 
 @given(st.lists(st.floats(width=32), max_size=50))
-@settings(deadline=None)
+@tried(100)
 def test_histogram_counts_every_finite_value_in_its_bin(drawn):
     row = histogram(torch.tensor(drawn, dtype=torch.float32), codes=False)
     finite = [x for x in drawn if math.isfinite(x)]
@@ -197,7 +198,7 @@ def test_histogram_moments_and_half_precision():
 
 
 @given(st.lists(st.integers(-128, 127), min_size=1, max_size=60))
-@settings(deadline=None)
+@tried(100)
 def test_code_entropy_is_shannons(drawn):
     row = histogram(torch.tensor(drawn, dtype=torch.int8), codes=True)
     counts = Counter(drawn)

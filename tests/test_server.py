@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
@@ -178,7 +179,7 @@ def test_integer_buffers_never_travel(model: nn.Module) -> None:
 # ---- the replica ----
 
 
-@settings(max_examples=12, deadline=None)
+@tried(12)
 @given(st.sampled_from(["int8", "int4", "sign", "topk:density=0.1", "bf16"]), st.integers(1, 6), st.integers(0, 99))
 def test_what_the_downlink_loses_stays_in_the_difference(model: nn.Module, spec: str, rounds: int, seed: int) -> None:
     layout = Layout.of(model, spec)

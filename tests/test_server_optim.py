@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
@@ -106,7 +107,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("cls", "equations", "options"), CASES)
-@settings(max_examples=20, deadline=None)
+@tried(20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_trajectories_follow_the_published_equations(
     cls: type[torch.optim.Optimizer], equations: Callable, options: dict, seed: int

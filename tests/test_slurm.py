@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from launched import LIMIT_S, ROOT, SMALL, execute, require, results, slurm_cluster, summary, torchrun, train, until
+from properties import few
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,7 @@ class Job:
         return self.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "srun", "deepspeed"])
 def test_each_script_gives_on_two_nodes_what_torchrun_gives(
     cluster: dict[str, str], two_ranks: Path, tmp_path: Path, launcher: str
@@ -74,6 +76,7 @@ def test_each_script_gives_on_two_nodes_what_torchrun_gives(
     assert results(run) == results(two_ranks)
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_node_do_not_meet(cluster: dict[str, str], two_ranks: Path, tmp_path: Path) -> None:
     env = cluster | {"RANKS_PER_NODE": "2"}
     options = ("--nodes=1", "--nodelist=node1")
@@ -94,6 +97,7 @@ def twenty_rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("whole") / "run", torchrun(2), "--rounds", "20")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cause", "script"), [("time", "train_torchrun"), ("preempted", "train_srun")])
 def test_a_job_that_goes_back_into_the_queue_resumes_by_itself(
     cluster: dict[str, str], twenty_rounds: Path, tmp_path: Path, cause: str, script: str
@@ -111,6 +115,7 @@ def test_a_job_that_goes_back_into_the_queue_resumes_by_itself(
     assert results(run) == results(twenty_rounds)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_one_table(cluster: dict[str, str], tmp_path: Path) -> None:
     env = cluster | {"CODECS": "fp32 blocktopk:k=1,block=64"}
     with Job(env, tmp_path / "sweep", "sweep.sbatch", "--rounds", "2", options=("--array=0-1",)) as job:
@@ -128,6 +133,7 @@ def test_a_sweep_ends_in_one_table(cluster: dict[str, str], tmp_path: Path) -> N
         assert float(row[4]) == pytest.approx(100 * summary(folder / row[0])["test_accuracy"], abs=0.005)
 
 
+@pytest.mark.slow
 def test_a_plan_is_an_array_of_its_runs(cluster: dict[str, str], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text('title: T\ncommon: "--rounds 2"\narms: {float32: "--uplink fp32", 1 bit: "--uplink sign"}\n')
@@ -141,10 +147,13 @@ def test_a_plan_is_an_array_of_its_runs(cluster: dict[str, str], tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("script", "flags", "options", "words"),
-    [
-        ("train_torchrun.sbatch", ("--out", "here"), (), "OUT=DIR sbatch"),
-        ("sweep.sbatch", (), ("--array=0-2",), "sbatch --array=0-5"),
-    ],
+    few(
+        [
+            ("train_torchrun.sbatch", ("--out", "here"), (), "OUT=DIR sbatch"),
+            ("sweep.sbatch", (), ("--array=0-2",), "sbatch --array=0-5"),
+        ],
+        1,
+    ),
 )
 def test_what_a_script_cannot_do_is_told(
     cluster: dict[str, str], tmp_path: Path, script: str, flags: tuple[str, ...], options: tuple[str, ...], words: str

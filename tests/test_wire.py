@@ -6,8 +6,9 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor, nn
 
 from fedq.errors import FieldError
@@ -159,7 +160,7 @@ changes = st.lists(
 
 
 @given(st.sampled_from(sorted(MESSAGES)), changes, st.booleans(), st.floats(0, 1))
-@settings(max_examples=400, deadline=None)
+@tried(400)
 def test_damaged_bytes_end_in_one_kind_of_error(
     spec: str, writes: list[tuple[float, bytes]], keep_header: bool, length: float
 ) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from wire_reader import crc32c as bit_by_bit
 
 from fedq import kernels
@@ -47,7 +48,7 @@ def test_known_values(implementation: str, data: bytes, expected: int) -> None:
 
 
 @given(st.integers(0, 9), st.integers(0, 700), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@tried(30)
 def test_small_sizes_and_starts(start: int, size: int, value: int) -> None:
     data = BYTES[start : start + size]
     found = {compute(name, data, value) for name in IMPLEMENTATIONS}

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 import wire_reader
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor
 
 from fedq.codecs import codec, codec_names
@@ -165,7 +166,7 @@ def test_the_second_reader_refuses_damage() -> None:
     st.lists(st.integers(1, 40), min_size=0, max_size=3).map(tuple),
     st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@tried(60)
 def test_both_readers_agree(spec: str, shape: tuple[int, ...], seed: int) -> None:
     span = Span("w", shape, 0, codec(spec), "coded")
     layout = Layout((span,))

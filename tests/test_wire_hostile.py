@@ -13,8 +13,9 @@ import fuzz_wire
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor
 from wire_mutants import mutant
 
@@ -38,7 +39,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @given(st.integers(0, 2**48))
-@settings(max_examples=100, deadline=None)
+@tried(100)
 def test_mutants(seed: int) -> None:
     """Two thousand frames; ``benchmarks/fuzz_wire.py`` takes a million."""
     for number in range(BATCH):
@@ -145,7 +146,7 @@ def test_padding_of_the_last_block_is_no_error(implementation: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@tried(60)
 def test_implementations_refuse_and_decode_alike(data: st.DataObject) -> None:
     """Random bytes of the right size, in pieces that threads share: large enough for several of them."""
     if cpu.why_missing():

@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import Tensor, nn
 
 from fedq.codecs import codec
@@ -155,7 +156,7 @@ def test_hostile_notes(body: bytes) -> None:
 
 
 @given(st.integers(1, 700), st.lists(st.integers(0, 3), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None)
+@tried(50)
 def test_chunks_and_assembler(size: int, which: list[int]) -> None:
     messages = [message_of(layout_of("int4")), note({"a": 1}), message_of(layout_of("threshold:value=0.1")), note({})]
     stream = [messages[i] for i in which]

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tried
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,7 +72,7 @@ def test_the_sums_are_exact(
 PAIRS = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
-@settings(max_examples=60, deadline=None)
+@tried(60)
 @given(
     num=st.integers(1, 2),
     channels=st.integers(1, 140),
