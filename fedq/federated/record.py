@@ -96,7 +96,7 @@ class Record:
         counted = {f"{direction}_bytes": ledger.totals(direction).payload for direction in ("uplink", "downlink")}
         self._folder.log_metrics(
             result.round,
-            **{"train_loss": result.loss, **values},
+            **({} if math.isnan(result.loss) else {"train_loss": result.loss}) | values,
             lr=lr,
             seconds=result.seconds,
             root_ingress_bytes=received,
