@@ -106,6 +106,14 @@ def test_the_summary_of_a_run_that_was_never_evaluated_says_so(runs: dict[str, P
     assert "loss              - (never evaluated)" in plain_summary(path)
 
 
+def test_a_run_that_ended_without_a_finite_value_was_evaluated(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = with_summary(shutil.copytree(runs["text-fp32-seed0"], tmp_path / "text"), last={"bits per byte": None})
+
+    assert "bits per byte     -, best 1.800 bit/B (lower is better)" in plain_summary(path)
+    assert find_cautions(study_of(path)) == []
+    assert cards_of(path)["Best bits per byte"] == ("1.800 bit/B", "finished: 4 of 4 rounds")
+
+
 def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
     run = OwnRun((Metric("[bold]mse", "[red]"),), {"[bold]mse": (1.0, 1.0, 1.0, 2.0)})
     path = make_own_runs(tmp_path, {"a": run})["a"]
