@@ -346,7 +346,7 @@ def test_a_seed_that_did_not_finish_is_left_out_of_the_mean(runs: list[Path], tm
     (both[1] / "summary.json").unlink()
     (arm,) = study_of(*both).arms
     assert arm.result is not None
-    assert (arm.result.mean, arm.accuracy.sd) == (100 * summary_of(both[0])["test_accuracy"], None)
+    assert (arm.result.mean, arm.result.sd) == (100 * summary_of(both[0])["test_accuracy"], None)
     assert "is left out of the arm's means" in texts(warnings_of(*both), "incomplete")
 
 
