@@ -62,7 +62,7 @@ class Facts:
 
 
 _SEEN_WHOLE = Facts()
-_NO_OTHERS: Mapping[int, Layout] = MappingProxyType({})
+NO_OTHERS: Mapping[int, Layout] = MappingProxyType({})
 _NOBODY = Part()
 _NO_ROUND = RoundContext(0, 0.0, 0)
 
@@ -203,7 +203,7 @@ def aggregate(
     parts: Part = _NOBODY,
     context: RoundContext = _NO_ROUND,
     facts: Facts = _SEEN_WHOLE,
-    others: Mapping[int, Layout] = _NO_OTHERS,
+    others: Mapping[int, Layout] = NO_OTHERS,
 ) -> Aggregate:
     """Decode and average the updates, in client order, weighted by their numbers of examples.
 

@@ -115,6 +115,18 @@ class RoundSettings:
             if not is_allowed:
                 raise FieldError(name, value, allowed)
 
+    def check_own(self, number: int, uplink: str | None) -> None:
+        """Check a client's own codec.
+
+        Raises:
+            FieldError: It cannot be used, or not here.
+        """
+        if uplink is None:
+            return
+        codec_schedule(uplink)
+        if self.aggregate == "two_phase":
+            raise FieldError(f"uplink of client {number}", uplink, "the federation's, with aggregate two_phase")
+
 
 def wants_feedback(setting: str, uplink: str) -> bool:
     """Resolve ``auto``: error feedback if a codec loses more than a cast does and is not unbiased."""
@@ -151,6 +163,7 @@ class Seats(Mapping[int, Client]):
         self._store = store
         self._told = seated
         self._seated: dict[int, Client] = {}
+        self._own_layouts: dict[str, LayoutSchedule] = {}
 
     def __len__(self) -> int:
         return self._num
@@ -164,13 +177,24 @@ class Seats(Mapping[int, Client]):
             self._told(self._seated[number])
         return self._seated[number]
 
+    def own_layouts(self, uplink: str) -> LayoutSchedule:
+        """Return the layouts of the updates of clients with this codec of their own, by round."""
+        if uplink not in self._own_layouts:
+            layouts = self._settings.uplink_layouts(self._model, feedback=self._has_feedback(uplink), uplink=uplink)
+            self._own_layouts[uplink] = layouts
+        return self._own_layouts[uplink]
+
+    def _has_feedback(self, uplink: str) -> bool:
+        return self._store is not None and wants_feedback(self._settings.feedback, uplink)
+
     def _seat(self, number: int) -> Client:
         client, settings = self._make(number), self._settings
-        has_feedback = self._store is not None and wants_feedback(settings.feedback, client.uplink or settings.uplink)
+        if not isinstance(client, Client):
+            raise FieldError(f"client {number}", type(client).__name__, "a fedq.Client")
+        settings.check_own(number, client.uplink)
+        has_feedback = self._has_feedback(client.uplink or settings.uplink)
         feedback = ErrorFeedback(self._store) if self._store is not None and has_feedback else NoFeedback()
-        layouts = self.layouts
-        if client.uplink is not None:
-            layouts = settings.uplink_layouts(self._model, feedback=has_feedback, uplink=client.uplink)
+        layouts = self.layouts if client.uplink is None else self.own_layouts(client.uplink)
         return client.seated(
             number,
             layouts if settings.sends else None,
@@ -221,6 +245,7 @@ def over_ranks(
     ledger: Ledger,
     *,
     sticky: bool,
+    own_codecs: bool = False,
 ) -> RankDelivery:
     """Return the delivery in which ranks train the clients, each its share of them.
 
@@ -231,6 +256,7 @@ def over_ranks(
         transport: How buffers move.
         ledger: Where rank 0 books.
         sticky: Whether clients keep to one rank, because they keep something there.
+        own_codecs: Whether there may be clients with codecs of their own.
     """
     num = len(seats)
     exchange: Exchange = Rooted(transport, ledger)
@@ -249,4 +275,5 @@ def over_ranks(
         sticky=sticky or not settings.sends,
         side_by_side=settings.side_by_side,
         has_start=has_start,
+        own_codecs=seats.own_layouts if own_codecs else None,
     )

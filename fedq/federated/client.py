@@ -10,11 +10,13 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fedq.codecs import codec_schedule
 from fedq.errors import FieldError
 from fedq.federated.own_training import OwnTraining, State, TrainFunction, check_function, states_of
 from fedq.federated.parts import Part
@@ -51,7 +53,8 @@ class Client:
         name: Its name, which stands beside its number where a person reads of it.
 
     Raises:
-        FieldError: A weight that is not above 0, a ``train`` that cannot be called so, or a ``state`` that is none.
+        FieldError: A weight that is not above 0, a ``train`` that cannot be called so, a ``state`` that is none, or a
+            codec that does not exist.
     """
 
     def __init__(
@@ -63,10 +66,12 @@ class Client:
         uplink: str | None = None,
         name: str | None = None,
     ) -> None:
-        if not 0 < num_examples < math.inf:
+        if not isinstance(num_examples, Real) or not 0 < num_examples < math.inf:
             raise FieldError("num_examples", num_examples, "a weight above 0")
         self.num_examples = num_examples
         self.states = states_of(state)
+        if uplink is not None:
+            codec_schedule(uplink)
         self.uplink = uplink
         self.name = name
         self._train = train

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fedq.collectives import Moved, Transport
 from fedq.errors import FieldError
 from fedq.federated.accounting import framing, message_parts, plain_model
-from fedq.federated.aggregate import Facts
+from fedq.federated.aggregate import NO_OTHERS, Facts
 from fedq.federated.delivery import Ranked
 from fedq.federated.training import RoundContext
 from fedq.layout import Layout
@@ -49,7 +49,14 @@ class Exchange(Facts, ABC):
         return layout
 
     @abstractmethod
-    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+    def collect(
+        self,
+        frames: Sequence[Frame],
+        counts: Sequence[int],
+        layout: Layout,
+        round: int,
+        others: Mapping[int, Layout] = NO_OTHERS,
+    ) -> Ranked:
         """Send this rank's messages to where they are averaged; return those that are averaged here.
 
         Args:
@@ -57,6 +64,7 @@ class Exchange(Facts, ABC):
             counts: Messages of each rank, known to all.
             layout: Of the updates.
             round: Number, from 0.
+            others: Layouts, by hash, of clients that use codecs of their own; known to rank 0.
         """
 
     @abstractmethod
@@ -126,12 +134,19 @@ class Rooted(Exchange):
         """Whether this is rank 0."""
         return self.transport.rank == 0
 
-    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+    def collect(
+        self,
+        frames: Sequence[Frame],
+        counts: Sequence[int],
+        layout: Layout,
+        round: int,
+        others: Mapping[int, Layout] = NO_OTHERS,
+    ) -> Ranked:
         """Gather all messages on rank 0; nothing comes back on the others."""
         ranked, moved = self.gather(frames, counts)
         for rank, frame in ranked:
-            crossed = int(rank != 0)
-            self._book(round, frame.client, "uplink", message_parts(layout, frame), payload_times=1, wire_times=crossed)
+            parts = message_parts(others.get(frame.layout_hash, layout), frame)
+            self._book(round, frame.client, "uplink", parts, payload_times=1, wire_times=int(rank != 0))
         if moved.sizes:
             self._book(round, NO_CLIENT, "uplink", framing("sizes", moved.sizes), wire_times=1)
         return ranked
@@ -158,7 +173,14 @@ class Unsent(Exchange):
         """Whether this rank has a server: none has."""
         return False
 
-    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+    def collect(
+        self,
+        frames: Sequence[Frame],
+        counts: Sequence[int],
+        layout: Layout,
+        round: int,
+        others: Mapping[int, Layout] = NO_OTHERS,
+    ) -> Ranked:
         """Gather all messages on rank 0; nothing comes back on the others."""
         ranked, moved = self.gather(frames, counts)
         self.book_peer(round, "metrics", moved.payload + moved.sizes)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fedq.checkpoint import Loaded
+from fedq.checkpoint import CheckpointError, Checkpoints
 from fedq.collectives import Transport
 from fedq.errors import FieldError
 from fedq.federated.assembly import RoundSettings, Seats, make_rounds, over_ranks
@@ -33,16 +34,17 @@ from fedq.federated.rounds import Outcome, Rounds
 from fedq.federated.rounds_state import RoundsState
 from fedq.federated.training import RoundContext, Trained
 from fedq.federated.versions import Versions
-from fedq.feedback import ResidualStore
-from fedq.layout import Layout
+from fedq.feedback import NoFeedback, ResidualStore
+from fedq.layout import Layout, uncompiled_name
 from fedq.ledger import Ledger
 from fedq.metrics import Metric
 from fedq.runfolder import write_model
 from fedq.runtime import Runtime, distributed, existing_group, on_root
-from fedq.wire import Kind
+from fedq.wire import Frame, Kind
 
 Clients = Sequence[Client] | Callable[[int], Client] | int
 LearningRate = float | Callable[[int], float]
+_MOMENTS = ("on_start", "on_round", "on_end")
 
 
 class Federation:
@@ -110,7 +112,7 @@ class Federation:
         out: Path | str | None = None,
         resume: bool = False,
     ) -> None:
-        self._make, self.num_clients = _counted(clients, num_clients)
+        self._make, self.num_clients, self._own_codecs = _counted(clients, num_clients)
         self.settings = RoundSettings(
             uplink=uplink,
             downlink=downlink,
@@ -122,14 +124,14 @@ class Federation:
             max_update_norm=max_update_norm,
         )
         self.settings.check(self.num_clients)
+        for number, own in enumerate(clients if isinstance(clients, Sequence) else ()):
+            self.settings.check_own(number, own.uplink)
         if resume and out is None:
             raise FieldError("out", out, "the run's folder, with resume=True")
-        if not metrics:
-            raise FieldError("metrics", metrics, "one or more")
-        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.metrics = tuple(metrics)
+        self.model = _trained(model)
+        self.metrics = _measured(metrics)
         self.seed = seed
-        self.callbacks = tuple(callbacks)
+        self.callbacks = _told(callbacks)
         self.ledger = Ledger()
         self._evaluate = evaluate
         self._evaluation: OwnEvaluation | None = None
@@ -143,10 +145,10 @@ class Federation:
             raise
 
     def _set_up(self, out: Path | None, resume: bool) -> None:
+        self._layout = Layout.of(self.model, "fp32")
         device = next(self.model.parameters()).device
         self.runtime = _runtime(self._open, device)
         self.transport = Transport(device)
-        self._layout = Layout.of(self.model, "fp32")
         if self._evaluate is not None:
             self._evaluation = OwnEvaluation(self._evaluate, self.metrics[0].name, self.transport)
         self._record = Record(out, self.metrics)
@@ -173,6 +175,7 @@ class Federation:
         """
         rate = lr if callable(lr) else lambda number: lr
         if self._num_rounds >= num:
+            self.save()  # a process that ended after its last checkpoint has left no summary
             return
         self._record.describe(self._description(num))
         self._tell("on_start", self)
@@ -216,7 +219,8 @@ class Federation:
         """
         if not self.runtime.is_root:
             return
-        tensors = {name: tensor for name, tensor in self.model.state_dict().items() if isinstance(tensor, Tensor)}
+        state = self.model.state_dict().items()
+        tensors = {uncompiled_name(name): tensor for name, tensor in state if isinstance(tensor, Tensor)}
         if path is not None:
             write_model(Path(path), tensors)
         else:
@@ -270,7 +274,7 @@ class Federation:
             used = [frame.client for _, frame in outcome.frames if frame.client not in outcome.left_out]
             result = RoundResult(
                 number,
-                outcome.train_loss,
+                _mean_loss(outcome),
                 metrics,
                 tuple(used),
                 outcome.left_out,
@@ -281,7 +285,7 @@ class Federation:
         result = self._shared(result)
         self._num_rounds = number + 1
         self._record.add(result, lr, outcome, ledger, self.transport.received)
-        self._checkpoint(outcome, kept)
+        self._checkpoint(kept)
         return result
 
     def _shared(self, result: RoundResult | None) -> RoundResult:
@@ -293,18 +297,20 @@ class Federation:
         self._book(moved.payload + moved.sizes)
         return RoundResult.from_dict(json.loads(bytes(told.cpu().numpy().tobytes())))
 
-    def _gather_means(self, outcome: Outcome) -> tuple[dict[str, float], set[int]]:
-        """Return on rank 0 the means of what clients have measured, over examples, and who keeps a state."""
-        own = json.dumps([self._means.told, sorted(self._means.kept)]).encode()
+    def _gather_means(self, outcome: Outcome) -> tuple[dict[str, float], dict[str, list[int]]]:
+        """Return on rank 0 the means of what clients have measured, over examples, and whose files have changed."""
+        changed = {"states": sorted(self._means.kept), "residuals": sorted(self._means.remembered)}
+        own = json.dumps([self._means.told, changed]).encode()
         counts = [1] * self.transport.world_size
         gathered, moved = self.transport.gather([torch.frombuffer(bytearray(own), dtype=torch.uint8)], counts)
         self._book(moved.payload + moved.sizes)
         told: dict[int, dict[str, float]] = {}
-        kept: set[int] = set()
+        kept: dict[str, list[int]] = {"states": [], "residuals": []}
         for (message,) in gathered:
-            measured, owners = json.loads(bytes(message.cpu().numpy().tobytes()))
+            measured, changed = json.loads(bytes(message.cpu().numpy().tobytes()))
             told |= {int(client): values for client, values in measured.items()}
-            kept |= set(owners)
+            for name, owners in changed.items():
+                kept[name] += owners
         weights = {f.client: f.weight for _, f in outcome.frames if f.client not in outcome.left_out}
         sums: dict[str, list[float]] = {}
         for client in sorted(told.keys() & weights.keys()):
@@ -314,11 +320,11 @@ class Federation:
                 total[1] += weights[client]
         return {name: total / weight for name, (total, weight) in sums.items()}, kept
 
-    def _checkpoint(self, outcome: Outcome, kept: set[int]) -> None:
+    def _checkpoint(self, kept: Mapping[str, Iterable[int]]) -> None:
         if self._record.checkpoints is None:
             return
-        self._state.files["residuals"].note(frame.client for _, frame in outcome.frames if frame.kind == Kind.UPDATE)
-        self._state.files["states"].note(kept)
+        for name, owners in kept.items():
+            self._state.files[name].note(owners)
         self._state.save(self._num_rounds, self._record.checkpoints, self._state_dict)
 
     def _state_dict(self) -> dict[str, Any]:
@@ -326,10 +332,8 @@ class Federation:
 
     def _wants_end(self, result: RoundResult) -> bool:
         """Tell the callbacks of a round; return whether rank 0's want to stop, on every rank."""
-        told = self._tell("on_round", self, result)
-        if not self.callbacks:
-            return False
-        answers, moved = self.transport.all_gather(torch.tensor([float(any(told))]))
+        wants_end = any(isinstance(told, bool | np.bool_) and told for told in self._tell("on_round", self, result))
+        answers, moved = self.transport.all_gather(torch.tensor([float(wants_end)]))  # rank 0 alone may have callbacks
         self._book(moved.payload)
         return bool(answers.flatten()[0])
 
@@ -354,7 +358,9 @@ class Federation:
         path = self._record.path
         store = ResidualStore(folder=None if path is None else path / "residuals")
         seats = Seats(self.num_clients, self._make, self.model, self.settings, store, self._states.follow)
-        delivery = over_ranks(self.model, self.settings, seats, self.transport, self.ledger, sticky=True)
+        delivery = over_ranks(
+            self.model, self.settings, seats, self.transport, self.ledger, sticky=True, own_codecs=self._own_codecs
+        )
         self.deliver_by(delivery, store)
 
     def deliver_by(self, delivery: Delivery, store: ResidualStore | None = None, parts: Iterable[Part] = ()) -> int:
@@ -379,7 +385,8 @@ class Federation:
         self._state = RoundsState(rounds, self.model, self.transport, self.ledger, path, files)
         checkpoints = self._record.checkpoints
         if self._resumes and checkpoints is not None and checkpoints.numbers():
-            loaded, damaged = checkpoints.newest_whole(self._check)
+            self._compare(checkpoints)
+            loaded, damaged = checkpoints.newest_whole(self._state.check)
             self._state.load_state_dict(loaded.state)
             self._num_rounds = loaded.number
             self._record.load_state_dict(loaded.state["record"])
@@ -391,12 +398,26 @@ class Federation:
         self._layout.unflatten_(rounds.replica, self.model)
         return self._num_rounds
 
-    def _check(self, loaded: Loaded) -> None:
-        before, now = loaded.state.get("federation", {}), self._identity()
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise FieldError(name, value, f"{before.get(name)!r}, as in the run that is resumed")
-        self._state.check(loaded)
+    def _compare(self, checkpoints: Checkpoints) -> None:
+        """Compare the settings with those of the run that is resumed, as its newest readable checkpoint has them.
+
+        Raises:
+            FieldError: They differ, or it is a run of another kind.
+        """
+        before: dict[str, Any] | None = {}
+        for number in reversed(checkpoints.numbers()):
+            with suppress(CheckpointError):
+                before = checkpoints.load_part(number, "federation")
+                break
+        if before is None:
+            raise FieldError("resume", str(self.path), "the folder of a run of fedq.Federation")
+        for name, value in self._identity().items() if before else ():
+            if before[name] == value:
+                continue
+            if isinstance(value, dict):
+                name, value, was = _first_difference(value, before[name])
+                raise FieldError(name, value, f"{was}, as in the run that is resumed")
+            raise FieldError(name, value, f"{before[name]!r}, as in the run that is resumed")
 
     def _ready(self) -> Rounds:
         if self._rounds is None:
@@ -447,17 +468,19 @@ class Federation:
 
 
 class _TrainingMeans(Part):
-    """Keeps what this rank's clients have measured in a round, and whose state it changed."""
+    """Keeps what this rank's clients have measured in a round, and whose state and residual it changed."""
 
     def __init__(self, states: ClientStates) -> None:
         self.states = states
         self.told: dict[int, dict[str, float]] = {}
         self.kept: set[int] = set()
+        self.remembered: set[int] = set()
 
     def clear(self) -> None:
         """Begin a round."""
         self.told.clear()
         self.kept.clear()
+        self.remembered.clear()
 
     def before_training(self, context: RoundContext, client: Client) -> None:
         """Note a client whose state may change, also by a training that fails."""
@@ -470,9 +493,77 @@ class _TrainingMeans(Part):
         if means:
             self.told[client.number] = means
 
+    def after_encoding(self, context: RoundContext, client: Client, update: Tensor, frame: Frame) -> None:
+        """Note a client that keeps what its codec has lost."""
+        if frame.kind == Kind.UPDATE and not isinstance(client.feedback, NoFeedback):
+            self.remembered.add(client.number)
 
-def _counted(clients: Clients, num_clients: int | None) -> tuple[Callable[[int], Client] | None, int]:
-    """Return how to make a client, and how many there are.
+
+def _trained(model: nn.Module) -> nn.Module:
+    """Return the module that is trained, without DDP's wrapper.
+
+    Raises:
+        FieldError: It is none, or has nothing to train.
+    """
+    if not isinstance(model, nn.Module):
+        raise FieldError("model", type(model).__name__, "a torch.nn.Module")
+    module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if not any(param.requires_grad for param in module.parameters()):
+        raise FieldError("model", "no parameter is trained", "at least one with requires_grad=True")
+    return module
+
+
+def _measured(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """Return the metrics.
+
+    Raises:
+        FieldError: There is none, one is no metric, or two have one name.
+    """
+    chosen = (metrics,) if isinstance(metrics, Metric) else tuple(metrics)
+    if not chosen:
+        raise FieldError("metrics", metrics, "one or more")
+    for number, metric in enumerate(chosen):
+        if not isinstance(metric, Metric):
+            raise FieldError(f"metric {number}", metric, "a fedq.Metric")
+        if metric.name in [other.name for other in chosen[:number]]:
+            raise FieldError("metrics", metric.name, "each name once")
+    return chosen
+
+
+def _told(callbacks: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the callbacks.
+
+    Raises:
+        FieldError: One would never be called.
+    """
+    if not isinstance(callbacks, Iterable):
+        callbacks = (callbacks,)
+    chosen = tuple(callbacks)
+    for callback in chosen:
+        if not callable(callback) and not any(hasattr(callback, moment) for moment in _MOMENTS):
+            raise FieldError(
+                "callback", type(callback).__name__, f"a function, or something with {', '.join(_MOMENTS)}"
+            )
+    return chosen
+
+
+def _mean_loss(outcome: Outcome) -> float:
+    """Return the mean loss over the examples of those who have told theirs; NaN if none has."""
+    frames = [frame for _, frame in outcome.frames if frame.client not in outcome.left_out]
+    told = [(frame.loss, frame.weight) for frame in frames if not math.isnan(frame.loss) and frame.weight]
+    total = sum(weight for _, weight in told)
+    return sum(loss * weight for loss, weight in told) / total if total else math.nan
+
+
+def _first_difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the first name whose values differ, and both in words."""
+    name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+    one, other = (f"shape {shapes[name]}" if name in shapes else "not there" for shapes in (now, before))
+    return name, one, other
+
+
+def _counted(clients: Clients, num_clients: int | None) -> tuple[Callable[[int], Client] | None, int, bool]:
+    """Return how to make a client, how many there are, and whether one may have a codec of its own.
 
     Raises:
         FieldError: There is none, or two share a state.
@@ -481,7 +572,7 @@ def _counted(clients: Clients, num_clients: int | None) -> tuple[Callable[[int],
         num = clients if isinstance(clients, int) else num_clients
         if num is None or num < 1 or (isinstance(clients, int) and num_clients not in (None, num)):
             raise FieldError("num_clients", num_clients if callable(clients) else num, "1 or more")
-        return (None if isinstance(clients, int) else clients), num
+        return (None if isinstance(clients, int) else clients), num, True
     members = list(clients)
     if not members or num_clients not in (None, len(members)):
         raise FieldError(
@@ -495,7 +586,7 @@ def _counted(clients: Clients, num_clients: int | None) -> tuple[Callable[[int],
             other = owners.setdefault(id(state), number)
             if other != number:
                 raise FieldError(f"{name} of client {number}", f"that of client {other}", "a state of its own")
-    return members.__getitem__, len(members)
+    return members.__getitem__, len(members), any(client.uplink is not None for client in members)
 
 
 def _runtime(stack: ExitStack, device: torch.device) -> Runtime:

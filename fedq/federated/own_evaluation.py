@@ -68,7 +68,8 @@ class OwnEvaluation:
 
     def _call(self, model: nn.Module) -> dict[str, Any]:
         """Return what this rank's call has come to, as plain values."""
-        was_training, ranks = model.training, {"rank": self._transport.rank, "ranks": self._transport.world_size}
+        modes = [(module, module.training) for module in model.modules()]
+        ranks = {"rank": self._transport.rank, "ranks": self._transport.world_size}
         model.eval()
         try:
             with torch.no_grad():
@@ -76,13 +77,14 @@ class OwnEvaluation:
         except Exception:
             return {"error": traceback.format_exc(limit=-3).strip(), "rank": self._transport.rank}
         finally:
-            model.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
         named: Mapping[str, Any] = told if isinstance(told, Mapping) else {self._name: told}
         try:
             if self._is_shared:
                 return {"sums": {str(name): [float(total), float(num)] for name, (total, num) in named.items()}}
             return {"values": {str(name): float(value) for name, value in named.items()}}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last one is a tensor's of many values
             return {"refused": repr(told)[:200]}
 
     @property

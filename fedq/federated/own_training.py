@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedq.errors import FieldError
-from fedq.federated.training import RoundContext, Start, Trained, counters_restored, seed_torch
+from fedq.federated.intact import kept_intact
+from fedq.federated.training import RoundContext, Start, Trained, seed_torch
 from fedq.layout import Layout
 
 TrainFunction = Callable[..., "float | Mapping[str, float] | Sequence[float] | None"]
@@ -23,6 +24,7 @@ TrainFunction = Callable[..., "float | Mapping[str, float] | Sequence[float] | N
 STEPS = "first_step"
 _NAMED = ("round", "seed", STEPS, "client")
 """What a training function gets beside model and learning rate, if it names it."""
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @runtime_checkable
@@ -117,9 +119,12 @@ class OwnTraining:
         told = {"round": context.round, "seed": seed, STEPS: self.num_steps, "client": client}
         seed_torch(seed)
         self.model.train()
-        with _parameters_kept(self.model), counters_restored(self.model), _counted() as steps:
-            measured = self.train(self.model, context.lr, **{name: told[name] for name in self._named})
-        self.num_steps += steps[0]
+        self.model.zero_grad(set_to_none=True)  # those of the client before
+        try:
+            with _counted() as steps, kept_intact(self.model):
+                measured = self.train(self.model, context.lr, **{name: told[name] for name in self._named})
+        finally:
+            self.num_steps += steps[0]
         loss, accuracy, metrics = _measures(measured)
         return began.trained(loss, accuracy, steps[0], metrics)
 
@@ -139,31 +144,6 @@ def _counted() -> Iterator[list[int]]:
         handle.remove()
 
 
-@contextmanager
-def _parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Put a module's own parameters back where the body has replaced, reshaped or moved them, and say so.
-
-    Raises:
-        FieldError: It has; the text names the first.
-    """
-    owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
-    before = [(param.shape, param.dtype, param.device) for _, _, param in owners]
-    names = {id(param): name for name, param in model.named_parameters()}
-    changed = ""
-    try:
-        yield
-    finally:
-        for (module, name, param), (shape, dtype, device) in zip(owners, before, strict=True):
-            is_same = module._parameters.get(name) is param
-            if is_same and (param.shape, param.dtype, param.device) == (shape, dtype, device):
-                continue
-            changed = changed or names[id(param)]
-            module._parameters[name] = param
-            param.data = torch.zeros(shape, dtype=dtype, device=device)
-    if changed:
-        raise FieldError(changed, "replaced, reshaped or moved while training", "changed in place")
-
-
 def _measures(told: float | Mapping[str, float] | Sequence[float] | None) -> tuple[float, float, dict[str, float]]:
     """Return loss, accuracy and all means of what a training function has returned.
 
@@ -172,14 +152,26 @@ def _measures(told: float | Mapping[str, float] | Sequence[float] | None) -> tup
     """
     if told is None:
         return math.nan, math.nan, {}
-    if isinstance(told, Sequence):
-        told = dict(zip(("loss", "accuracy"), told, strict=False))
-    means = told if isinstance(told, Mapping) else {"loss": told}
     try:
-        values = {str(name): float(value) for name, value in means.items()}
-    except (TypeError, ValueError):
-        raise FieldError("result of train", repr(told), "a mean loss, a mapping of means by name, or None") from None
+        if isinstance(told, Mapping):
+            means: Mapping[str, Any] = told
+        elif isinstance(told, Sequence) and not isinstance(told, str | bytes):
+            means = dict(zip(("loss", "accuracy"), told, strict=True))
+        else:
+            means = {"loss": told}
+        values = {str(name): _float32(value) for name, value in means.items()}
+    except (TypeError, ValueError, RuntimeError):  # the last one is a tensor's of many values
+        allowed = "a mean loss, a mapping of means by name, a pair (loss, accuracy), or None"
+        raise FieldError("result of train", repr(told)[:200], allowed) from None
     accuracy = values.get("accuracy", math.nan)
     if not (math.isnan(accuracy) or 0 <= accuracy <= 1):
         raise FieldError("accuracy", accuracy, "0 to 1, as train returns it")
     return values.get("loss", math.nan), accuracy, values
+
+
+def _float32(value: Any) -> float:
+    """Return a number; one that float32 cannot hold, as a message has it, is infinite."""
+    if isinstance(value, str | bytes):
+        raise TypeError("text is no number")
+    number = float(value)
+    return number if not math.isfinite(number) or abs(number) < _LARGEST else math.copysign(math.inf, number)

@@ -6,10 +6,12 @@ client.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedq.federated.accounting import message_parts
@@ -43,6 +45,7 @@ class RankDelivery(Delivery):
         side_by_side: Clients that a rank trains at a time, as one stacked model.
         has_start: Whether every rank has drawn the first model from the seed.
         timer: Told what training and encoding take; default: the transport's.
+        own_codecs: From a client's own codec to its layouts, where clients may have one; None: none has.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class RankDelivery(Delivery):
         side_by_side: int = 1,
         has_start: bool = False,
         timer: PhaseTimer | None = None,
+        own_codecs: Callable[[str], LayoutSchedule] | None = None,
     ) -> None:
         super().__init__(uplink)
         self.is_spread = exchange.is_spread
@@ -70,6 +74,7 @@ class RankDelivery(Delivery):
         self.sticky = sticky
         self.side_by_side = side_by_side
         self.has_start = has_start
+        self.own_codecs = own_codecs
 
     @property
     def serves(self) -> bool:
@@ -125,12 +130,25 @@ class RankDelivery(Delivery):
         shares = assign(cohort, self.transport.world_size, sticky=self.sticky)
         if self.reports:
             self.downlink_cost.start_round(context.round, cohort)
-        frames = self._train([self.clients[client] for client in shares[rank]], replica, context, parts)
+        members = [self.clients[client] for client in shares[rank]]
+        frames = self._train(members, replica, context, parts)
         parts.before_exchange(context, rank)
         parts.alive(f"exchanging updates of round {context.round}")
-        layout = self.uplink.at(context.round)
-        ranked = self.exchange.collect(frames, [len(share) for share in shares], layout, context.round)
-        return Answers(ranked, self.part(layout))
+        layout, others = self.uplink.at(context.round), self._other_layouts(members, context.round)
+        ranked = self.exchange.collect(frames, [len(share) for share in shares], layout, context.round, others)
+        return Answers(ranked, self.part(layout), others)
+
+    def _other_layouts(self, members: Sequence[Client], round: int) -> dict[int, Layout]:
+        """Return on rank 0 the layouts of all clients with a codec of their own, by hash; others know their own."""
+        if self.own_codecs is None:
+            return {}
+        own = json.dumps(sorted({client.uplink for client in members if client.uplink is not None})).encode()
+        message = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        gathered, moved = self.transport.gather([message], [1] * self.transport.world_size)
+        self.exchange.book_peer(round, "metrics", moved.payload + moved.sizes)
+        specs = {spec for (told,) in gathered for spec in json.loads(told.cpu().numpy().tobytes())}
+        layouts = [self.own_codecs(spec).at(round) for spec in sorted(specs)]
+        return {layout.hash: layout for layout in layouts}
 
     def tell(self, change: Frame | None, layout: Layout, context: RoundContext) -> Frame | None:
         """Give the whole change to every rank; None if there is none."""

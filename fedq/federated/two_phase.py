@@ -9,7 +9,7 @@ that owns 1/W of the bytes receives ``(K - K/W) · U/W + (W-1)/W · D`` a round,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedq.collectives import Transport
 from fedq.federated.accounting import Sections, framing, payload_parts, span_sections
+from fedq.federated.aggregate import NO_OTHERS
 from fedq.federated.delivery import Ranked
 from fedq.federated.exchange import Exchange
 from fedq.federated.training import RoundContext
@@ -91,8 +92,16 @@ class TwoPhase(Exchange):
 
     # ---- the first leg -------------------------------------------------------------------------------------------
 
-    def collect(self, frames: Sequence[Frame], counts: Sequence[int], layout: Layout, round: int) -> Ranked:
+    def collect(
+        self,
+        frames: Sequence[Frame],
+        counts: Sequence[int],
+        layout: Layout,
+        round: int,
+        others: Mapping[int, Layout] = NO_OTHERS,
+    ) -> Ranked:
         """Send every owner its share of each message, headers before bodies; return the shares that came."""
+        assert not others, "shares of messages are cut by one layout"
         self._round = round
         table_nbytes = _table_nbytes(layout)
         dealt = [self._deal_out(frame, layout) for frame in frames]
