@@ -136,7 +136,7 @@ def test_what_cannot_be_served_or_joined_is_refused_by_name(tmp_path: Path) -> N
     where = {"connect": "localhost:1", "model": model, "insecure": True, "number": 0}
     with pytest.raises(fedq.FieldError, match=r"client=None .*a fedq\.Client; or train and num_examples"):
         join(**where)
-    with pytest.raises(fedq.FieldError, match="num_examples=3 .*left out with client"):
+    with pytest.raises(fedq.FieldError, match=r"num_examples=3 .*left out with client"):
         join(**where, client=own, num_examples=3)
     half = fedq.Client(lambda model, lr: None, num_examples=0.5)
     with pytest.raises(fedq.FieldError, match=r"num_examples=0\.5 .*whole number"):

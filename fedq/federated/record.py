@@ -130,7 +130,9 @@ class Record:
                 "rounds": total.rounds,
                 "metrics": [asdict(metric) for metric in self.metrics],
                 "best": total.best,
-                "last": dict(total.metrics),
+                "last": {
+                    name.removeprefix("val_"): value for name, value in total.metrics.items() if name.startswith("val_")
+                },
                 "train_loss": _known(total.loss),
                 "test_accuracy": None,
                 "best_val_accuracy": None,
