@@ -66,7 +66,8 @@ class Client:
         uplink: str | None = None,
         name: str | None = None,
     ) -> None:
-        if not isinstance(num_examples, Real) or not 0 < num_examples < math.inf:
+        is_number = isinstance(num_examples, Real)
+        if not is_number or not 0 < num_examples < math.inf:
             raise FieldError("num_examples", num_examples, "a weight above 0")
         self.num_examples = num_examples
         self.states = states_of(state)

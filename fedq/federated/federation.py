@@ -181,8 +181,7 @@ class Federation:
         self._tell("on_start", self)
         is_stopped = False
         while self._num_rounds < num and not is_stopped:
-            result = self._run_round(rate(self._num_rounds))
-            is_stopped = self._wants_end(result)
+            result, is_stopped = self._run_round(rate(self._num_rounds))
             is_last = is_stopped or self._num_rounds >= num
             if is_last:
                 self.save()
@@ -253,7 +252,8 @@ class Federation:
 
     # ---- one round ---------------------------------------------------------------------------------------------------
 
-    def _run_round(self, lr: float) -> RoundResult:
+    def _run_round(self, lr: float) -> tuple[RoundResult, bool]:
+        """Run a round; return what it has come to, and whether the callbacks want no more."""
         began, number, ledger = time.perf_counter(), self._num_rounds, self.ledger
         before = {direction: ledger.totals(direction) for direction in ("uplink", "downlink")}
         rounds = self._ready()
@@ -285,8 +285,9 @@ class Federation:
         result = self._shared(result)
         self._num_rounds = number + 1
         self._record.add(result, lr, outcome, ledger, self.transport.received)
+        is_stopped = self._wants_end(result)  # whose bytes belong to the round
         self._checkpoint(kept)
-        return result
+        return result, is_stopped
 
     def _shared(self, result: RoundResult | None) -> RoundResult:
         """Return rank 0's result on every rank."""
