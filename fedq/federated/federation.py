@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -44,6 +45,7 @@ from fedq.wire import Frame, Kind
 
 Clients = Sequence[Client] | Callable[[int], Client] | int
 LearningRate = float | Callable[[int], float]
+_SECONDS = struct.Struct("<d")
 _MOMENTS = ("on_start", "on_round", "on_end")
 
 
@@ -290,13 +292,16 @@ class Federation:
         return result, is_stopped
 
     def _shared(self, result: RoundResult | None) -> RoundResult:
-        """Return rank 0's result on every rank."""
+        """Return rank 0's result on every rank; in as many bytes however long it took."""
         message = None
         if result is not None:
-            message = torch.frombuffer(bytearray(json.dumps(result.as_dict()).encode()), dtype=torch.uint8)
+            rest = json.dumps({**result.as_dict(), "seconds": 0}).encode()
+            message = torch.frombuffer(bytearray(_SECONDS.pack(result.seconds) + rest), dtype=torch.uint8)
         told, moved = self.transport.broadcast(message)
         self._book(moved.payload + moved.sizes)
-        return RoundResult.from_dict(json.loads(bytes(told.cpu().numpy().tobytes())))
+        data = told.cpu().numpy().tobytes()
+        values = json.loads(data[_SECONDS.size :])
+        return RoundResult.from_dict(values | {"seconds": _SECONDS.unpack_from(data)[0]})
 
     def _gather_means(self, outcome: Outcome) -> tuple[dict[str, float], dict[str, list[int]]]:
         """Return on rank 0 the means of what clients have measured, over examples, and whose files have changed."""
