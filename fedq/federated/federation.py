@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -44,6 +45,7 @@ from fedq.wire import Frame, Kind
 
 Clients = Sequence[Client] | Callable[[int], Client] | int
 LearningRate = float | Callable[[int], float]
+_SECONDS = struct.Struct("<d")
 _MOMENTS = ("on_start", "on_round", "on_end")
 
 
@@ -181,8 +183,7 @@ class Federation:
         self._tell("on_start", self)
         is_stopped = False
         while self._num_rounds < num and not is_stopped:
-            result = self._run_round(rate(self._num_rounds))
-            is_stopped = self._wants_end(result)
+            result, is_stopped = self._run_round(rate(self._num_rounds))
             is_last = is_stopped or self._num_rounds >= num
             if is_last:
                 self.save()
@@ -253,7 +254,8 @@ class Federation:
 
     # ---- one round ---------------------------------------------------------------------------------------------------
 
-    def _run_round(self, lr: float) -> RoundResult:
+    def _run_round(self, lr: float) -> tuple[RoundResult, bool]:
+        """Run a round; return what it has come to, and whether the callbacks want no more."""
         began, number, ledger = time.perf_counter(), self._num_rounds, self.ledger
         before = {direction: ledger.totals(direction) for direction in ("uplink", "downlink")}
         rounds = self._ready()
@@ -285,17 +287,21 @@ class Federation:
         result = self._shared(result)
         self._num_rounds = number + 1
         self._record.add(result, lr, outcome, ledger, self.transport.received)
+        is_stopped = self._wants_end(result)  # whose bytes belong to the round
         self._checkpoint(kept)
-        return result
+        return result, is_stopped
 
     def _shared(self, result: RoundResult | None) -> RoundResult:
-        """Return rank 0's result on every rank."""
+        """Return rank 0's result on every rank; in as many bytes however long it took."""
         message = None
         if result is not None:
-            message = torch.frombuffer(bytearray(json.dumps(result.as_dict()).encode()), dtype=torch.uint8)
+            rest = json.dumps({**result.as_dict(), "seconds": 0}).encode()
+            message = torch.frombuffer(bytearray(_SECONDS.pack(result.seconds) + rest), dtype=torch.uint8)
         told, moved = self.transport.broadcast(message)
         self._book(moved.payload + moved.sizes)
-        return RoundResult.from_dict(json.loads(bytes(told.cpu().numpy().tobytes())))
+        data = told.cpu().numpy().tobytes()
+        values = json.loads(data[_SECONDS.size :])
+        return RoundResult.from_dict(values | {"seconds": _SECONDS.unpack_from(data)[0]})
 
     def _gather_means(self, outcome: Outcome) -> tuple[dict[str, float], dict[str, list[int]]]:
         """Return on rank 0 the means of what clients have measured, over examples, and whose files have changed."""

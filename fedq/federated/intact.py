@@ -23,7 +23,7 @@ def kept_intact(model: nn.Module) -> Iterator[None]:
     get the values that they had, without a word: they are never averaged, so no client's may stay.
 
     Raises:
-        FieldError: The body has changed what it may not; the text names the first.
+        FieldError: The body has changed what it may not; the text names the first by name.
     """
     held = [_Held.of(module, path) for path, module in model.named_modules()]
     try:
@@ -32,7 +32,7 @@ def kept_intact(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             problems = [problem for one in held for problem in one.put_back()]
     if problems:
-        raise FieldError(*problems[0])
+        raise FieldError(*min(problems))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Parameter:
             param.data = data
             problem = "reshaped or moved while training", _ALLOWED
         if param.requires_grad != self.is_trained:
-            problem = f"{'frozen' if self.is_trained else 'unfrozen'} while training", _ALLOWED
+            problem = "frozen" if self.is_trained else "trained", _ALLOWED
             param.requires_grad_(self.is_trained)
         elif not self.is_trained and (param._version != self.version or param.data_ptr() != data.data_ptr()):
             problem = "changed while training", _FROZEN

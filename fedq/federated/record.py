@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from fedq.checkpoint import Checkpoints
+from fedq.errors import FieldError
 from fedq.federated.results import RoundResult, Summary
 from fedq.federated.rounds import Outcome
 from fedq.ledger import Ledger
 from fedq.metrics import Metric
-from fedq.runfolder import NullRunFolder, RunFolder, environment_info
+from fedq.runfolder import NullRunFolder, RunFolder, environment_info, holds_run
 
 _BYTES = ("uplink_bytes", "downlink_bytes", "uplink_bytes_fp32", "downlink_bytes_fp32")
 
@@ -43,8 +44,11 @@ class Record:
         Raises:
             FieldError: It cannot be written, another process works in it, or it holds a run that is not gone on with.
         """
-        if self.path is not None:
-            self._folder = RunFolder.create(self.path, name="", exist_ok=resume)
+        if self.path is None:
+            return
+        if not resume and holds_run(self.path):
+            raise FieldError("out", str(self.path), "a folder without a run, or resume=True, which goes on with it")
+        self._folder = RunFolder.create(self.path, name="", exist_ok=resume)
 
     def begin(self) -> None:
         """Forget the rounds of a run that has no checkpoint."""
