@@ -95,9 +95,10 @@ def test_the_same_command_goes_on_with_an_unfinished_run(
     assert "does not hold a run already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), few([("lr", "0.5"), ("uplink", "sign"), ("seed", "3"), ("num_clients", "8")], 2)
-)
+OTHER = [("lr", "0.5"), ("uplink", "sign"), ("seed", "3"), ("num_clients", "8")]
+
+
+@pytest.mark.parametrize(("name", "value"), few(OTHER, 2))
 @pytest.mark.parametrize("restarts", ["0", "1"])
 def test_other_settings_are_refused_and_leave_the_run_alone(
     tmp_path: Path,
