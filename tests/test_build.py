@@ -36,7 +36,6 @@ def reason_to_skip() -> str:
 
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
 ]
@@ -91,6 +90,7 @@ assert doctor.main() == 0
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_wheel_fits_any_python_and_its_library_loads(tmp_path: Path) -> None:
     wheel, said = build_wheel(checkout(tmp_path / "source"), tmp_path / "wheels")
@@ -111,6 +111,7 @@ def test_the_wheel_fits_any_python_and_its_library_loads(tmp_path: Path) -> None
     assert isa in ("avx512", "avx2", "portable")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reference_serves(tmp_path: Path) -> None:
     wheel, said = build_wheel(checkout(tmp_path / "source"), tmp_path / "wheels", **NO_COMPILER)
     assert said.count(NOTICE) == 1
@@ -124,6 +125,7 @@ def test_without_a_compiler_the_reference_serves(tmp_path: Path) -> None:
 STUB = 'extern "C" __attribute__((visibility("default"))) long fedq_abi() {{ return {number}; }}\n'
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_an_editable_install_builds_and_builds_again(tmp_path: Path) -> None:
     source, python = checkout(tmp_path / "source"), fresh_python(tmp_path / "venv")

@@ -257,7 +257,6 @@ def test_a_server_stops_and_tells_its_clients(fed: Federation) -> None:
     assert Checkpoints(fed.run / "checkpoints").numbers() == [2, 3]
 
 
-@pytest.mark.slow
 def test_a_server_goes_back_and_its_clients_with_it(fed: Federation) -> None:
     server = fed.server(*FLAGS, "--on-divergence", "rollback")
     clients = [Breaking(fed, number) for number in (0, 1)]

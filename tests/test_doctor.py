@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from properties import few
 
 from fedq import cli, doctor
 from fedq.doctor import Finding
@@ -51,20 +52,22 @@ def test_a_library_that_does_not_load_is_told(tmp_path: Path) -> None:
     assert "does not load" in said
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(bool(cpu.why_missing()), reason="needs the C++ kernels")
-def test_it_fails_on_settings_that_fedq_cannot_use() -> None:
-    code, said = doctor_of(FEDQ_ISA="mmx")
-    assert code == 1
-    assert "FEDQ_ISA='mmx'" in said
-    assert "portable" in said
-    assert "unset FEDQ_ISA" in said
-    code, said = doctor_of(FEDQ_KERNELS="fortran")
-    assert code == 1
-    assert "unset FEDQ_KERNELS" in said
-    code, said = doctor_of(FEDQ_ISA="portable")
-    assert code == 0
-    assert "portable (FEDQ_ISA)" in said
+@pytest.mark.parametrize(
+    ("variable", "value", "fails", "told"),
+    few(
+        [
+            ("FEDQ_ISA", "mmx", True, ["FEDQ_ISA='mmx'", "portable", "unset FEDQ_ISA"]),
+            ("FEDQ_KERNELS", "fortran", True, ["unset FEDQ_KERNELS"]),
+            ("FEDQ_ISA", "portable", False, ["portable (FEDQ_ISA)"]),
+        ],
+        1,
+    ),
+)
+def test_it_fails_on_settings_that_fedq_cannot_use(variable: str, value: str, fails: bool, told: list[str]) -> None:
+    code, said = doctor_of(**{variable: value})
+    assert code == fails
+    assert all(text in said for text in told)
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

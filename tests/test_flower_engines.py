@@ -102,8 +102,8 @@ def environ(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
-def check(report: Path, state: Path) -> None:
-    """Compare a run's model and bytes with those of the same rounds in this process."""
+def rounds_here(state: Path) -> tuple[ArrayRecord, dict[str, int]]:
+    """Do the app's rounds in this process; return the model and what was counted."""
     scope: dict = {}
     exec(APP, scope)
     grid = fleet([0, 1], lambda node: [fedq_mod(folder=state)], scope["step"])
@@ -111,13 +111,18 @@ def check(report: Path, state: Path) -> None:
         node.context.node_config["partition-id"] = number
     strategy = compressed(FedAvg(fraction_evaluate=0.0, weighted_by_key="loss"), "sign", "int8")
     start = ArrayRecord({name: Array(value) for name, value in scope["first"]().items()})
-    model = strategy.start(grid, start, num_rounds=ROUNDS).arrays
+    return strategy.start(grid, start, num_rounds=ROUNDS).arrays, strategy.totals()
+
+
+def check(report: Path, state: Path) -> None:
+    """Compare a run's model and bytes with those of the same rounds in this process."""
+    model, expected = rounds_here(state)
     with np.load(report.with_suffix(".npz")) as found:
         assert set(found) == set(model)
         for name in found:
             # Two terms, each half of a float32: their sum is the same in either order.
             np.testing.assert_array_equal(found[name], model[name].numpy())
-    totals, expected = json.loads(report.read_text()), strategy.totals()
+    totals = json.loads(report.read_text())
     for key in ("up_float32_bytes", "down_float32_bytes"):
         assert totals[key] == expected[key]
     for key in ("up_bytes", "down_bytes"):
@@ -125,6 +130,14 @@ def check(report: Path, state: Path) -> None:
         assert abs(totals[key] - expected[key]) < 200 * 2 * ROUNDS
     assert totals["up_bytes"] < totals["up_float32_bytes"] / 15
     assert list(state.parent.glob("cache/fedq/flower/*/*/node.json")), "state is in fedq's own files"
+
+
+def test_the_rounds_that_engines_are_compared_with(tmp_path: Path) -> None:
+    (model, totals), (again, _) = (rounds_here(tmp_path / name) for name in ("first", "second"))
+    assert set(model) == {"w", "steps"}
+    for name in model:
+        np.testing.assert_array_equal(again[name].numpy(), model[name].numpy())
+    assert 0 < totals["up_bytes"] < totals["up_float32_bytes"] / 15
 
 
 @pytest.mark.slow

@@ -237,3 +237,33 @@ def _copied(rank: int, spec: str) -> None:
 @pytest.mark.parametrize("spec", ["int4", POWERSGD])
 def test_a_ddp_model_can_be_copied_and_pickled(spec: str) -> None:
     run_group(2, _copied, spec)
+
+
+# ---- states of version 1, which did not name their rank -----------------------------------------------------------
+
+
+def _first_version(rank: int, spec: str, schedule: str) -> None:
+    end, half, state = _halfway(rank, spec, schedule)
+    (own,) = state.state_dict().values()
+    again = network()
+    again.load_state_dict(half.state_dict())
+    fresh = hooks.step_state(again, spec, schedule=schedule)
+    fresh.load_state_dict({**own, "schema_version": 1})
+    assert np.array_equal(train(again, rank, range(HALF, STEPS), fresh), end)
+
+
+@pytest.mark.parametrize(("spec", "schedule"), KINDS)
+def test_a_state_of_version_1_is_this_ranks_own(spec: str, schedule: str) -> None:
+    run_group(2, _first_version, spec, schedule)
+
+
+def test_states_of_version_1_are_those_of_all_ranks_in_order() -> None:
+    model, other = network(), network()
+    state, fresh = (hooks.step_state(one, "sign", schedule="one_phase") for one in (model, other))
+    train(model, 0, range(HALF), state)
+    (own,) = state.state_dict().values()
+    twice = {**own, "schema_version": 1, "first": {key: 3 * value for key, value in own["first"].items()}}
+    fresh.load_state_dict({**own, "schema_version": 1}, twice)
+    assert fresh.step == HALF
+    for key, value in own_state(fresh)["first"].items():
+        torch.testing.assert_close(value, 2 * own["first"][key])  # the mean of one and three times

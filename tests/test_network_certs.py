@@ -155,7 +155,6 @@ def test_all_that_a_client_has_had_is_revoked(certs: Path, capsys: pytest.Captur
         main(["--out", str(certs), "--revoke", "7"], "fedq certs")
 
 
-@pytest.mark.slow
 def test_a_server_refuses_a_revoked_certificate_without_a_restart(tmp_path: Path) -> None:
     certs = tmp_path / "certs"
     make_certs(certs, 2, hosts=["localhost"])

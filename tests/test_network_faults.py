@@ -309,7 +309,6 @@ def test_a_hundred_clients_for_ten_rounds(fed: Federation) -> None:
         assert memory[9] - memory[3] < 20, memory
 
 
-@pytest.mark.slow
 def test_a_second_holder_of_a_certificate_locks_nobody_out(fed: Federation) -> None:
     server = fed.server("--clients", "2", "--rounds", "2")
     server.until_it_says("listening")

@@ -283,7 +283,6 @@ def fed(tmp_path: Path):
         yield fed
 
 
-@pytest.mark.slow
 def test_a_server_outlives_extreme_answers_and_shows_clean_text(fed: Federation) -> None:
     server = fed.server("--clients", "5", "--rounds", "3", "--max-offences", "2", "--reconnect-grace", "0.2")
     server.until_it_says("listening")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from browser import look_at, needs_chromium
 from own_data_runs import F1, MSE, RUNS, OwnRun, make_own_runs
@@ -23,6 +24,7 @@ from fedq.cli import main
 from fedq.errors import FieldError
 from fedq.metrics import Metric
 from fedq.report import find_runs, print_summary
+from fedq.report.deployed import Deployed
 from fedq.report.figures import write_figures
 from fedq.report.metric import ACCURACY, Columns, Measure, distinct, file_name, metrics_of
 from fedq.report.page import write_report
@@ -35,6 +37,7 @@ from fedq.report.page.spec import Front, Lines
 from fedq.report.page.study import Study, make_study
 from fedq.report.page.tables import all_tables
 from fedq.report.page.text import as_text
+from fedq.runfolder import write_model
 
 HEAT = [name for name in RUNS if name.startswith("heat")]
 TAGS = [name for name in RUNS if name.startswith("tags")]
@@ -101,6 +104,14 @@ def test_the_summary_of_a_run_that_was_never_evaluated_says_so(runs: dict[str, P
     assert "loss              - (never evaluated)" in plain_summary(path)
     with_summary(path, metrics=[])
     assert "loss              - (never evaluated)" in plain_summary(path)
+
+
+def test_a_run_that_ended_without_a_finite_value_was_evaluated(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = with_summary(shutil.copytree(runs["text-fp32-seed0"], tmp_path / "text"), last={"bits per byte": None})
+
+    assert "bits per byte     -, best 1.800 bit/B (lower is better)" in plain_summary(path)
+    assert find_cautions(study_of(path)) == []
+    assert cards_of(path)["Best bits per byte"] == ("1.800 bit/B", "finished: 4 of 4 rounds")
 
 
 def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -448,6 +459,21 @@ def test_figures_of_several_metrics_are_one_each(runs: dict[str, Path], tmp_path
     lines = write_figures([runs[name] for name in ("heat-fp32-seed0", "tags-fp32-seed0")], tmp_path)
 
     assert {"mse_by_megabytes", "f1_by_megabytes"} <= {line.partition(":")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name"),
+    [
+        ({"mask": torch.ones(9, 9, dtype=torch.bool), "a": torch.ones(2, 3), "b": torch.ones(4, 3).bfloat16()}, "b"),
+        ({"a": torch.ones(3), "b": torch.ones(2, 3, 4)}, "b"),
+    ],
+)
+def test_weights_of_any_model_have_a_histogram(tensors: dict[str, torch.Tensor], name: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.safetensors", tensors)
+    found, bins = Deployed(tmp_path / "model.safetensors", "", 32.0, 0).histogram()
+
+    assert found == name
+    assert sum(share for _, _, share in bins) == pytest.approx(1)
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------

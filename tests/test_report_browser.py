@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from browser import look_at, needs_chromium
+from properties import few
 from report_runs import copied, make_runs, with_config, with_phases, with_summary
 
 from fedq.report.page.cautions import find_cautions
@@ -15,7 +16,7 @@ from fedq.report.page.evidence import read_evidence
 from fedq.report.page.html import render
 from fedq.report.page.study import make_study
 
-pytestmark = [needs_chromium, pytest.mark.slow]
+pytestmark = needs_chromium
 
 LIGHT, DARK = "rgb(255, 255, 255)", "rgb(20, 23, 27)"
 
@@ -83,8 +84,8 @@ def check(found: dict[str, Any], width: int) -> None:
             assert chart["width"] <= width, key
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", few([390, 1280], 1))
+@pytest.mark.parametrize("dark", few([False, True], 1))
 def test_the_page_is_whole_at_every_width_and_in_both_themes(page: Path, width: int, dark: bool) -> None:
     found = look_at(page, width, dark=dark)
     check(found, width)
@@ -95,6 +96,7 @@ def test_the_page_is_whole_at_every_width_and_in_both_themes(page: Path, width: 
     assert all(len(of_theme) == 1 for of_theme in texts)
 
 
+@pytest.mark.slow
 def test_the_controls_change_what_is_shown(page: Path) -> None:
     found = look_at(page, 1280, actions=_ACTIONS)
     assert found["errors"] == []
@@ -112,6 +114,7 @@ def test_the_controls_change_what_is_shown(page: Path) -> None:
     assert found["printed"] == LIGHT
 
 
+@pytest.mark.slow
 def test_the_check_itself_finds_what_is_wrong(page: Path, tmp_path: Path) -> None:
     bad = '<p style="white-space:nowrap">' + "too wide " * 90 + '</p><script>console.error("told")</script><main>'
     text = page.read_text(encoding="utf-8").replace("<main>", bad, 1)

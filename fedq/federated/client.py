@@ -10,8 +10,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
-from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +65,8 @@ class Client:
         uplink: str | None = None,
         name: str | None = None,
     ) -> None:
-        is_number = isinstance(num_examples, Real)
-        if not is_number or not 0 < num_examples < math.inf:
+        weight = float(num_examples) if isinstance(num_examples, SupportsFloat) else math.nan
+        if not 0 < weight < math.inf:
             raise FieldError("num_examples", num_examples, "a weight above 0")
         self.num_examples = num_examples
         self.states = states_of(state)

@@ -7,7 +7,6 @@ their rounds together by the same `fedq.federated.assembly`.
 from __future__ import annotations
 
 import json
-import math
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,36 +16,40 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedq.checkpoint import CheckpointError, Checkpoints
 from fedq.collectives import Transport
 from fedq.errors import FieldError
 from fedq.federated.assembly import RoundSettings, Seats, make_rounds, over_ranks
-from fedq.federated.client import Client
 from fedq.federated.client_states import ClientStates
 from fedq.federated.delivery import Delivery
+from fedq.federated.given import (
+    Clients,
+    checked_callbacks,
+    checked_metrics,
+    counted_clients,
+    place_among_ranks,
+    trained_module,
+)
 from fedq.federated.own_evaluation import Evaluate, OwnEvaluation
 from fedq.federated.parts import Part
 from fedq.federated.record import Record
 from fedq.federated.results import RoundResult, Summary
 from fedq.federated.rounds import Outcome, Rounds
 from fedq.federated.rounds_state import RoundsState
-from fedq.federated.training import RoundContext, Trained
+from fedq.federated.training import RoundContext
+from fedq.federated.training_means import TrainingMeans, mean_loss
 from fedq.federated.versions import Versions
-from fedq.feedback import NoFeedback, ResidualStore
+from fedq.feedback import ResidualStore
 from fedq.layout import Layout, uncompiled_name
 from fedq.ledger import Ledger
 from fedq.metrics import Metric
 from fedq.runfolder import write_model
-from fedq.runtime import Runtime, distributed, existing_group, on_root
-from fedq.wire import Frame, Kind
+from fedq.runtime import on_root
 
-Clients = Sequence[Client] | Callable[[int], Client] | int
 LearningRate = float | Callable[[int], float]
 _SECONDS = struct.Struct("<d")
-_MOMENTS = ("on_start", "on_round", "on_end")
 
 
 class Federation:
@@ -114,7 +117,7 @@ class Federation:
         out: Path | str | None = None,
         resume: bool = False,
     ) -> None:
-        self._make, self.num_clients, self._own_codecs = _counted(clients, num_clients)
+        self._make, self.num_clients, self._own_codecs = counted_clients(clients, num_clients)
         self.settings = RoundSettings(
             uplink=uplink,
             downlink=downlink,
@@ -130,10 +133,10 @@ class Federation:
             self.settings.check_own(number, own.uplink)
         if resume and out is None:
             raise FieldError("out", out, "the run's folder, with resume=True")
-        self.model = _trained(model)
-        self.metrics = _measured(metrics)
+        self.model = trained_module(model)
+        self.metrics = checked_metrics(metrics)
         self.seed = seed
-        self.callbacks = _told(callbacks)
+        self.callbacks = checked_callbacks(callbacks)
         self.ledger = Ledger()
         self._evaluate = evaluate
         self._evaluation: OwnEvaluation | None = None
@@ -149,7 +152,7 @@ class Federation:
     def _set_up(self, out: Path | None, resume: bool) -> None:
         self._layout = Layout.of(self.model, "fp32")
         device = next(self.model.parameters()).device
-        self.runtime = _runtime(self._open, device)
+        self.runtime = place_among_ranks(self._open, device)
         self.transport = Transport(device)
         if self._evaluate is not None:
             self._evaluation = OwnEvaluation(self._evaluate, self.metrics[0].name, self.transport)
@@ -158,7 +161,7 @@ class Federation:
         self._open.callback(self._record.close)
         self._resumes = resume
         self._states = ClientStates(None if out is None else out / "states")
-        self._means = _TrainingMeans(self._states)
+        self._means = TrainingMeans(self._states)
         self._num_rounds = 0
         if self._make is not None:
             self._deliver_by_ranks()
@@ -281,7 +284,7 @@ class Federation:
             used = [frame.client for _, frame in outcome.frames if frame.client not in outcome.left_out]
             result = RoundResult(
                 number,
-                _mean_loss(outcome),
+                mean_loss(outcome),
                 metrics,
                 tuple(used),
                 outcome.left_out,
@@ -478,137 +481,8 @@ class Federation:
         }
 
 
-class _TrainingMeans(Part):
-    """Keeps what this rank's clients have measured in a round, and whose state and residual it changed."""
-
-    def __init__(self, states: ClientStates) -> None:
-        self.states = states
-        self.told: dict[int, dict[str, float]] = {}
-        self.kept: set[int] = set()
-        self.remembered: set[int] = set()
-
-    def clear(self) -> None:
-        """Begin a round."""
-        self.told.clear()
-        self.kept.clear()
-        self.remembered.clear()
-
-    def before_training(self, context: RoundContext, client: Client) -> None:
-        """Note a client whose state may change, also by a training that fails."""
-        if self.states.note(client.number):
-            self.kept.add(client.number)
-
-    def after_training(self, context: RoundContext, client: Client, trained: Trained) -> None:
-        """Note its means."""
-        means = {name: value for name, value in trained.metrics.items() if math.isfinite(value)}
-        if means:
-            self.told[client.number] = means
-
-    def after_encoding(self, context: RoundContext, client: Client, update: Tensor, frame: Frame) -> None:
-        """Note a client that keeps what its codec has lost."""
-        if frame.kind == Kind.UPDATE and not isinstance(client.feedback, NoFeedback):
-            self.remembered.add(client.number)
-
-
-def _trained(model: nn.Module) -> nn.Module:
-    """Return the module that is trained, without DDP's wrapper.
-
-    Raises:
-        FieldError: It is none, or has nothing to train.
-    """
-    if not isinstance(model, nn.Module):
-        raise FieldError("model", type(model).__name__, "a torch.nn.Module")
-    module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    if not any(param.requires_grad for param in module.parameters()):
-        raise FieldError("model", "no parameter is trained", "at least one with requires_grad=True")
-    return module
-
-
-def _measured(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
-    """Return the metrics.
-
-    Raises:
-        FieldError: There is none, one is no metric, or two have one name.
-    """
-    chosen = (metrics,) if isinstance(metrics, Metric) else tuple(metrics)
-    if not chosen:
-        raise FieldError("metrics", metrics, "one or more")
-    for number, metric in enumerate(chosen):
-        if not isinstance(metric, Metric):
-            raise FieldError(f"metric {number}", metric, "a fedq.Metric")
-        if metric.name in [other.name for other in chosen[:number]]:
-            raise FieldError("metrics", metric.name, "each name once")
-    return chosen
-
-
-def _told(callbacks: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the callbacks.
-
-    Raises:
-        FieldError: One would never be called.
-    """
-    if not isinstance(callbacks, Iterable):
-        callbacks = (callbacks,)
-    chosen = tuple(callbacks)
-    for callback in chosen:
-        if not callable(callback) and not any(hasattr(callback, moment) for moment in _MOMENTS):
-            raise FieldError(
-                "callback", type(callback).__name__, f"a function, or something with {', '.join(_MOMENTS)}"
-            )
-    return chosen
-
-
-def _mean_loss(outcome: Outcome) -> float:
-    """Return the mean loss over the examples of those who have told theirs; NaN if none has."""
-    frames = [frame for _, frame in outcome.frames if frame.client not in outcome.left_out]
-    told = [(frame.loss, frame.weight) for frame in frames if not math.isnan(frame.loss) and frame.weight]
-    total = sum(weight for _, weight in told)
-    return sum(loss * weight for loss, weight in told) / total if total else math.nan
-
-
 def _first_difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return the first name whose values differ, and both in words."""
     name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
     one, other = (f"shape {shapes[name]}" if name in shapes else "not there" for shapes in (now, before))
     return name, one, other
-
-
-def _counted(clients: Clients, num_clients: int | None) -> tuple[Callable[[int], Client] | None, int, bool]:
-    """Return how to make a client, how many there are, and whether one may have a codec of its own.
-
-    Raises:
-        FieldError: There is none, or two share a state.
-    """
-    if isinstance(clients, int) or callable(clients):
-        num = clients if isinstance(clients, int) else num_clients
-        if num is None or num < 1 or (isinstance(clients, int) and num_clients not in (None, num)):
-            raise FieldError("num_clients", num_clients if callable(clients) else num, "1 or more")
-        return (None if isinstance(clients, int) else clients), num, True
-    members = list(clients)
-    if not members or num_clients not in (None, len(members)):
-        raise FieldError(
-            "num_clients", num_clients or len(members), f"left out, with {len(members)} clients of 1 or more"
-        )
-    owners: dict[int, int] = {}
-    for number, client in enumerate(members):
-        if not isinstance(client, Client):
-            raise FieldError(f"client {number}", type(client).__name__, "a fedq.Client")
-        for name, state in client.states.items():
-            other = owners.setdefault(id(state), number)
-            if other != number:
-                raise FieldError(f"{name} of client {number}", f"that of client {other}", "a state of its own")
-    return members.__getitem__, len(members), any(client.uplink is not None for client in members)
-
-
-def _runtime(stack: ExitStack, device: torch.device) -> Runtime:
-    """Return this process's place among the ranks, with a process group that the stack closes if it is new.
-
-    Raises:
-        FieldError: Under NCCL, a model that is on another rank's GPU.
-    """
-    if dist.is_available() and dist.is_initialized():
-        return existing_group(device)
-    runtime = stack.enter_context(distributed("cuda" if device.type == "cuda" else "cpu"))
-    if runtime.backend == "nccl" and runtime.device != device:
-        raise FieldError("model", f"on {device}", f"on {runtime.device}, the GPU of rank {runtime.rank}")
-    return runtime

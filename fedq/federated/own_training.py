@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -130,11 +131,11 @@ class OwnTraining:
 
 @contextmanager
 def _counted() -> Iterator[list[int]]:
-    """Count the steps of any optimizer in the body."""
-    steps = [0]
+    """Count the steps of any optimizer in the body, in this thread."""
+    steps, own = [0], threading.get_ident()
 
     def count(*_: Any) -> None:
-        steps[0] += 1
+        steps[0] += threading.get_ident() == own
 
     handle = register_optimizer_step_post_hook(count)
     try:

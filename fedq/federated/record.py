@@ -100,7 +100,7 @@ class Record:
         counted = {f"{direction}_bytes": ledger.totals(direction).payload for direction in ("uplink", "downlink")}
         self._folder.log_metrics(
             result.round,
-            **{"train_loss": result.loss, **values},
+            **({} if math.isnan(result.loss) else {"train_loss": result.loss}) | values,
             lr=lr,
             seconds=result.seconds,
             root_ingress_bytes=received,
@@ -134,7 +134,9 @@ class Record:
                 "rounds": total.rounds,
                 "metrics": [asdict(metric) for metric in self.metrics],
                 "best": total.best,
-                "last": dict(total.metrics),
+                "last": {
+                    name.removeprefix("val_"): value for name, value in total.metrics.items() if name.startswith("val_")
+                },
                 "train_loss": _known(total.loss),
                 "test_accuracy": None,
                 "best_val_accuracy": None,

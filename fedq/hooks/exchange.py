@@ -124,6 +124,8 @@ class StepExchange(ABC):
     def load_state_dict(self, *states: Mapping[str, Any], mean: bool = False) -> None:
         """Go on from this rank's own saved state, or on another number of ranks from the mean of all old ranks'.
 
+        A state of version 1 does not name its rank: one is this rank's own, several are those of all ranks in order.
+
         Args:
             states: What `state_dict` returned: this rank's own, or several ranks', each by itself or all in one.
             mean: Whether to start every rank from the mean, if the number of ranks is another one; so it does too if
@@ -133,7 +135,10 @@ class StepExchange(ABC):
             FieldError: Another rank's state, one of another number of ranks without ``mean``, states of which some are
                 missing, or a state of another model, version or exchange.
         """
-        found: dict[str, Any] = {key: state for one in states for key, state in one.items()}
+        own = _key(self.peers.rank, self.peers.size)
+        keys = [own] if len(states) == 1 else [_key(rank, len(states)) for rank in range(len(states))]
+        named = [_of_this_version(one, key) for one, key in zip(states, keys, strict=True)]
+        found: dict[str, Any] = {key: state for one in named for key, state in one.items()}
         kept = [found[key] for key in self._keys_to_load(list(found), mean=mean or len(states) > 1)]
         for state in kept:
             if state.get("schema_version") != SCHEMA_VERSION:
@@ -268,6 +273,13 @@ class GatheredState:
 
 def _key(rank: int, size: int) -> str:
     return f"rank{rank}of{size}"
+
+
+def _of_this_version(state: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a saved state under a key that names its rank, which version 1 did not have."""
+    if state.get("schema_version") != 1:
+        return state
+    return {key: {**state, "schema_version": SCHEMA_VERSION}}
 
 
 def mean_of(states: Sequence[Mapping[Key, Tensor]]) -> dict[Key, Tensor]:

@@ -32,31 +32,32 @@ class Deployed:
     round: int
 
     def weights(self) -> tuple[str, np.ndarray]:
-        """Return name and values of the second weight of a convolution, else of a linear layer: the first is exact.
+        """Return name and values of the second weight of a convolution, or else of a linear layer: the first is exact.
 
-        A model that has neither is shown by its largest tensor.
+        A model that has neither is shown by its largest tensor. Values are float64, whatever the model's type.
 
         Raises:
             FieldError: The file cannot be read, or has no weights.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from safetensors.torch import load_file
 
         try:
-            tensors = load_file(self.path)
+            found = load_file(self.path)
         except (OSError, SafetensorError) as error:
             raise FieldError("runs", str(self.path), f"a model's file ({error})") from None
+        tensors = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
         kernels = [name for name in tensors if tensors[name].ndim == 4] or [n for n in tensors if tensors[n].ndim == 2]
         if not tensors:
             raise FieldError("runs", str(self.path), "a model with weights")
-        kernels = kernels or [max(tensors, key=lambda name: tensors[name].size)]
+        kernels = kernels or [max(tensors, key=lambda name: tensors[name].numel())]
         name = kernels[min(1, len(kernels) - 1)]
-        return name, tensors[name]
+        return name, tensors[name].double().numpy()
 
     def histogram(self) -> tuple[str, list[tuple[float, float, float]]]:
         """Return the weights' name and their bins: from, to, share of the finite values."""
         name, values = self.weights()
-        finite = values[np.isfinite(values)].astype(np.float64)
+        finite = values[np.isfinite(values)]
         counts, edges = np.histogram(finite, bins=NUM_BINS)
         shares = counts / max(1, finite.size)
         return name, list(zip(edges[:-1].tolist(), edges[1:].tolist(), shares.tolist(), strict=True))

@@ -59,6 +59,7 @@ class Measure:
     has_test_set: ClassVar[bool] = False
     learning: ClassVar[str] = "Metrics and loss"
     tradeoff: ClassVar[str] = "What it costs"
+    near: ClassVar[str] = "1 %"
     advice: ClassVar[str] = (
         "An arm that was chosen by these numbers looks better by them than it is: judge it by other data."
     )
@@ -126,8 +127,6 @@ class Measure:
     def gain(self, shown: float) -> float:
         """Return a number of which more is better."""
         return shown if self.metric.better == "higher" else -shown
-
-    near: ClassVar[str] = "1 %"
 
     def is_near(self, shown: float, base: float) -> bool:
         """Whether a result is at most `near` worse than another: of other metrics than accuracy, 1 % of its size."""

@@ -210,8 +210,9 @@ def _reached(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     first, *others = [(metric, Measure(metric).last(summary)) for metric in metrics]
     metric, last = first
-    words = f"{metric.text(last)}, best {metric.text(summary.get('best'))} ({metric.better} is better)"
-    rows = [(metric.name, words if last is not None else "- (never evaluated)")]
+    best = Measure(metric).best(summary)
+    words = f"{metric.text(last)}, best {metric.text(best)} ({metric.better} is better)"
+    rows = [(metric.name, "- (never evaluated)" if last is None and best is None else words)]
     return rows + [(metric.name, metric.text(last)) for metric, last in others]
 
 

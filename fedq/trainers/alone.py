@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,87 +15,77 @@ from fedq.federated.cohort import assign
 from fedq.federated.evaluate import Scores
 from fedq.federated.training import Trained
 from fedq.kernels import derive_seed
-from fedq.report import round_progress
 from fedq.trainers.divergence import check_losses
 from fedq.trainers.job import Job
-from fedq.trainers.records import accuracy_text, book_metrics, client_row, finish, log_phases
+from fedq.trainers.loop import Ran, run_to_the_end
+from fedq.trainers.records import book_metrics, client_row, finish
+from fedq.trainers.state import Unsaved
 
 
 def run_alone(job: Job) -> dict[str, Any]:
     """Train every client from the same start on its own images; nothing is sent.
 
     The cohort does not matter: every client trains in every round. Accuracies are means over clients, each on the
-    whole validation or test set; `model.safetensors` is client 0's model.
+    whole validation or test set; `model.safetensors` is client 0's model. There are no checkpoints.
     """
     mine = assign(range(len(job.parts)), job.transport.world_size, sticky=True)[job.transport.rank]
     start = job.training.layout.flatten(job.model)
     models = {client: start.clone() for client in mine}
     trained: dict[int, Trained] = {}
+    accuracies: list[float] = []
 
     def train(number: int) -> None:
         for client in mine:
             trained[client] = _train(job, client, models[client], number)
             models[client] = trained[client].flat
 
-    results = rounds_alone(job, train, lambda number: _evaluate_round(job, trained, number))
-    rows = {client: _test(job, flat) for client, flat in models.items()}
-    accuracies, balanced = share(job, rows, results["rounds"] - 1, 2).T.contiguous()
+    def test(number: int) -> Scores:
+        rows = {client: _test(job, flat) for client, flat in models.items()}
+        of_clients, balanced = share(job, rows, number, 2).T.contiguous()
+        accuracies.extend(of_clients.tolist())
+        return Scores(math.nan, float(of_clients.mean()), float(balanced.mean()))
+
+    results = train_alone(job, Unsaved(job), train, lambda number: _evaluate_round(job, trained, number), test)
     if job.is_root:
         job.training.layout.unflatten_(models[0], job.model)
-    return finish(
-        job,
-        test_accuracy=float(accuracies.mean()),
-        test_balanced_accuracy=float(balanced.mean()),
-        client_test_accuracy=accuracies.tolist(),
-        seconds=time.perf_counter() - job.started,
-        **results,
-    )
+    return finish(job, client_test_accuracy=accuracies, **results)
 
 
-def rounds_alone(
+def train_alone(
     job: Job,
+    state: Unsaved,
     train: Callable[[int], None],
     evaluate: Callable[[int], float],
-    can_stop: Callable[[int], bool] = lambda number: True,
+    test: Callable[[int], Scores],
 ) -> dict[str, Any]:
-    """Train and evaluate until the last round or the target accuracy.
+    """Train clients that send nothing, and evaluate them, until the last round or the target accuracy.
 
     Args:
         job: The job.
+        state: Its progress.
         train: Trains this rank's clients in a round.
-        evaluate: Evaluates every client after a round; returns the mean validation accuracy, on every rank.
-        can_stop: Whether the target accuracy counts after a round.
+        evaluate: Evaluates every client after a round and writes its rows; returns the mean validation accuracy, on
+            every rank.
+        test: Tests every client after the last round.
 
     Returns:
-        Of the summary: ``rounds``, ``best_val_accuracy``, ``seconds_per_round`` and ``seconds_by_phase``.
+        What the summary says of it.
+
+    Raises:
+        DivergedError: All models have diverged.
     """
-    run, begin = job.config.run, time.perf_counter()
-    best_val, num_rounds, spent = 0.0, 0, Counter[str]()
-    job.timer.take()  # the start is no round's
-    with round_progress(run.rounds, job.is_root) as progress:
-        for number in range(run.rounds):
-            job.watch.beat(f"training in round {number}")
-            with job.timer.phase("compute"):
-                train(number)
-            job.trace.stop()
-            num_rounds = number + 1
-            if num_rounds % run.eval_every and num_rounds != run.rounds:
-                continue
-            job.watch.beat(f"evaluating round {number}")
-            with job.timer.phase("evaluation"):
-                val_accuracy = evaluate(number)
-            spent.update(log_phases(job, number))
-            best_val = max(best_val, val_accuracy)
-            progress.update(num_rounds, accuracy_text(val_accuracy).rstrip(", "))
-            if can_stop(number) and run.target_accuracy is not None and val_accuracy >= run.target_accuracy:
-                break
-    seconds_per_round = (time.perf_counter() - begin) / num_rounds
-    return {
-        "rounds": num_rounds,
-        "best_val_accuracy": best_val,
-        "seconds_per_round": seconds_per_round,
-        "seconds_by_phase": dict(spent),
-    }
+
+    def run_one(number: int) -> Ran:
+        job.watch.beat(f"training in round {number}")
+        with job.timer.phase("compute"):
+            train(number)
+        return Ran(lambda metrics: None)
+
+    def measure(job: Job, split: Split, number: int) -> Scores:
+        return test(number) if split is job.dataset.test else Scores(math.nan, evaluate(number))
+
+    results = run_to_the_end(job, state, run_one, measure=measure)
+    return results | {"test_loss": None}
 
 
 def _evaluate_round(job: Job, trained: dict[int, Trained], round: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from fedq.federated.cohort import assign
+from fedq.federated.evaluate import Scores
 from fedq.federated.image_training import Passed
 from fedq.kernels import derive_seed
 from fedq.lowbit.centres import Centres
-from fedq.personalize.centralized import train_alone
+from fedq.personalize.centralized import train_alone as train_student
 from fedq.personalize.learners import Quantization
 from fedq.personalize.own_models import FLOAT_BITS, Network, OwnModel
 from fedq.personalize.settings import parse_client_bits
-from fedq.trainers.alone import rounds_alone, scores_here, share
+from fedq.trainers.alone import scores_here, share, train_alone
 from fedq.trainers.divergence import check_losses
 from fedq.trainers.job import Job
 from fedq.trainers.quantized import log_centres, make_quantization, starts_at_one
 from fedq.trainers.records import client_row, finish
+from fedq.trainers.state import Unsaved
 from fedq.trainers.warm import load_weights
 
 _log = logging.getLogger(__name__)
@@ -72,13 +74,19 @@ def run_centralized(job: Job) -> dict[str, Any]:
         rows = {s.client: _measure(job, s, passed[s.client], number, can_deploy) for s in students}
         return _log_round(job, students, rows, number)
 
-    results = rounds_alone(job, train, evaluate, can_stop=lambda number: number >= first_to_deploy)
+    tested: dict[str, Any] = {}
+
+    def test(number: int) -> Scores:
+        tested.update(_test(job, students, number))
+        return Scores(math.nan, tested["test_accuracy"], tested["test_balanced_accuracy"])
+
+    state = Unsaved(job, can_stop=lambda num_rounds: num_rounds > first_to_deploy)
+    results = train_alone(job, state, train, evaluate, test)
     return finish(
         job,
         algorithm=job.config.personal.algorithm,
         client_bits=parse_client_bits(job.config.personal.client_bits, len(job.parts)),
-        seconds=time.perf_counter() - job.started,
-        **results | _test(job, students, results["rounds"] - 1),
+        **results | tested,
     )
 
 
@@ -98,7 +106,7 @@ def _students(job: Job) -> list[_Student]:
 
 
 def _train(job: Job, student: _Student, quantization: Quantization, round: int) -> list[Passed]:
-    return train_alone(
+    return train_student(
         student.own,
         job.training,
         job.parts[student.client],
@@ -146,7 +154,6 @@ def _log_round(job: Job, students: list[_Student], rows: Mapping[int, list[float
 
 def _test(job: Job, students: list[_Student], round: int) -> dict[str, Any]:
     """Test every client's best and last model, and leave client 0's best one in the job's model, on rank 0."""
-    job.watch.beat("testing")
     rows = {}
     for student in reversed(students):
         student.own.fill(quantized=True)

@@ -38,7 +38,7 @@ Measure = Callable[[Job, Split, int], Scores]
 def run_to_the_end(
     job: Job, state: JobState, run_one: Callable[[int], Ran], *, noun: str = "round", measure: Measure = evaluate
 ) -> dict[str, Any]:
-    """Run rounds, evaluate where it is due, save a checkpoint after each, and test at the end.
+    """Run rounds, evaluate where it is due, save a checkpoint after each where there are any, and test at the end.
 
     Args:
         job: The job.
@@ -58,7 +58,7 @@ def run_to_the_end(
     setup_s, seconds_before = time.perf_counter() - job.started, so_far.seconds
     job.timer.take()  # the start is no round's
     with round_progress(run.rounds, job.is_root, noun=noun) as progress:
-        while not so_far.is_done(run):
+        while not state.is_done(run):
             _run_and_evaluate(job, state, run_one, noun, measure, divergence)
             so_far.seconds = seconds_before + time.perf_counter() - job.started
             if state.is_due(run):

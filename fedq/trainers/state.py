@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -67,10 +67,14 @@ class JobState(ABC):
         self.so_far = so_far
         self.checkpoints = Checkpoints(job.path / "checkpoints")
 
+    def is_done(self, run: RunConfig) -> bool:
+        """Whether the last round or the target accuracy is reached."""
+        return self.so_far.is_done(run)
+
     def is_due(self, run: RunConfig) -> bool:
         """Whether a checkpoint is to be written now: not of a model that nobody has trained since the last one."""
         so_far = self.so_far
-        return so_far.is_done(run) or not (so_far.num_rounds % run.checkpoint_every or so_far.lost_in_a_row)
+        return self.is_done(run) or not (so_far.num_rounds % run.checkpoint_every or so_far.lost_in_a_row)
 
     @abstractmethod
     def save(self) -> None:
@@ -145,6 +149,41 @@ class JobState(ABC):
             "device": runtime.device.type,
             "threads": torch.get_num_threads(),
         }
+
+
+class Unsaved(JobState):
+    """The progress of a job without checkpoints.
+
+    Args:
+        job: The job.
+        can_stop: Whether the target accuracy counts after so many rounds.
+    """
+
+    def __init__(self, job: Job, can_stop: Callable[[int], bool] = lambda num_rounds: True) -> None:
+        super().__init__(job, Progress())
+        self._can_stop = can_stop
+
+    def is_done(self, run: RunConfig) -> bool:
+        """Whether the last round is reached, or the target accuracy where it counts."""
+        so_far = self.so_far
+        return so_far.num_rounds >= run.rounds or (self._can_stop(so_far.num_rounds) and so_far.is_done(run))
+
+    def is_due(self, run: RunConfig) -> bool:
+        """Whether a checkpoint is to be written now: never."""
+        return False
+
+    def is_finite(self) -> bool:
+        """Whether the model that everybody holds is finite: there is none."""
+        return True
+
+    def save(self) -> None:
+        """Do nothing."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: there is nothing to load."""
+
+    def check(self, loaded: Loaded) -> None:
+        """Do nothing: there is nothing to read."""
 
 
 class RunState(JobState):

@@ -169,7 +169,7 @@ def interface_limits(interface: dict[str, Any], messages: int = 0) -> tuple[floa
 
 def _not_evaluated(study: Study) -> Iterator[Caution]:
     """Say which runs of data of one's own show the training's own numbers alone."""
-    names = [arm.name for arm in study.finished if not arm.measure.has_test_set and arm.result is None]
+    names = [arm.name for arm in study.finished if not (arm.measure.has_test_set or arm.result or arm.best)]
     if names:
         text = f"No evaluation returned a metric in {_listed(names)}: only what training reports is shown."
         yield Caution("note", "no evaluation", ("results", "learning"), text)
