@@ -241,6 +241,11 @@ class Federation:
         self.close()
 
     @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0, the one that prints."""
+        return self.runtime.is_root
+
+    @property
     def replica(self) -> Tensor:
         """The model that everybody holds, flat float32; updated in place."""
         return self._ready().replica

@@ -1,0 +1,58 @@
+"""The examples, run as anybody would: by python and on two ranks, with the same model at the end."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from launched import ROOT, execute, results, torchrun
+
+LAUNCHERS = {"python": (sys.executable,), "torchrun": torchrun(2)}
+MARK = "# What makes "
+
+
+def run(name: str, launcher: str, out: Path) -> tuple[list[str], dict]:
+    """Return what an example has printed, and its summary."""
+    done = execute(*LAUNCHERS[launcher], f"examples/{name}.py", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines(), json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "metric", "best"),
+    [("regression", 15, "val_mse", 3300), ("characters", 8, "val_bits per character", 2.5)],
+)
+def test_an_example_learns(tmp_path: Path, name: str, rounds: int, metric: str, best: float) -> None:
+    said, summary = run(name, "python", tmp_path / "alone")
+    assert [line.split(":")[0] for line in said] == [f"round {number}" for number in range(rounds)]
+    assert f"{metric} " in said[-1]
+    assert summary["best"] == summary["last"][metric] < best, "5,930 by guessing the mean; 4.4 by counting characters"
+    assert summary["uplink_bytes_fp32"] > 4 * summary["uplink_bytes"]
+    shown = execute(sys.executable, "-m", "fedq", "report", str(tmp_path / "alone"))
+    assert shown.returncode == 0, shown.stderr
+    assert metric.removeprefix("val_") in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["regression", pytest.param("characters", marks=pytest.mark.slow)])
+def test_an_example_ends_alike_on_two_ranks(tmp_path: Path, name: str) -> None:
+    alone, _ = run(name, "python", tmp_path / "alone")
+    both, _ = run(name, "torchrun", tmp_path / "two")
+    assert both == alone, "rank 0 alone prints"
+    assert results(tmp_path / "two")[0] == results(tmp_path / "alone")[0]
+
+
+@pytest.mark.parametrize(("name", "most"), [("regression", 22), ("characters", 23)])
+def test_what_fedq_takes_of_an_example_is_short(name: str, most: int) -> None:
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    start = text[: text.index(MARK)].count("\n") + 1
+    statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt) and node.lineno > start]
+    lines = {node.lineno for node in statements if not _is_docstring(node)}
+    assert len(lines) <= most, "the training loop and the evaluation, which any script has, among them"
+    assert sum("fed" in text.splitlines()[line - 1] for line in lines) <= 8
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
