@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 LIMIT_S = 90  # hard limit of one case; a rank that hangs is killed then
-_END_S = 10  # for ranks to end by themselves
+_END_S, _TERM_S = 10, 0.5  # for ranks to end by themselves, and when they are told
 _MAX_GROUPS = 2  # that stay: of the sizes that were used last
 
 # Imported once, in the server that all ranks are forked from: a rank then starts in a tenth of a second.
@@ -149,7 +149,11 @@ class _Ranks:
         self.kill()
 
     def kill(self) -> None:
+        for process in self._processes:
+            process.terminate()  # which lets a rank write what was measured in it, unless it hangs
+        end = time.monotonic() + _TERM_S
         for process, pipe in zip(self._processes, self._pipes, strict=True):
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
             pipe.close()

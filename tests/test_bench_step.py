@@ -181,6 +181,7 @@ def test_a_rate_that_does_not_exist_leaves_nothing_behind() -> None:
     assert not namespaces()
 
 
+@pytest.mark.slow
 @needs_namespaces
 @pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT], 1))
 def test_a_signal_takes_links_and_ranks_down(tmp_path: Path, number: int) -> None:

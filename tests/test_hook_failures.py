@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from properties import few
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 30.0
@@ -61,7 +62,10 @@ for step in range(5):
 """
 
 
-@pytest.mark.parametrize(("where", "spec"), [("forward", "int4"), ("backward", "int4"), ("lane", "powersgd:start=2")])
+PLACES = [("backward", "int4"), ("forward", "int4"), ("lane", "powersgd:start=2")]
+
+
+@pytest.mark.parametrize(("where", "spec"), few(PLACES, 1))
 def test_a_rank_that_raises_ends_the_job(where: str, spec: str, tmp_path: Path) -> None:
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     outputs = [tmp_path / f"stderr{rank}" for rank in range(2)]

@@ -74,6 +74,7 @@ print("torch._dynamo" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", few(["fedavg", "adamw:lr=0.01"], 1))
 def test_a_job_does_not_import_the_compiler(tmp_path: Path, server: str) -> None:
     command = [sys.executable, "-c", JOB, str(tmp_path / "run"), server]

@@ -77,7 +77,7 @@ def _nan(link: Link, member: Member, message: Message, text: dict[str, Any]) -> 
 
 
 def _says_nan(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    member.client.training.step = math.nan  # type: ignore[attr-defined]
+    member.client.training.training.step = math.nan  # type: ignore[attr-defined]
     link.send(member.answer(text, message.sequence), 30)
 
 

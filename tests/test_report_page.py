@@ -354,6 +354,7 @@ def test_a_seed_that_did_not_finish_is_left_out_of_the_mean(runs: list[Path], tm
     assert "is left out of the arm's means" in texts(warnings_of(*both), "incomplete")
 
 
+@pytest.mark.slow
 def test_an_empty_ledger(timed: dict[str, Path], tmp_path: Path) -> None:
     with_table(timed["int4"], "ledger", lambda table: table.slice(0, 0))
     assert "no row (int4-seed0)" in texts(warnings_of(*timed.values()), "empty ledger")

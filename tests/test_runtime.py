@@ -497,6 +497,7 @@ def test_a_group_of_another_size_is_refused_and_left_alone() -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_torchrun_serves_the_store_for_two_groups_in_turn(tmp_path: Path) -> None:
     script = tmp_path / "twice.py"
     script.write_text(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs import file_hash, small_config
+from properties import few
 from test_resume import metrics, stopped_run, whole_run
 from test_starts import flags
 
@@ -87,7 +88,9 @@ SILENT = {("starts", "missing"), ("tensorboard", "missing"), ("phases.parquet", 
 """What nobody can know, or nobody needs."""
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGES, ids=[f"{name} {damage.__name__}" for name, damage in DAMAGES])
+@pytest.mark.parametrize(
+    ("name", "damage"), few(DAMAGES, 9), ids=[f"{name} {damage.__name__}" for name, damage in DAMAGES]
+)
 def test_a_damaged_side_file_is_told_once_and_ends_no_resume(
     whole: Path,
     stopped: Path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from jobs import SMALL, file_hash
+from properties import few
 
 from fedq.cli import main, parse_args
 from fedq.config import Config
@@ -94,7 +95,10 @@ def test_the_same_command_goes_on_with_an_unfinished_run(
     assert "does not hold a run already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", "0.5"), ("uplink", "sign"), ("seed", "3"), ("num_clients", "8")])
+OTHER = [("lr", "0.5"), ("uplink", "sign"), ("seed", "3"), ("num_clients", "8")]
+
+
+@pytest.mark.parametrize(("name", "value"), few(OTHER, 2))
 @pytest.mark.parametrize("restarts", ["0", "1"])
 def test_other_settings_are_refused_and_leave_the_run_alone(
     tmp_path: Path,

@@ -175,7 +175,6 @@ def test_the_task_of_an_array_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     assert "task=2 is not allowed; allowed: 0 to 1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_real_sweep_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, out = write(tmp_path, seeds=[3]), tmp_path / "out"
     assert main(["sweep", str(path), "--out", str(out), "--", "--threads", "1"]) == 0

@@ -15,6 +15,7 @@ from distributed import run_group
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import Watched, file_hash, run_watched, small_config
+from properties import few
 from test_resume import Stop, run_jobs, summary
 from torch import Tensor, nn
 
@@ -313,7 +314,7 @@ def all_scripted_rounds(rank: int) -> list[list[tuple]]:
     return [scripted_rounds(rank, limits) for limits in LIMITS]
 
 
-@pytest.mark.parametrize("world_size", [2, 5])  # 5: one rank owns nothing
+@pytest.mark.parametrize("world_size", few([5, 2], 1))  # 5: one rank owns nothing
 def test_owners_decide_as_one_server_does(world_size: int) -> None:
     for limits, *by_rank in zip(LIMITS, *run_group(world_size, all_scripted_rounds), strict=True):
         (told, replica, totals), (spread_told, _, spread_totals) = by_rank[0]
@@ -349,7 +350,7 @@ def resumed(folder: Path, way: str) -> tuple[Config, None]:
     return small_config(folder, resume=folder, aggregate=way, **STOPPED), None
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", few([2, 1, 3], 1))
 def test_a_resumed_job_equals_one_that_never_stopped(stopped: Path, tmp_path: Path, world_size: int) -> None:
     """With another number of owners, or with the server back on rank 0, or away from there."""
     keys = [(name, way) for name in STOPS for way in WAYS]

@@ -267,7 +267,7 @@ def two_ranks(tmp_path: Path, arguments: list[str]) -> list[BaseProcess]:
     return [forked(rank_of, 2, rank, port, arguments, tmp_path / f"said{rank}") for rank in range(2)]
 
 
-@pytest.mark.parametrize("order", few([((0, 1),), ((1, 0),)], 1))
+@pytest.mark.parametrize("order", [(0, 1), pytest.param((1, 0), marks=pytest.mark.slow)])
 def test_sigint_ends_every_rank_with_130(tmp_path: Path, order: tuple[int, int]) -> None:
     folder = tmp_path / "run"
     ranks = two_ranks(tmp_path, flags(folder, uplink="int8", feedback="on"))
