@@ -232,6 +232,25 @@ def test_other_states_than_those_saved_are_named(tmp_path: Path) -> None:
         fed.run(2, 0.1)
 
 
+class Dated:
+    """A state that holds more than plain values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": Path("x")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError
+
+
+def test_a_state_that_could_not_be_read_again_is_named_in_the_first_round(tmp_path: Path) -> None:
+    members = [client(0, state={"date": Dated()})]
+    with (
+        fedq.Federation(net(), members, out=tmp_path / "run") as fed,
+        pytest.raises(FieldError, match=r"^state of client 0='date' .*tensors and plain values alone"),
+    ):
+        fed.run(1, 0.1)
+
+
 def test_a_run_of_another_kind_is_not_gone_on_with(tmp_path: Path) -> None:
     from fedq.checkpoint import Checkpoints
 
