@@ -75,6 +75,46 @@ def test_rounds_in_float32_are_federated_averaging(cohort: int | None) -> None:
     assert min(losses) > 0
 
 
+def outer_rounds_by_hand(num: int, *, keeps: bool) -> Tensor:
+    """Inner AdamW in float64, each client with a model and an optimizer of its own; outside SGD with Nesterov."""
+    models = [net().double() for _ in range(3)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in models]
+    master = nn.Parameter(nn.utils.parameters_to_vector(net().parameters()).detach().double())
+    outer = torch.optim.SGD([master], lr=0.7, momentum=0.9, nesterov=True)
+    for _ in range(num):
+        ends = []
+        for number, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            nn.utils.vector_to_parameters(master.detach().clone(), model.parameters())
+            x, y = (values.double() for values in examples(number))
+            used = optimizer if keeps else torch.optim.AdamW(model.parameters(), lr=0.01)
+            for _ in range(4):
+                used.zero_grad()
+                mse_loss(model(x), y).backward()
+                used.step()
+            ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        master.grad = master.detach() - torch.stack(ends).mean(0)
+        outer.step()
+    return master.detach()
+
+
+def test_kept_moments_and_a_server_with_momentum_are_outer_rounds() -> None:
+    model = net()
+
+    def make(number: int) -> fedq.Client:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return fedq.Client(
+            lambda model, lr: steps(model, optimizer, number, num=4), num_examples=1, state={"adamw": optimizer}
+        )
+
+    server = "fedavgm:lr=0.7,momentum=0.9,nesterov=true"
+    fed = fedq.Federation(model, make, num_clients=3, server=server, **FLOAT32)
+    fed.run(5, 0.01)
+    ended, kept = flat(model).double(), outer_rounds_by_hand(5, keeps=True)
+    way = (kept - flat(net())).norm()
+    assert (ended - kept).norm() < 1e-4 * way
+    assert (ended - outer_rounds_by_hand(5, keeps=False)).norm() > 1e-3 * way
+
+
 def test_the_loss_of_a_round_is_the_mean_over_examples() -> None:
     fed = fedq.Federation(net(), clients(3), **FLOAT32)
     (result,) = fed.rounds(1, lr=0.2)
