@@ -120,6 +120,15 @@ def test_two_phase_goes_on_on_ranks(tmp_path: Path) -> None:
     assert run_group(2, run, tmp_path / "run", [1, 3], options) == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"aggregate": "two_phase"}, {"uplink": "sign"}], ids=str)
+def test_a_run_goes_on_at_any_round_on_ranks(tmp_path: Path, ranks: int, options: dict[str, Any]) -> None:
+    whole = run_group(ranks, run, None, [4], options)
+    for first in (1, 2, 3):
+        assert run_group(ranks, run, tmp_path / str(first), [first, 4], options) == whole
+
+
 # ---- a process that dies ---------------------------------------------------------------------------------------------
 
 
