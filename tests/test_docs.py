@@ -14,6 +14,7 @@ import torch
 from distributed import run_group
 from properties import few
 
+import fedq
 from fedq.cli import parse_args
 from fedq.config import Config, validate
 from fedq.sweep import read_plan, table
@@ -46,6 +47,20 @@ def test_the_readme_codec_example_runs_and_its_comment_is_true() -> None:
     said = int(re.search(r"payload\.nbytes\s+# (\d+)", block)[1])
     assert scope["payload"].nbytes == said
     assert scope["payload"].decode().shape == (512, 512)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own_training.md"])
+def test_ten_lines_of_ones_own_run_and_their_comment_is_true(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S) if "fedq.Client(" in b)
+    own = [line for line in block.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
+    assert len(own) == 10
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    shards = [(x, x[:, :4].argmax(1)) for x in (torch.randn(160, 20) for _ in range(4))]
+    exec(block, {"my_model": model, "shards": shards})
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 10
+    assert said[0] == block.rstrip().rpartition("# ")[2]
 
 
 def test_the_interval_of_paired_differences_is_students() -> None:
@@ -106,3 +121,14 @@ def test_the_readme_ddp_example_runs() -> None:
 @pytest.mark.parametrize("plan", few(sorted((ROOT / "benchmarks").glob("*.yaml")), 4), ids=lambda plan: plan.name)
 def test_every_arm_of_a_plan_is_a_job_that_could_start(plan: Path) -> None:
     read_plan(plan, lambda flags: validate(parse_args(flags, defaults=Config())))
+
+
+def test_the_example_of_a_part_runs() -> None:
+    text = (ROOT / "docs" / "own_training.md").read_text()
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "fedq.Part)" in b)
+    clients = [fedq.Client(lambda model, lr: None, num_examples=1) for _ in range(2)]
+    scope: dict = {"torch": torch, "fedq": fedq, "model": torch.nn.Linear(4, 4), "clients": clients}
+    exec(block, scope)
+    before = scope["model"].weight.detach().clone()
+    scope["fed"].run(1, 0.1)
+    assert 0 < (scope["model"].weight - before).norm() < 0.1, "noise alone"

@@ -32,6 +32,7 @@ from torch.nn.functional import mse_loss
 
 import fedq
 from fedq.errors import FieldError
+from fedq.federated.aggregate import why_left_out
 from fedq.federated.training import RoundContext
 from fedq.wire import HEADER_NBYTES
 
@@ -72,6 +73,46 @@ def test_rounds_in_float32_are_federated_averaging(cohort: int | None) -> None:
     assert off < 1e-6 * way * 4, "float32 against float64, over 4 rounds of 3 steps"
     losses = [len(examples(c)[0]) for c in results[0].clients]
     assert min(losses) > 0
+
+
+def outer_rounds_by_hand(num: int, *, keeps: bool) -> Tensor:
+    """Inner AdamW in float64, each client with a model and an optimizer of its own; outside SGD with Nesterov."""
+    models = [net().double() for _ in range(3)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in models]
+    master = nn.Parameter(nn.utils.parameters_to_vector(net().parameters()).detach().double())
+    outer = torch.optim.SGD([master], lr=0.7, momentum=0.9, nesterov=True)
+    for _ in range(num):
+        ends = []
+        for number, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            nn.utils.vector_to_parameters(master.detach().clone(), model.parameters())
+            x, y = (values.double() for values in examples(number))
+            used = optimizer if keeps else torch.optim.AdamW(model.parameters(), lr=0.01)
+            for _ in range(4):
+                used.zero_grad()
+                mse_loss(model(x), y).backward()
+                used.step()
+            ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        master.grad = master.detach() - torch.stack(ends).mean(0)
+        outer.step()
+    return master.detach()
+
+
+def test_kept_moments_and_a_server_with_momentum_are_outer_rounds() -> None:
+    model = net()
+
+    def make(number: int) -> fedq.Client:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return fedq.Client(
+            lambda model, lr: steps(model, optimizer, number, num=4), num_examples=1, state={"adamw": optimizer}
+        )
+
+    server = "fedavgm:lr=0.7,momentum=0.9,nesterov=true"
+    fed = fedq.Federation(model, make, num_clients=3, server=server, **FLOAT32)
+    fed.run(5, 0.01)
+    ended, kept = flat(model).double(), outer_rounds_by_hand(5, keeps=True)
+    way = (kept - flat(net())).norm()
+    assert (ended - kept).norm() < 1e-4 * way
+    assert (ended - outer_rounds_by_hand(5, keeps=False)).norm() > 1e-3 * way
 
 
 def test_the_loss_of_a_round_is_the_mean_over_examples() -> None:
@@ -230,6 +271,7 @@ def test_gradients_that_a_client_has_left_are_no_other_clients() -> None:
         (lambda: fedq.Client(lambda model: None, num_examples=1), "train="),
         (lambda: fedq.Client(client(0)._train, num_examples=0), "num_examples=0 .*above 0"),
         (lambda: fedq.Client(client(0)._train, num_examples="3"), "num_examples='3'"),  # type: ignore[arg-type]
+        (lambda: fedq.Client(3, num_examples=1), r"train='int' .*train\(model, lr\)"),  # type: ignore[arg-type]
         (lambda: client(0, state=[1]), "state='list'.*state_dict"),
         (lambda: client(0, state={"scheduler": 3}), "scheduler='int'"),
         (lambda: client(0, uplink="int99"), "int99"),
@@ -439,6 +481,12 @@ def _by_hand_with_weights(cohorts: list[tuple[int, ...]], weights: dict[int, int
     return nn.utils.parameters_to_vector(model.parameters()).double()
 
 
+def test_words_that_are_no_utf_8_can_be_sent() -> None:
+    seated = client(0).seated(0, None, model=net())
+    frame = seated.failure(ValueError("\ud800 " + "é" * 1000), RoundContext(0, 0.1, 0))
+    assert why_left_out(frame).startswith("training failed: ValueError: ? ééé")
+
+
 def test_a_frozen_parameter_that_training_changes_is_named() -> None:
     def train(model: Odd, lr: float) -> None:
         with torch.no_grad():
@@ -532,6 +580,26 @@ def test_an_evaluation_that_fails_on_one_rank_fails_on_all() -> None:
     assert "result of evaluate=" in one[0]
     assert "evaluate has failed on rank 1" in one[1]
     assert "ZeroDivisionError: no examples" in one[1]
+
+
+def _draws(rank: int) -> list[float]:
+    fed = fedq.Federation(net(), clients(3), evaluate=lambda model: torch.rand(()).item())
+    return [*(result.metrics["val_loss"] for result in fed.rounds(2, 0.1)), fed.evaluate()["loss"]]
+
+
+def test_what_an_evaluation_draws_does_not_depend_on_ranks() -> None:
+    drawn = run_group(2, _draws)
+    assert drawn[0] == drawn[1] == _draws(0)
+    assert len(set(drawn[0])) == 1
+
+
+def _few(rank: int, options: dict[str, Any]) -> bytes:
+    return ended(clients=clients(1), **options)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregate": "two_phase"}], ids=str)
+def test_more_ranks_than_clients_are_well(options: dict[str, Any]) -> None:
+    assert run_group(2, _few, options) == [_few(0, options)] * 2
 
 
 class Watching:

@@ -19,7 +19,7 @@ from test_starts import flags
 from fedq.cli import main
 from fedq.errors import FieldError
 from fedq.feedback import ResidualStore
-from fedq.network.server import _run_name
+from fedq.network.server import run_name
 from fedq.runfolder import RunFolder
 from fedq.runfolder.lines import RoundLines
 from fedq.trainers.auto_uplink import why_this_uplink
@@ -207,12 +207,12 @@ def test_the_reason_for_an_uplink_and_a_federations_name_may_be_damaged(
     file.write_text('{"because": "it is fast"}')
     assert why_this_uplink(tmp_path) == "it is fast"
     assert len(caplog.records) == 5
-    name = _run_name(tmp_path)
-    assert _run_name(tmp_path) == name
+    name = run_name(tmp_path)
+    assert run_name(tmp_path) == name
     for damage in (truncated, garbage, empty, a_folder):
         damage(tmp_path / "federation")
-        assert len(_run_name(tmp_path)) == 32
-        assert _run_name(tmp_path) != name
+        assert len(run_name(tmp_path)) == 32
+        assert run_name(tmp_path) != name
 
 
 def test_a_damaged_count_of_starts_goes_on_after_the_last_that_was_noted(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class Client:
         self._train = train
         if callable(train):
             check_function(train)
+        elif not hasattr(train, "run"):
+            raise FieldError("train", type(train).__name__, "a function train(model, lr)")
 
     # ---- its place in a federation -----------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class Client:
 
     def failure(self, error: Exception, context: RoundContext) -> Frame:
         """Return the frame that says why there is no update."""
-        text = f"{type(error).__name__}: {error}".encode()[:_MAX_ERROR_NBYTES]
+        text = f"{type(error).__name__}: {error}".encode(errors="replace")[:_MAX_ERROR_NBYTES]
         body = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return self._frame(Kind.FAILED, context, math.nan, math.nan, body)
 

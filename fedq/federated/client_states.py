@@ -29,6 +29,7 @@ class ClientStates:
         self._clients: dict[int, Client] = {}
         self._waiting: dict[int, int] = {}
         self._changed: set[int] = set()
+        self._readable: set[int] = set()
 
     def follow(self, client: Client) -> None:
         """Keep a client's state from now on, and bring it to the version that is gone on with."""
@@ -45,7 +46,11 @@ class ClientStates:
         return number in self._clients
 
     def save(self, number: int) -> list[int]:
-        """Write the states that changed since the last `save` as version ``number``; return their owners."""
+        """Write the states that changed since the last `save` as version ``number``; return their owners.
+
+        Raises:
+            FieldError: A state that could not be read again; looked at when it is first written.
+        """
         saved = sorted(self._changed)
         self._changed.clear()
         if self.folder is None:
@@ -53,10 +58,22 @@ class ClientStates:
         for owner in saved:
             data = io.BytesIO()
             torch.save(self._clients[owner].state_dict(), data)
+            if owner not in self._readable:
+                self._check_readable(owner, data)
             path = self.path(owner, number)
             make_folder(path.parent)
             replace_file(path, data.getbuffer())
         return saved
+
+    def _check_readable(self, owner: int, data: io.BytesIO) -> None:
+        try:
+            torch.load(io.BytesIO(data.getbuffer()), map_location="cpu", weights_only=True)
+        except Exception as error:
+            kinds = ", ".join(sorted(self._clients[owner].states)) or "none"
+            words = str(error).strip().splitlines()[0]
+            allowed = f"states whose state_dict holds tensors and plain values alone ({words})"
+            raise FieldError(f"state of client {owner}", kinds, allowed) from None
+        self._readable.add(owner)
 
     def attach(self, versions: Mapping[int, int]) -> None:
         """Go on from saved versions; those of clients that are not followed yet are read when they are."""
@@ -87,7 +104,7 @@ class ClientStates:
     def _read(self, owner: int, number: int) -> dict[str, Any]:
         path = self.path(owner, number)
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file shows itself in many ways
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FieldError("client state", str(path), f"a whole file of plain values ({words})") from None

@@ -42,6 +42,7 @@ from fedq.federated.training import RoundContext
 from fedq.federated.training_means import TrainingMeans, mean_loss
 from fedq.federated.versions import Versions
 from fedq.feedback import ResidualStore
+from fedq.kernels import derive_seed
 from fedq.layout import Layout, uncompiled_name
 from fedq.ledger import Ledger
 from fedq.metrics import Metric
@@ -207,7 +208,7 @@ class Federation:
         """
         if self._evaluation is None:
             raise FieldError("evaluate", None, "a function of the model, given when the federation is made")
-        values, nbytes = self._evaluation.run(self.model)
+        values, nbytes = self._evaluation.run(self.model, derive_seed(self.seed, "evaluate"))
         self._book(nbytes)
         return values
 

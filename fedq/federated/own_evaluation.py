@@ -13,6 +13,7 @@ from torch import nn
 
 from fedq.collectives import Transport
 from fedq.errors import FieldError
+from fedq.federated.training import seed_torch
 
 Evaluate = Callable[..., "float | Mapping[str, Any]"]
 """``evaluate(model)`` returns a number, or numbers by name; with ``rank`` and ``ranks``, pairs (sum, count) by name."""
@@ -38,10 +39,11 @@ class OwnEvaluation:
         self._transport = transport
         self._is_shared = _names_ranks(evaluate)
 
-    def run(self, model: nn.Module) -> tuple[dict[str, float], int]:
+    def run(self, model: nn.Module, seed: int) -> tuple[dict[str, float], int]:
         """Return the numbers by name, the same on every rank, and the bytes that crossed.
 
-        The model is in eval mode meanwhile, and as before afterwards.
+        The model is in eval mode meanwhile, and as before afterwards. torch's random numbers are seeded, so that what
+        an evaluation draws depends on no client that was trained on this rank before.
 
         Raises:
             FieldError: The function has returned no numbers.
@@ -49,6 +51,7 @@ class OwnEvaluation:
         """
         transport, own, nbytes = self._transport, "", 0
         if self._is_shared or transport.rank == 0:
+            seed_torch(seed)
             own = json.dumps(self._call(model))
         messages = [torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)] if own else []
         counts = [1] * transport.world_size if self._is_shared else [1] + [0] * (transport.world_size - 1)
