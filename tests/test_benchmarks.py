@@ -164,6 +164,7 @@ def test_ratios_are_to_the_fastest_arm_that_pfl_offers_by_itself() -> None:
     assert len({line.count("|") for line in tables}) == 1
 
 
+@pytest.mark.slow
 def test_scripts_of_rivals_need_nothing_of_fedq_but_its_networks() -> None:
     """They run in environments that have torch and the rival alone."""
     script = """

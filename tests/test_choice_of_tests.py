@@ -64,6 +64,7 @@ def test_slow_tests_are_left_out_and_counted(folder: Path) -> None:
     assert "3 passed, 2 deselected" in told
 
 
+@pytest.mark.slow
 def test_all_runs_everything_on_all_examples(folder: Path) -> None:
     told = said(folder, "--all", num_examples=40)
     assert "left out" not in told

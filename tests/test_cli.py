@@ -335,6 +335,7 @@ def test_a_broken_launcher_environment_is_told(
     assert jobs == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "model"), few([("train_resnet50.py", "resnet50"), ("train.py", "resnet18")], 1))
 def test_the_scripts_differ_in_their_model(script: str, model: str) -> None:
     done = subprocess.run(

@@ -89,7 +89,7 @@ def test_a_round_is_lost_if_most_clients_sent_what_is_of_no_use(kinds: str, skip
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("aggregate", ["rooted", "two_phase"])
+@pytest.mark.parametrize("aggregate", [pytest.param("rooted", marks=pytest.mark.slow), "two_phase"])
 def test_two_lost_rounds_end_a_run_on_every_rank(tmp_path: Path, ranks: int, aggregate: str) -> None:
     config = small_config(tmp_path / "run", rounds=6, aggregate=aggregate, **EVERYBODY)
     errors = [error for error, _ in run_group(ranks, run_broken, config, {"since": 2})]

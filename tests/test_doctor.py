@@ -45,6 +45,7 @@ def test_a_missing_library_is_no_failure_and_its_remedy_is_said_once(tmp_path: P
     assert said.count("apt install g++") == 1
 
 
+@pytest.mark.slow
 def test_a_library_that_does_not_load_is_told(tmp_path: Path) -> None:
     (tmp_path / "broken.so").write_bytes(b"not a library")
     code, said = doctor_of(FEDQ_LIBRARY=str(tmp_path / "broken.so"))
@@ -52,6 +53,7 @@ def test_a_library_that_does_not_load_is_told(tmp_path: Path) -> None:
     assert "does not load" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(cpu.why_missing()), reason="needs the C++ kernels")
 @pytest.mark.parametrize(
     ("variable", "value", "fails", "told"),

@@ -53,6 +53,7 @@ def test_an_example_learns(alone: Callable, name: str, rounds: int, metric: str,
     assert metric in " ".join(shown.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regression", pytest.param("characters", marks=pytest.mark.slow)])
 def test_an_example_ends_alike_on_two_ranks(alone: Callable, tmp_path: Path, name: str) -> None:
     said, _, out = alone(name)

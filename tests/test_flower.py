@@ -753,7 +753,7 @@ def is_first_round(message: Message) -> bool:
     return message.content["config"]["server-round"] == 1
 
 
-@pytest.mark.parametrize("weight", few([0, 0.0, -3, math.nan, math.inf, 1e308, [5, 5], None], 4))
+@pytest.mark.parametrize("weight", few([0, 0.0, -3, math.nan, math.inf, 1e308, [5, 5], None], 1))
 @pytest.mark.parametrize("name", few(STRATEGIES, 2))
 def test_a_round_without_examples_has_failed_and_the_run_goes_on(
     name: str, weight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

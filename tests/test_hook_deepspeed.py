@@ -84,6 +84,7 @@ def _refused(rank: int, stage: int) -> None:
         hooks.step_state(engine, "int4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", few([1, 2, 3], 1))
 def test_zero_is_refused_by_name(stage: int) -> None:
     run_group(2, _refused, stage, fresh=True)

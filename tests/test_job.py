@@ -351,6 +351,7 @@ def test_data_that_cannot_be_used_are_refused_in_one_line(ground: Path, capsys: 
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.slow
 def test_the_script_refuses_with_code_2_and_no_traceback(ground: Path) -> None:
     """Through the real script; one case seen before any work and one from the launcher's environment, side by side."""
     script = str(Path(__file__).parents[1] / "train.py")

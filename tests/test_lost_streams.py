@@ -127,6 +127,7 @@ def has_round(folder: Path) -> bool:
     return bool(list(folder.glob("checkpoints/0*")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_terminal_gone", few([False, True], 1))
 def test_a_closed_terminal_ends_a_job_as_sigterm_does(tmp_path: Path, is_terminal_gone: bool) -> None:
     folder = tmp_path / "run"

@@ -28,6 +28,7 @@ def run_example(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=environ(), **pipes)
 
 
+@pytest.mark.slow
 def test_the_example_ends_in_one_model_wherever_its_clients_are(tmp_path: Path) -> None:
     address = f"localhost:{free_ports()}"
     parties = [

@@ -394,6 +394,7 @@ def test_bad_lists_of_metrics_are_refused(told: Any) -> None:
         metrics_of({"metrics": told})
 
 
+@pytest.mark.slow
 def test_the_report_is_written(runs: dict[str, Path], image_run: Path, tmp_path: Path) -> None:
     files = write_report([runs["heat-fp32-seed0"].parent, image_run], tmp_path / "report")
 

@@ -301,6 +301,7 @@ def test_complex_numbers_are_trained_and_saved_as_such(tmp_path: Path, mode: str
     assert moved.imag.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", few(["round", "step"], 1))
 def test_a_run_of_a_compiled_model_goes_on_without_the_compiler(tmp_path: Path, mode: str) -> None:
     whole = run(tmp_path / "whole", "network", rounds=3, **MODES[mode])

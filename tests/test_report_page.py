@@ -523,6 +523,7 @@ def test_the_command_of_a_run_is_shown_as_it_was_given(runs: list[Path]) -> None
     assert row["command"] in html.unescape(render_of(runs[0]))
 
 
+@pytest.mark.slow
 def test_the_command(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

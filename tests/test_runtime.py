@@ -393,6 +393,7 @@ def _enter(environ: dict[str, str], timeout_s: float) -> str:
         return "entered"
 
 
+@pytest.mark.slow
 def test_world_sizes_that_disagree_are_told() -> None:
     port = free_port()
     # Rank 0 waits its 2 s for the second of its two ranks, which has gone away.
@@ -472,6 +473,7 @@ def test_left_over_variables_are_told_in_one_line(
         assert ("RANK=0, WORLD_SIZE=4" if launcher == "env" else "SLURM_NTASKS=4; `srun --pty`") in text
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_twice_is_told() -> None:
     port = free_port()
     texts = run_ranks(_enter, *[(environ_of(rank, 3, port), 2) for rank in (0, 1, 1)])

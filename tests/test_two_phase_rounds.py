@@ -169,6 +169,7 @@ def test_what_comes_to_rank_0_follows_the_formula(ran: dict, world_size: int) ->
         assert ran[world_size, way, "int4"].summary["root_ingress_bytes"] == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_rank_0_receives_less_the_more_ranks_there_are(ran: dict) -> None:
     shares = []
     for world_size in (2, 3, 4):

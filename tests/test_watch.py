@@ -282,6 +282,7 @@ def test_sigint_ends_every_rank_with_130(tmp_path: Path, order: tuple[int, int])
     assert not any("Traceback" in text for text in said)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_with_its_name_and_stack(tmp_path: Path) -> None:
     """Client 1, on rank 1 because it has a residual, sleeps for ever in round 1, and nobody else does."""
     seed = next(s for s in range(10_000) if sleepers(s) == [(1, 1)])
