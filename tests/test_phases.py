@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_group
 from properties import few
 from torch import nn
@@ -182,6 +183,7 @@ def test_a_rank_that_waits_for_another_says_so(spec: str) -> None:
 def times_without_ddp(rank: int) -> dict[str, Spent]:
     module, timer = nn.Linear(64, 64), PhaseTimer()
     state = hooks.step_state(module, "int4", timer=timer)
+    dist.barrier()  # or the one that began later would wait less
     with timer.phase("compute"):
         module(torch.randn(4, 64)).sum().backward()
         if rank == 0:
