@@ -34,6 +34,7 @@ from fedq.federated.given import (
 )
 from fedq.federated.own_evaluation import Evaluate, OwnEvaluation
 from fedq.federated.parts import Part
+from fedq.federated.plain_bytes import from_bytes, to_bytes
 from fedq.federated.record import Record
 from fedq.federated.results import RoundResult, Summary
 from fedq.federated.rounds import Outcome, Rounds
@@ -315,14 +316,13 @@ class Federation:
     def _gather_means(self, outcome: Outcome) -> tuple[dict[str, float], dict[str, list[int]]]:
         """Return on rank 0 the means of what clients have measured, over examples, and whose files have changed."""
         changed = {"states": sorted(self._means.kept), "residuals": sorted(self._means.remembered)}
-        own = json.dumps([self._means.told, changed]).encode()
         counts = [1] * self.transport.world_size
-        gathered, moved = self.transport.gather([torch.frombuffer(bytearray(own), dtype=torch.uint8)], counts)
+        gathered, moved = self.transport.gather([to_bytes([self._means.told, changed])], counts)
         self._book(moved.payload + moved.sizes)
         told: dict[int, dict[str, float]] = {}
         kept: dict[str, list[int]] = {"states": [], "residuals": []}
         for (message,) in gathered:
-            measured, changed = json.loads(bytes(message.cpu().numpy().tobytes()))
+            measured, changed = from_bytes(message)
             told |= {int(client): values for client, values in measured.items()}
             for name, owners in changed.items():
                 kept[name] += owners

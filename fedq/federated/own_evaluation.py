@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedq.collectives import Transport
 from fedq.errors import FieldError
+from fedq.federated.own_training import signature_of
+from fedq.federated.plain_bytes import from_bytes, to_bytes
 from fedq.federated.training import seed_torch
 
 Evaluate = Callable[..., "float | Mapping[str, Any]"]
@@ -49,20 +49,17 @@ class OwnEvaluation:
             FieldError: The function has returned no numbers.
             RuntimeError: It has raised, on whichever rank; the text says what.
         """
-        transport, own, nbytes = self._transport, "", 0
+        transport, messages = self._transport, list[Tensor]()
         if self._is_shared or transport.rank == 0:
             seed_torch(seed)
-            own = json.dumps(self._call(model))
-        messages = [torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)] if own else []
+            messages = [to_bytes(self._call(model))]
         counts = [1] * transport.world_size if self._is_shared else [1] + [0] * (transport.world_size - 1)
         gathered, moved = transport.gather(messages, counts)
-        nbytes += moved.payload + moved.sizes
-        told = None
+        nbytes, told = moved.payload + moved.sizes, None
         if transport.rank == 0:
-            answers = [json.loads(bytes(one.cpu().numpy().tobytes())) for messages in gathered for one in messages]
-            told = torch.frombuffer(bytearray(json.dumps(_joined(answers)).encode()), dtype=torch.uint8)
+            told = to_bytes(_joined([from_bytes(one) for of_rank in gathered for one in of_rank]))
         told, moved = transport.broadcast(told)
-        answer = json.loads(bytes(told.cpu().numpy().tobytes()))
+        answer = from_bytes(told)
         if "error" in answer:
             raise RuntimeError(f"evaluate has failed on rank {answer['rank']}: {answer['error']}")
         if "refused" in answer:
@@ -110,8 +107,5 @@ def _joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _names_ranks(evaluate: Evaluate) -> bool:
-    try:
-        named = inspect.signature(evaluate).parameters
-    except (TypeError, ValueError):  # one that is not written in Python
-        return False
-    return "rank" in named and "ranks" in named
+    signature = signature_of(evaluate)
+    return signature is not None and {"rank", "ranks"} <= signature.parameters.keys()

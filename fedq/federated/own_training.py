@@ -60,7 +60,7 @@ def check_function(train: TrainFunction) -> None:
     Raises:
         FieldError: It needs something that it will not get.
     """
-    signature = _signature(train)
+    signature = signature_of(train)
     if signature is None:
         return
     try:
@@ -72,14 +72,15 @@ def check_function(train: TrainFunction) -> None:
 
 def named_by(train: TrainFunction) -> tuple[str, ...]:
     """Return which of the further arguments a training function names."""
-    signature = _signature(train)
+    signature = signature_of(train)
     named = {} if signature is None else signature.parameters
     return tuple(name for name in _NAMED if name in named and named[name].kind is not inspect.Parameter.VAR_KEYWORD)
 
 
-def _signature(train: TrainFunction) -> inspect.Signature | None:
+def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return what a function of the user's may be called with; None if it does not say."""
     try:
-        return inspect.signature(train)
+        return inspect.signature(function)
     except (TypeError, ValueError):  # one that is not written in Python
         return None
 

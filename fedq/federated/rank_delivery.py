@@ -6,12 +6,10 @@ client.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedq.federated.accounting import message_parts
@@ -23,6 +21,7 @@ from fedq.federated.downlink import DownlinkCost
 from fedq.federated.exchange import Exchange
 from fedq.federated.frozen import check_ranks
 from fedq.federated.parts import Part
+from fedq.federated.plain_bytes import from_bytes, to_bytes
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.federated.training import OnExamples, RoundContext, Trained
 from fedq.layout import Layout, LayoutSchedule
@@ -142,11 +141,10 @@ class RankDelivery(Delivery):
         """Return on rank 0 the layouts of all clients with a codec of their own, by hash; others know their own."""
         if self.own_codecs is None:
             return {}
-        own = json.dumps(sorted({client.uplink for client in members if client.uplink is not None})).encode()
-        message = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-        gathered, moved = self.transport.gather([message], [1] * self.transport.world_size)
+        own = sorted({client.uplink for client in members if client.uplink is not None})
+        gathered, moved = self.transport.gather([to_bytes(own)], [1] * self.transport.world_size)
         self.exchange.book_peer(round, "metrics", moved.payload + moved.sizes)
-        specs = {spec for (told,) in gathered for spec in json.loads(told.cpu().numpy().tobytes())}
+        specs = {spec for (told,) in gathered for spec in from_bytes(told)}
         layouts = [self.own_codecs(spec).at(round) for spec in sorted(specs)]
         return {layout.hash: layout for layout in layouts}
 

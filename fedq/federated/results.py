@@ -42,12 +42,7 @@ class RoundResult:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        words = [f"loss {self.loss:.4g}"] if not math.isnan(self.loss) else []
-        words += [f"{name} {value:.4g}" for name, value in self.metrics.items() if name != "train_loss"]
-        words += [
-            f"up {_cost(self.uplink_bytes, self.uplink_bytes_fp32)}",
-            f"down {_cost(self.downlink_bytes, self.downlink_bytes_fp32)}",
-        ]
+        words = _words(self)
         if self.left_out:
             words.append("left out " + "; ".join(f"client {client}: {why}" for client, why in self.left_out.items()))
         return f"round {self.round}: {', '.join(words)}"
@@ -61,6 +56,17 @@ class RoundResult:
         """Return what `as_dict` has described, also by way of JSON."""
         numbered = {name: {int(c): why for c, why in values[name].items()} for name in ("left_out", "clipped")}
         return cls(**{**values, "clients": tuple(values["clients"]), **numbered})
+
+
+def _words(result: RoundResult | Summary) -> list[str]:
+    """Return what was measured and what it cost, in words."""
+    words = [f"loss {result.loss:.4g}"] if not math.isnan(result.loss) else []
+    words += [f"{name} {value:.4g}" for name, value in result.metrics.items() if name != "train_loss"]
+    return [
+        *words,
+        f"up {_cost(result.uplink_bytes, result.uplink_bytes_fp32)}",
+        f"down {_cost(result.downlink_bytes, result.downlink_bytes_fp32)}",
+    ]
 
 
 def _cost(nbytes: int, fp32: int) -> str:
@@ -96,10 +102,4 @@ class Summary:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        words = [f"loss {self.loss:.4g}"] if not math.isnan(self.loss) else []
-        words += [f"{name} {value:.4g}" for name, value in self.metrics.items() if name != "train_loss"]
-        words += [
-            f"up {_cost(self.uplink_bytes, self.uplink_bytes_fp32)}",
-            f"down {_cost(self.downlink_bytes, self.downlink_bytes_fp32)}",
-        ]
-        return f"{self.rounds} round{'s' * (self.rounds != 1)}: {', '.join(words)}"
+        return f"{self.rounds} round{'s' * (self.rounds != 1)}: {', '.join(_words(self))}"
