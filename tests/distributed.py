@@ -9,7 +9,7 @@ warnings. They are replaced after a case that failed, left threads behind or end
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import os
 import random
 import signal
@@ -28,20 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import warm
 
 LIMIT_S = 90  # hard limit of one case; a rank that hangs is killed then
 _END_S, _TERM_S = 10, 0.5  # for ranks to end by themselves, and when they are told
 _MAX_GROUPS = 2  # that stay: of the sizes that were used last
-
-# Imported once, in the server that all ranks are forked from: a rank then starts in a tenth of a second.
-_PRELOAD = [
-    "torch._dynamo",  # every optimizer imports it when it is made
-    "fedq.trainers.federated",
-    "sklearn.datasets",
-    "pyarrow.parquet",
-    "tensorboard.summary.writer.record_writer",
-    "safetensors.torch",
-]
 
 
 class RankFailed(AssertionError):
@@ -101,8 +92,7 @@ class _Ranks:
     """Processes that call one body after another."""
 
     def __init__(self, num: int, *, has_group: bool) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context = warm.context()
         self.as_before = True
         self._folder = tempfile.TemporaryDirectory()  # of the store where the ranks meet
         pipes = [context.Pipe() for _ in range(num)]
@@ -166,6 +156,7 @@ _waiting: dict[int, _Ranks] = {}  # by world size, the one used last at the end
 def _serve(pipe: Connection, rank: int, meeting: tuple[int, str] | None) -> None:
     """Call what comes through the pipe, and answer: result, no traceback, whether the rank is as it was before."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through again, and so stays shared with the process it came from
     if meeting:
         world_size, store = meeting
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}

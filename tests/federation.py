@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import torch
 from clients import client_on
 from launched import environ, free_ports, until
 from torch import nn
+from warm import Command
 
 from fedq.federated.training import Trained
 from fedq.layout import Layout, LayoutSchedule
@@ -43,10 +42,8 @@ class Party:
 
     def __init__(self, log: Path, *command: str) -> None:
         self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environ(), cwd=log.parent
-            )
+        log.touch()
+        self.process = Command(command, output=log, env=environ(), cwd=log.parent)
 
     @property
     def said(self) -> str:

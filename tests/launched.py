@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 200  # of one command; DeepSpeed may compile for a minute when it is first used
@@ -43,6 +44,8 @@ def require(*programs: str) -> None:
 
 def execute(*command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root, within the limit, and return what it said, whatever its exit code."""
+    if command[0] == sys.executable:
+        return warm.run(command[1:], env=env or environ(), cwd=ROOT, limit_s=LIMIT_S)
     return subprocess.run(command, cwd=ROOT, env=env or environ(), capture_output=True, text=True, timeout=LIMIT_S)
 
 
