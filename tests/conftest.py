@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from properties import FEW
+from properties import FEW, is_all
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a worker and of what it starts: together they fill the cores
 
@@ -100,3 +100,13 @@ def _no_ranks_left():
     yield
     if distributed := sys.modules.get("distributed"):
         distributed.end_ranks()
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reports draw one chart, and all of them with ``--all``: they take seconds, and have tests of their own."""
+    if is_all():
+        return
+    write = pytest.importorskip("fedq.report.page.write")
+    draw = write.write_figures
+    monkeypatch.setattr(write, "write_figures", lambda charts, folder: draw(charts[:1], folder))

@@ -17,6 +17,11 @@ def tried(number: int) -> settings:
     return settings(max_examples=min(number, max(3, round(number * share))), deadline=None)
 
 
+def is_all() -> bool:
+    """Return whether everything is tried, as with ``--all``."""
+    return settings.default.max_examples >= 100
+
+
 def few(values: Iterable[Any], keep: int) -> list[Any]:
     """Return the values of a parameter, all but `keep` of them slow; those are as far apart as can be.
 
@@ -25,6 +30,11 @@ def few(values: Iterable[Any], keep: int) -> list[Any]:
     given = list(values)
     kept = {round(number * (len(given) - 1) / max(1, keep - 1)) for number in range(keep)}
     return [value if number in kept else _slow(value) for number, value in enumerate(given)]
+
+
+def slow_but_for(values: Iterable[str], *kept: str) -> list[Any]:
+    """Return the values of a parameter, all slow but those that are kept."""
+    return [value if value in kept else _slow(value) for value in values]
 
 
 def _slow(value: Any) -> Any:

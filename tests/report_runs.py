@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ ARMS: dict[str, dict[str, Any]] = {
 FEW = {"num_clients": 3, "cohort": 2, "rounds": 3, "local_steps": 1}
 
 
-def make_runs(root: Path) -> list[Path]:
-    """Train three arms of two seeds, clients alone, and two personal models; return the arms' folders."""
-    folders = {root / f"{name}-seed{seed}": flags | {"seed": seed} for name, flags in ARMS.items() for seed in (0, 1)}
+def make_runs(root: Path, seeds: Sequence[int] = (0, 1)) -> list[Path]:
+    """Train three arms of some seeds, and clients alone; return the arms' folders."""
+    folders = {root / f"{name}-seed{seed}": flags | {"seed": seed} for name, flags in ARMS.items() for seed in seeds}
     configs = [small_config(path, **FEW, **flags) for path, flags in folders.items()]
     few = {"num_clients": 3, "cohort": None, "rounds": 2, "local_steps": 1}
     configs.append(small_config(root / "others" / "alone", **few, algorithm="local", uplink="fp32", downlink="fp32"))

@@ -18,6 +18,7 @@ import overhead
 import plain_loop
 import pytest
 import torch
+from properties import few
 from safetensors.torch import load_file
 from task import Task
 from torch.nn import functional
@@ -45,7 +46,7 @@ def small_task(cifar: Path, model: str = "cnn62k") -> federated_task.FederatedTa
     return federated_task.FederatedTask(model, cifar, num_rounds=1, num_clients=4, cohort=3, batch_size=10, seed=3)
 
 
-@pytest.mark.parametrize("model", ["cnn62k", "resnet20"])
+@pytest.mark.parametrize("model", few(["cnn62k", "resnet20"], 1))
 def test_fedq_and_the_hand_written_loop_have_the_same_task(cifar: Path, tmp_path: Path, model: str) -> None:
     """Weights, shares, cohort, orders, statistics of BatchNorm and the mean: all of it must agree, or nothing does."""
     small = small_task(cifar, model)

@@ -18,6 +18,7 @@ import torch
 from distributed import run_group
 from federation import Federation, federation
 from jobs import file_hash, small_config
+from properties import few
 from safetensors.torch import load_file
 
 from fedq.checkpoint import Checkpoints
@@ -101,8 +102,8 @@ def test_two_lost_rounds_end_a_run_on_every_rank(tmp_path: Path, ranks: int, agg
     assert Checkpoints(tmp_path / "run" / "checkpoints").numbers() == [1, 2]  # of rounds that changed something
 
 
-@pytest.mark.parametrize("eval_every", [1, 6])
-@pytest.mark.parametrize(("add", "why"), [(3e38, "its loss is not finite"), (1e30, "its loss is not finite")])
+@pytest.mark.parametrize("eval_every", few([1, 6], 1))
+@pytest.mark.parametrize(("add", "why"), few([(3e38, "its loss is not finite"), (1e30, "its loss is not finite")], 1))
 def test_a_model_without_a_finite_loss_is_never_saved(tmp_path: Path, eval_every: int, add: float, why: str) -> None:
     config = small_config(tmp_path / "run", rounds=6, uplink="fp32", eval_every=eval_every, **EVERYBODY)
     error, _ = run_broken(0, config, {"since": 2, "add": add})
@@ -123,7 +124,7 @@ def test_a_server_that_overflows_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_goes_back_halves_its_learning_rate_from_there(tmp_path: Path, ranks: int) -> None:
     """The oracle is a run whose schedule halves the rate in that round."""
-    same = {"rounds": 5, "uplink": "int4", "server": "fedavgm:lr=0.5", **EVERYBODY}
+    same = {"rounds": 5, "uplink": "int4", "server": "fedavgm:lr=0.5", **EVERYBODY, "num_clients": 2}
     halved = small_config(tmp_path / "halved", **same | {"lr_schedule": "steps:at=2,factor=0.5"})
     rolled = small_config(tmp_path / "rolled", on_divergence="rollback", **same)
     run_group(ranks, run_broken, halved, {})
@@ -137,7 +138,7 @@ def test_a_run_that_goes_back_halves_its_learning_rate_from_there(tmp_path: Path
 
 
 def test_the_lower_rate_outlives_the_process(tmp_path: Path) -> None:
-    same = {"rounds": 5, "uplink": "int4", **EVERYBODY}
+    same = {"rounds": 5, "uplink": "int4", **EVERYBODY, "num_clients": 2}
     halved = small_config(tmp_path / "halved", **same | {"lr_schedule": "steps:at=2,factor=0.5"})
     run_broken(0, halved, {})
     first = small_config(tmp_path / "rolled", on_divergence="rollback", **same | {"rounds": 4})
@@ -149,7 +150,7 @@ def test_the_lower_rate_outlives_the_process(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_nobody_can_train_from_is_given_up(tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", rounds=5, on_divergence="rollback", **EVERYBODY)
+    config = small_config(tmp_path / "run", rounds=5, on_divergence="rollback", **EVERYBODY | {"num_clients": 2})
     error, said = run_broken(0, config, {"since": 3})  # at any rate
     found = re.findall(r"resumed after round (\d); rolled back, with ([\d.]+) of", said)
     assert found == [("3", "0.5"), ("2", "0.25"), ("3", "0.125"), ("2", "0.0625"), ("3", "0.03125")]

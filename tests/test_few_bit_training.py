@@ -11,7 +11,7 @@ import torch
 from clients import client_on
 from distributed import run_group
 from jobs import file_hash, run_watched, small_config
-from properties import few
+from properties import few, slow_but_for
 from safetensors.torch import load_file
 from test_client import FP32, MEAN, STD, sgd
 from test_resume import Stop, run_jobs
@@ -275,30 +275,34 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
+class Ran:
+    """Folders of jobs by world size and case, each run when it is first asked for."""
+
+    def __init__(self, make: pytest.TempPathFactory) -> None:
+        self._roots = {world_size: make.mktemp(f"few-bit{world_size}") for world_size in (1, 2)}
+
+    def __getitem__(self, key: tuple[int, str]) -> Path:
+        world_size, case = key
+        folder = self._roots[world_size] / case
+        if not folder.exists():
+            job = job_config(folder, **JOBS[case]), None
+            run_group(world_size, run_jobs if case == "step" else run_watched, [job])
+        return folder
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Path]]:
-    folders: dict[int, dict[str, Path]] = {}
-    for world_size in (1, 2):
-        root = tmp_path_factory.mktemp(f"few-bit{world_size}")
-        folders[world_size] = {case: root / case for case in JOBS if case != "step" or world_size == 2}
-        jobs = [(job_config(out, **JOBS[case]), None) for case, out in folders[world_size].items()]
-        run_group(world_size, run_watched, [job for job in jobs if job[0].exchange.exchange != "step"])
-        steps = [job[0] for job in jobs if job[0].exchange.exchange == "step"]
-        if steps:
-            run_group(world_size, run_jobs, [(config, None) for config in steps])
-    return folders
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return Ran(tmp_path_factory)
 
 
-@pytest.mark.parametrize("case", [case for case in JOBS if case != "step"])
-def test_the_model_does_not_depend_on_the_ranks(case: str, ran: dict[int, dict[str, Path]]) -> None:
-    assert file_hash(ran[1][case] / "model.safetensors") == file_hash(ran[2][case] / "model.safetensors")
+@pytest.mark.parametrize("case", slow_but_for([case for case in JOBS if case != "step"], "both", "fedbat"))
+def test_the_model_does_not_depend_on_the_ranks(case: str, ran: Ran) -> None:
+    assert file_hash(ran[1, case] / "model.safetensors") == file_hash(ran[2, case] / "model.safetensors")
 
 
-@pytest.mark.parametrize("case", list(JOBS))
-def test_the_saved_model_has_few_bits_and_the_accuracy_that_is_reported(
-    case: str, ran: dict[int, dict[str, Path]]
-) -> None:
-    folder = ran[2][case]
+@pytest.mark.parametrize("case", slow_but_for(JOBS, "both", "fedbat", "learned", "list"))
+def test_the_saved_model_has_few_bits_and_the_accuracy_that_is_reported(case: str, ran: Ran) -> None:
+    folder = ran[2, case]
     state = load_file(folder / "model.safetensors")
     assert not [name for name in state if "parametrizations" in name]
     model = build_model("cnn62k")
@@ -315,8 +319,8 @@ def test_the_saved_model_has_few_bits_and_the_accuracy_that_is_reported(
     assert summary["algorithm"] == JOBS[case].get("algorithm", "fedavg")
 
 
-def test_sent_weights_cost_one_bit_each(ran: dict[int, dict[str, Path]]) -> None:
-    both = json.loads((ran[2]["both"] / "summary.json").read_text())
+def test_sent_weights_cost_one_bit_each(ran: Ran) -> None:
+    both = json.loads((ran[2, "both"] / "summary.json").read_text())
     signs = [2400 // 8, 48000 // 8, 10080 // 8]
     assert both["downlink"] == "weights"
     downloads = 3 * 2  # rounds, clients in each

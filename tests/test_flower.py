@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -46,6 +47,12 @@ LIMIT = {"min_train_nodes": 3, "min_evaluate_nodes": 3, "min_available_nodes": 3
 @pytest.fixture(autouse=True)
 def _quiet_deprecations() -> None:
     logging.getLogger("flwr").setLevel(logging.INFO)
+
+
+@pytest.fixture(autouse=True)
+def _no_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QFedAvg collects garbage for every answer, which takes a second in a process that has imported as much."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray]:
@@ -121,7 +128,7 @@ def test_float32_both_ways_gives_the_plain_apps_model(name: str, tmp_path: Path)
     # With fp32 values travel and not changes, so nothing is rounded, and nothing may differ. (Some strategies average
     # to float64, which plain Flower sends to clients that load float32; ours get float32.)
     plain_grid, grid = fleet(NODES, lambda node: [], train), fleet(NODES, mods(tmp_path), train)
-    # QFedAvg subtracts in place, which takes floats, and collects garbage for every answer, which takes time.
+    # QFedAvg subtracts in place, which takes floats.
     rounds = 2 if name == "qfedavg" else 3
     start = {n: v for n, v in arrays().items() if v.dtype == np.float32 or name != "qfedavg"}
     with np.errstate(all="ignore"):
@@ -135,7 +142,7 @@ def test_float32_both_ways_gives_the_plain_apps_model(name: str, tmp_path: Path)
     assert ours.evaluate_metrics_clientapp == plain.evaluate_metrics_clientapp
 
 
-@pytest.mark.parametrize("uplink", ["int8", "int4", "sign", "topk:density=0.05", "fp16"])
+@pytest.mark.parametrize("uplink", few(["int8", "int4", "sign", "topk:density=0.05", "fp16"], 2))
 def test_the_aggregate_is_the_mean_of_separately_decoded_payloads(uplink: str, tmp_path: Path) -> None:
     grid = fleet(NODES, mods(tmp_path), train)
     results: list[dict[str, np.ndarray]] = []
@@ -272,7 +279,7 @@ def test_awkward_arrays_travel_exactly_and_in_order(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("start", [{}, {"counter": np.array(3)}, {"bias": np.zeros(4, np.float32)}], ids=str)
+@pytest.mark.parametrize("start", few([{}, {"counter": np.array(3)}, {"bias": np.zeros(4, np.float32)}], 2), ids=str)
 def test_models_with_little_or_nothing_in_them(start: dict[str, np.ndarray], tmp_path: Path) -> None:
     grid = fleet(NODES, mods(tmp_path), lambda model, node, number: model)
     result = run(compressed(FedAvg(**LIMIT), "int4", "int8"), grid, start=start)
@@ -552,7 +559,9 @@ def _other_model(data: bytes) -> bytes:
     return WireMessage(frame, layout, old.sequence).pack()
 
 
-@pytest.mark.parametrize("spoil", [_damaged, _stale, lambda d: d[:100], lambda d: d + d, lambda d: b"", _other_model])
+@pytest.mark.parametrize(
+    "spoil", few([_damaged, _stale, lambda d: d[:100], lambda d: d + d, lambda d: b"", _other_model], 3)
+)
 def test_garbage_from_a_node_leaves_that_node_out(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
     grid = fleet(NODES, mods(tmp_path), train)
     app = grid.nodes[11].app
@@ -719,7 +728,7 @@ def test_equal_arrays_which_flower_sends_once_are_counted_once(tmp_path: Path) -
         assert strategy.totals()[f"{way}_bytes"] == sum(t.nbytes for t in grid.of(way))
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00" + b"v" * 99])
+@pytest.mark.parametrize("data", few([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00" + b"v" * 99], 2))
 def test_arrays_of_a_plain_node_that_are_none_leave_it_out(data: bytes, tmp_path: Path) -> None:
     grid = fleet(NODES, lambda node: [] if node == 11 else [fedq_mod(folder=tmp_path)], train)
 
@@ -774,7 +783,7 @@ def test_a_round_without_examples_has_failed_and_the_run_goes_on(
     assert "num-examples" in caplog.text
 
 
-@pytest.mark.parametrize("weight", [0, -3, math.nan, math.inf, [5, 5], None])
+@pytest.mark.parametrize("weight", few([0, -3, math.nan, math.inf, [5, 5], None], 3))
 def test_a_node_with_an_odd_number_of_examples_is_left_out_alone(weight: Any, tmp_path: Path) -> None:
     grid = reporting(fleet(NODES, mods(tmp_path), train), lambda node, m: weight if node == 11 else node % 100)
     others = fleet([node for node in NODES if node != 11], mods(tmp_path / "others"), train)

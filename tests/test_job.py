@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 import yaml
 from distributed import run_group
 from jobs import SMALL, Watched, file_hash, run_watched, small_config
+from properties import few, slow_but_for
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score
 
@@ -46,78 +47,85 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
 class Results:
-    """What a world size's jobs left: what each rank saw, by case, and the folders."""
+    """What a world size's jobs left, each run when it is first asked for: what each rank saw, and the folders."""
 
-    ranks: dict[str, list[Watched]]
-    folder: Path
+    def __init__(self, world_size: int, folder: Path, cases: dict[str, dict]) -> None:
+        self.world_size, self._folder, self._cases = world_size, folder, cases
+        self._seen: dict[str, list[Watched]] = {}
+
+    def ranks(self, case: str) -> list[Watched]:
+        if case not in self._seen:
+            job = small_config(self._folder / case, **self._cases[case]), NAN_AT if case == "nan" else None
+            self._seen[case] = [seen for (seen,) in run_group(self.world_size, run_watched, [job])]
+        return self._seen[case]
+
+    def folder(self, case: str) -> Path:
+        self.ranks(case)
+        return self._folder / case
 
     def model(self, case: str) -> str:
-        return file_hash(self.folder / case / "model.safetensors")
-
-
-def run_all(world_size: int, folder: Path, cases: dict[str, dict]) -> Results:
-    jobs = [
-        (small_config(folder / name, **flags), NAN_AT if name.startswith("nan") else None)
-        for name, flags in cases.items()
-    ]
-    by_rank = run_group(world_size, run_watched, jobs)
-    return Results({name: [seen[i] for seen in by_rank] for i, name in enumerate(cases)}, folder)
+        return file_hash(self.folder(case) / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
-    return {n: run_all(n, tmp_path_factory.mktemp(f"ranks{n}"), CASES) for n in (1, 2, 3)}
+    return {n: Results(n, tmp_path_factory.mktemp(f"ranks{n}"), CASES) for n in (1, 2, 3)}
 
 
 # ---- the same bytes wherever clients run ----
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_models_and_messages_do_not_depend_on_the_ranks(results: dict[int, Results], case: str) -> None:
-    one = results[1]
-    assert (len(one.ranks[case][0].frames) > 0) == (case != "alone")
-    for world_size in (2, 3):
-        other = results[world_size]
-        assert other.model(case) == one.model(case)
-        assert other.ranks[case][0].frames == one.ranks[case][0].frames
-        assert {seen.replica for seen in other.ranks[case]} == {one.ranks[case][0].replica}
-        same = ["test_accuracy", "test_balanced_accuracy", "best_val_accuracy"]
-        same += ["uplink_bytes", "downlink_bytes", "rounds"]
-        assert all(other.ranks[case][0].summary[k] == one.ranks[case][0].summary[k] for k in same)
+@pytest.mark.parametrize("world_size", few([2, 3], 1))
+@pytest.mark.parametrize("case", slow_but_for(CASES, "int4", "threshold", "alone"))
+def test_models_and_messages_do_not_depend_on_the_ranks(
+    results: dict[int, Results], case: str, world_size: int
+) -> None:
+    one, other = results[1], results[world_size]
+    (first,), others = one.ranks(case), other.ranks(case)
+    assert (len(first.frames) > 0) == (case != "alone")
+    assert other.model(case) == one.model(case)
+    assert others[0].frames == first.frames
+    assert {seen.replica for seen in others} == {first.replica}
+    same = ["test_accuracy", "test_balanced_accuracy", "best_val_accuracy"]
+    same += ["uplink_bytes", "downlink_bytes", "rounds"]
+    assert all(others[0].summary[k] == first.summary[k] for k in same)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_ledger_is_what_the_process_group_was_given(results: dict[int, Results], case: str) -> None:
-    for world_size, of_size in results.items():
-        ranks = of_size.ranks[case]
-        rows = pq.read_table(of_size.folder / case / "ledger.parquet").to_pylist()
-        wire = sum(row["wire"] for row in rows)
-        assert wire == ranks[0].summary["wire_bytes"]
-        assert wire == sum(seen.sent for seen in ranks) == sum(seen.received for seen in ranks)
-        assert (wire > 0) == (world_size > 1)
-        payloads: Counter[tuple[int, int]] = Counter()
-        for row in rows:
-            if row["direction"] == "uplink":
-                payloads[row["round"], row["client"]] += row["payload"]
-        assert +payloads == {key: nbytes for key, (_, nbytes) in ranks[0].frames.items()}
+@pytest.mark.parametrize("world_size", few([2, 1, 3], 1))
+@pytest.mark.parametrize("case", slow_but_for(CASES, "int4", "threshold", "alone"))
+def test_the_ledger_is_what_the_process_group_was_given(
+    results: dict[int, Results], case: str, world_size: int
+) -> None:
+    ranks, folder = results[world_size].ranks(case), results[world_size].folder(case)
+    rows = pq.read_table(folder / "ledger.parquet").to_pylist()
+    wire = sum(row["wire"] for row in rows)
+    assert wire == ranks[0].summary["wire_bytes"]
+    assert wire == sum(seen.sent for seen in ranks) == sum(seen.received for seen in ranks)
+    assert (wire > 0) == (world_size > 1)
+    payloads: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        if row["direction"] == "uplink":
+            payloads[row["round"], row["client"]] += row["payload"]
+    assert +payloads == {key: nbytes for key, (_, nbytes) in ranks[0].frames.items()}
 
 
-def test_an_update_that_is_not_finite_is_named_and_the_round_goes_on(results: dict[int, Results]) -> None:
+@pytest.mark.parametrize("world_size", few([2, 1, 3], 1))
+def test_an_update_that_is_not_finite_is_named_and_the_round_goes_on(
+    results: dict[int, Results], world_size: int
+) -> None:
     number, client = NAN_AT
-    for of_size in results.values():
-        seen = of_size.ranks["nan"][0]
-        reason = "update is not finite"
-        assert seen.summary["left_out"] == [{"round": number, "client": client, "reason": reason}]
-        assert seen.summary["rounds"] == 3
-        assert seen.frames[NAN_AT][1] == HEADER_NBYTES
-        rows = pq.read_table(of_size.folder / "nan" / "clients.parquet").to_pylist()
-        statuses = {(row["round"], row["client"]): row["status"] for row in rows}
-        assert statuses.pop(NAN_AT) == reason
-        assert set(statuses.values()) == {"ok"}
-        model = load_file(of_size.folder / "nan" / "model.safetensors")
-        assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
+    seen, folder = results[world_size].ranks("nan")[0], results[world_size].folder("nan")
+    reason = "update is not finite"
+    assert seen.summary["left_out"] == [{"round": number, "client": client, "reason": reason}]
+    assert seen.summary["rounds"] == 3
+    assert seen.frames[NAN_AT][1] == HEADER_NBYTES
+    rows = pq.read_table(folder / "clients.parquet").to_pylist()
+    statuses = {(row["round"], row["client"]): row["status"] for row in rows}
+    assert statuses.pop(NAN_AT) == reason
+    assert set(statuses.values()) == {"ok"}
+    model = load_file(folder / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
 
 
 # ---- one rank, many settings ----
@@ -141,11 +149,11 @@ SOLO = {
 
 @pytest.fixture(scope="module")
 def solo(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_all(1, tmp_path_factory.mktemp("solo"), SOLO)
+    return Results(1, tmp_path_factory.mktemp("solo"), SOLO)
 
 
 def summary(results: Results, case: str) -> dict:
-    return json.loads((results.folder / case / "summary.json").read_text())
+    return json.loads((results.folder(case) / "summary.json").read_text())
 
 
 def test_a_seed_decides_the_model(solo: Results) -> None:
@@ -154,23 +162,23 @@ def test_a_seed_decides_the_model(solo: Results) -> None:
 
 
 def test_a_config_can_be_run_again(solo: Results, tmp_path: Path) -> None:
-    written = solo.folder / "first" / "config.yaml"
+    written = solo.folder("first") / "config.yaml"
     assert yaml.safe_load(written.read_text())["schema_version"] == 1
     config = load_config(written, Config())
-    assert config == small_config(solo.folder / "first", **SOLO["first"])
+    assert config == small_config(solo.folder("first"), **SOLO["first"])
     moved = replace(config, run=replace(config.run, out=tmp_path / "again"))
     run_group(1, run_watched, [(moved, None)])
     assert file_hash(tmp_path / "again" / "model.safetensors") == solo.model("first")
 
 
-@pytest.mark.parametrize("case", SOLO)
+@pytest.mark.parametrize("case", slow_but_for(SOLO, "first", "one bit", "target", "central", "small"))
 def test_every_file_of_a_run_can_be_read(solo: Results, case: str) -> None:
-    folder, told = solo.folder / case, summary(solo, case)
+    folder, told = solo.folder(case), summary(solo, case)
     assert not list(folder.glob("*.tmp"))
     assert list((folder / "tensorboard").glob("events.*"))
     assert set(SUMMARY_KEYS) | {"schema_version"} <= told.keys()
     assert {k: v for k, v in told.items() if k != "schema_version"} == json.loads(
-        json.dumps(solo.ranks[case][0].summary)
+        json.dumps(solo.ranks(case)[0].summary)
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == list(range(told["rounds"]))
@@ -185,7 +193,7 @@ def test_every_file_of_a_run_can_be_read(solo: Results, case: str) -> None:
     if "exchange" in SOLO[case]:
         return
     clients = pq.read_table(folder / "clients.parquet").to_pylist()
-    assert {(row["round"], row["client"]) for row in clients} == set(solo.ranks[case][0].frames)
+    assert {(row["round"], row["client"]) for row in clients} == set(solo.ranks(case)[0].frames)
     assert all(sum(row["label_counts"]) == row["num_examples"] for row in clients)
     histograms = pq.read_table(folder / "histograms.parquet").to_pylist()
     assert {row["stage"] for row in histograms} >= {"weight", "update", "decoded"}
@@ -206,7 +214,7 @@ def layout_of(case: str, direction: str) -> Layout:
     return Layout.of(model, chosen.resolved(feedback=direction == "downlink" or chosen.wants_feedback))
 
 
-@pytest.mark.parametrize("case", ["first", "one bit", "to all", "group", "small"])
+@pytest.mark.parametrize("case", slow_but_for(["first", "one bit", "to all", "group", "small"], "first", "one bit"))
 def test_bytes_follow_the_layout(solo: Results, case: str) -> None:
     flags, told = SMALL | SOLO[case], summary(solo, case)
     up, down = layout_of(case, "uplink"), layout_of(case, "downlink")
@@ -231,7 +239,7 @@ def test_uplink_bytes_follow_the_codecs_formula(solo: Results, case: str) -> Non
     shapes = [param.shape for param in build_model("cnn62k").parameters()]
     coded = sum(FORMULAS[case](shape.numel()) for shape in shapes if len(shape) > 1)
     exempt = sum(2 * shape.numel() for shape in shapes if len(shape) == 1)
-    frames = solo.ranks[case][0].frames
+    frames = solo.ranks(case)[0].frames
     assert len(frames) == 15
     assert {nbytes for _, nbytes in frames.values()} == {HEADER_NBYTES + coded + exempt}
 
@@ -243,24 +251,25 @@ def test_a_target_accuracy_ends_the_run_cleanly(solo: Results) -> None:
     assert told["test_accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_settings_are_used(solo: Results) -> None:
     assert summary(solo, "bf16")["precision"] == "bf16"
     assert summary(solo, "fp16")["precision"] == "fp16"
     assert solo.model("bf16") != solo.model("fp16")
     assert summary(solo, "no validation")["best_val_accuracy"] == 0
     assert summary(solo, "to all")["downlink_to"] == "all"
-    lines = [json.loads(line) for line in (solo.folder / "adamw" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (solo.folder("adamw") / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([0.001, 0.0001])
-    assert not [n for n in load_file(solo.folder / "group" / "model.safetensors") if "running" in n]
+    assert not [n for n in load_file(solo.folder("group") / "model.safetensors") if "running" in n]
 
 
 def test_histograms_come_as_often_as_asked(solo: Results) -> None:
     def rounds(case: str) -> set[int]:
-        return {row["round"] for row in pq.read_table(solo.folder / case / "histograms.parquet").to_pylist()}
+        return {row["round"] for row in pq.read_table(solo.folder(case) / "histograms.parquet").to_pylist()}
 
     assert rounds("one bit") == {0, 1, 2}
     assert rounds("first") == {0, 2}
-    rows = pq.read_table(solo.folder / "one bit" / "histograms.parquet").to_pylist()
+    rows = pq.read_table(solo.folder("one bit") / "histograms.parquet").to_pylist()
     codes = [row for row in rows if row["stage"] == "codes"]
     assert codes
     assert all(0 <= row["entropy_bits"] <= 1 for row in codes), "a sign has at most one bit"
@@ -273,7 +282,7 @@ def test_training_alone_sends_nothing(solo: Results) -> None:
     assert told["exchange"] == "none"
     assert told["uplink_bytes"] == told["downlink_bytes"] == told["wire_bytes"] == 0
     assert told["test_accuracy"] > 0
-    rows = pq.read_table(solo.folder / "central" / "clients.parquet").to_pylist()
+    rows = pq.read_table(solo.folder("central") / "clients.parquet").to_pylist()
     assert [row["round"] for row in rows] == list(range(told["rounds"]))
     assert all(sum(row["label_counts"]) == row["num_examples"] for row in rows)
     assert max(row["val_accuracy"] for row in rows) == told["best_val_accuracy"]
@@ -283,7 +292,7 @@ def test_training_alone_sends_nothing(solo: Results) -> None:
 def test_the_balanced_accuracy_is_scikit_learns_of_the_saved_model(solo: Results, case: str, tmp_path: Path) -> None:
     data = load_dataset("digits", data_dir=tmp_path, train_examples=280)
     model = build_model("cnn62k")
-    model.load_state_dict(load_file(solo.folder / case / "model.safetensors"))
+    model.load_state_dict(load_file(solo.folder(case) / "model.safetensors"))
     with torch.no_grad():
         said = model.eval()(normalize(data.test.images, data.mean, data.std)).argmax(1)
     told = summary(solo, case)
@@ -292,7 +301,7 @@ def test_the_balanced_accuracy_is_scikit_learns_of_the_saved_model(solo: Results
 
 
 def test_small_clients_are_told_of_once_and_every_client_is_counted(solo: Results) -> None:
-    rows = pq.read_table(solo.folder / "small" / "clients.parquet").to_pylist()
+    rows = pq.read_table(solo.folder("small") / "clients.parquet").to_pylist()
     held = {row["client"]: row["num_examples"] for row in rows}
     assert min(held.values()) < 64
     assert np.all([row["num_examples"] == held[row["client"]] for row in rows])

@@ -6,18 +6,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import warm
 from distributed import run_group, run_ranks
 from jobs import small_config
-from launched import environ
 from properties import few
 
 from fedq.cli import main
@@ -26,35 +26,29 @@ from fedq.runfolder import Holder, RunFolder, holder_of, lock
 from fedq.runfolder.lock import LOCK, FolderLock
 from fedq.trainers.federated import run_job
 
-HOLD = """
-import sys
-from pathlib import Path
-from fedq.runfolder.lock import FolderLock
-held = FolderLock.take(Path(sys.argv[1]))
-if "fork" in sys.argv:
-    import os
-    child = os.fork()
-    if not child:
-        sys.stdin.read()
-    print(child, flush=True)
-print("held", flush=True)
-sys.stdin.read()
-"""
+
+def hold(folder: Path, forks: bool, pipe: Connection) -> None:
+    """Hold a folder for ever; say so with the number of a child that is there as long, 0 for none."""
+    held = FolderLock.take(folder)
+    child = os.fork() if forks else 0
+    if child or not forks:
+        pipe.send(child)
+    threading.Event().wait()
+    held.release()
 
 
 @contextmanager
-def held_elsewhere(folder: Path, *how: str) -> Iterator[tuple[subprocess.Popen, list[str]]]:
-    """Let another process hold a folder, until it is killed; give it and what it has said."""
-    command = [sys.executable, "-c", HOLD, str(folder), *how]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ()) as process:
-        assert process.stdout is not None
-        said = [process.stdout.readline().strip()]
-        while said[-1] not in ("held", ""):
-            said.append(process.stdout.readline().strip())
-        try:
-            yield process, said
-        finally:
-            process.kill()
+def held_elsewhere(folder: Path, *, forks: bool = False) -> Iterator[tuple[BaseProcess, int]]:
+    """Let another process hold a folder, until it is killed; give it and its child."""
+    ours, theirs = warm.context().Pipe()
+    process = warm.context().Process(target=hold, args=(folder, forks, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield process, ours.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 def leave(folder: Path, holder: Holder) -> Path:
@@ -73,7 +67,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(
         assert (found := holder_of(tmp_path)) is not None
         assert found.pid == other.pid
         other.kill()
-        other.wait()
+        other.join()
         assert holder_of(tmp_path) is None
         held = FolderLock.take(tmp_path)
     assert [record.message for record in caplog.records] == [
@@ -87,14 +81,14 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(
 
 @pytest.mark.slow
 def test_a_child_of_a_dead_process_does_not_hold_its_folder(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path, "fork") as (parent, said):
+    with held_elsewhere(tmp_path, forks=True) as (parent, child):
         parent.kill()
-        parent.wait()
+        parent.join()
         try:
-            os.kill(int(said[0]), 0)
+            os.kill(child, 0)
             FolderLock.take(tmp_path).release()
         finally:
-            os.kill(int(said[0]), signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_number_that_was_given_again_is_another_process(tmp_path: Path) -> None:

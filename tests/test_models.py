@@ -21,6 +21,10 @@ NAMES_AND_NORMS += [(name, "group") for name in MODELS if name not in ("cnn62k",
 WITHOUT_RESNET50 = [  # which is slow
     pytest.param(*pair, marks=pytest.mark.slow if pair[0] == "resnet50" else ()) for pair in NAMES_AND_NORMS
 ]
+WITHOUT_LARGE_RESNETS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair[0] in ("resnet18", "resnet50") else ())
+    for pair in NAMES_AND_NORMS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +189,7 @@ def test_pooling_before_relu_changes_neither_logits_nor_gradients(name, referenc
 LEARNING_RATES = {("resnet18", "group"): 1e-4, ("resnet50", "group"): 1e-4, ("cnn62k", "batch"): 5e-3}
 
 
-@pytest.mark.parametrize(("name", "norm"), WITHOUT_RESNET50)
+@pytest.mark.parametrize(("name", "norm"), WITHOUT_LARGE_RESNETS)
 def test_a_few_steps_in_bf16_and_channels_last_reduce_the_loss(name, norm):
     model = build_model(name, image_size=16, norm=norm).to(memory_format=torch.channels_last)
     images = torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last)
@@ -214,7 +218,9 @@ def test_group_norm_replaces_every_batch_norm_and_leaves_no_running_statistics(n
     assert num_parameters(group) == num_parameters(batch)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "resnet50" else ()) for name in MODELS]
+)
 def test_the_seed_decides_the_weights(name):
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)

@@ -304,6 +304,7 @@ def test_settings_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.C
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_run_across_a_network_has_a_report(fed: Federation) -> None:
     pytest.importorskip("bokeh")
     server = fed.server(*TWO)

@@ -403,9 +403,9 @@ def test_a_server_that_no_client_would_take_does_not_start() -> None:
 
 def test_a_model_that_is_too_large_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "make_model", lambda *given: pytest.fail("it was built"))
-    data = {"dataset": "digits", "image_size": 256, "train_examples": 50}
+    data = {"dataset": "digits", "image_size": 64, "train_examples": 50}
     sent = SENT | {"data": SENT["data"] | data, "local": SENT["local"] | {"model": "cnn1m"}}
-    own = ClientConfig(max_model_mb=200.0, device="cpu")
-    with distributed("cpu", 1) as runtime, pytest.raises(FieldError, match=r"max_model_mb=200.0") as caught:
+    own = ClientConfig(max_model_mb=10.0, device="cpu")
+    with distributed("cpu", 1) as runtime, pytest.raises(FieldError, match=r"max_model_mb=10.0") as caught:
         client._prepare(own, settings_of(as_told(sent), own), runtime, as_told(sent))
-    assert "cnn1m at 256x256" in caught.value.allowed
+    assert "cnn1m at 64x64" in caught.value.allowed

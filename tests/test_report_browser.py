@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from browser import look_at, needs_chromium
-from properties import few
+from properties import few, is_all
 from report_runs import copied, make_runs, with_config, with_phases, with_summary
 
 from fedq.report.page.cautions import find_cautions
@@ -60,13 +60,13 @@ def write_page(paths: list[Path], page: Path) -> Path:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    runs = make_runs(root)
+    runs = make_runs(root, (0, 1) if is_all() else (0,))
     for run in runs:
         with_phases(run, exchange_s=0.002)
     host = {"host": "a-host-with-a-long-name", "ranks": [0], "interfaces": {"lo": {"sent": 123456, "received": 1}}}
     with_summary(runs[0], interface={"hosts": [host], "sent": 123456, "counted": 100000, "ratio": 1.23456})
     name = "an-arm-whose-name-is-longer-than-a-phone-is-wide-without_any_place_to_break-seed0"
-    long_name = with_config(copied(runs[2], root / name), "local", lr=0.5)
+    long_name = with_config(copied(root / "int4-seed0", root / name), "local", lr=0.5)
     return write_page([*runs, long_name], root / "report.html")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import small_config
+from properties import few
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -81,7 +82,7 @@ UNEQUAL = [torch.arange(0, 21), torch.arange(30, 35), torch.arange(36, 90)]
         (plain, {"augment": False, "steps": 5}),
         (normed, {"epochs": 2}),
         (frozen_stem, {}),
-        (convnet, {}),
+        pytest.param(convnet, {}, marks=pytest.mark.slow),
     ],
     ids=["sgd", "adamw", "prox", "steps", "batchnorm", "frozen", "resnet20"],
 )
@@ -136,7 +137,7 @@ def model_of(folder: Path, **flags: object) -> tuple[dict, Tensor]:
     return summary, torch.cat([value.view(-1).double() for value in load_file(folder / "model.safetensors").values()])
 
 
-@pytest.mark.parametrize("chaos", ["", "fail=0.3,seed=2"])
+@pytest.mark.parametrize("chaos", few(["fail=0.3,seed=2", ""], 1))
 def test_a_job_side_by_side_equals_one_by_one(tmp_path: Path, chaos: str) -> None:
     flags = {"uplink": "fp32", "downlink": "fp32", "chaos": chaos}
     one, expected = model_of(tmp_path / "one", **flags)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from launched import environ
+from warm import Command
 
 from fedq.cli import main
 from fedq.errors import FieldError
@@ -126,12 +125,13 @@ def test_a_signal_stops_what_runs(tmp_path: Path, job: list[str]) -> None:
     (out / "hang").touch()
     call = f"run_tasks(read_plan(Path({str(write(tmp_path))!r})), Path({str(out)!r}), train={job!r})"
     code = f"from pathlib import Path; from fedq.sweep import read_plan, run_tasks; print(len({call}))"
-    sweep = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    sweep = Command(["-c", code], output=tmp_path / "said", env=environ(), cwd=tmp_path)
     end = time.monotonic() + 60
     while not (out / "float32-seed0/calls").exists() and time.monotonic() < end:
         time.sleep(0.05)
-    os.kill(sweep.pid, signal.SIGTERM)
-    told, _ = sweep.communicate(timeout=60)
+    sweep.send_signal(signal.SIGTERM)
+    assert sweep.wait(60) == 0
+    told = (tmp_path / "said").read_text()
     assert told.splitlines()[-1] == "4"
     assert "1/4  float32, seed 0: stopped; the same command goes on" in told
     assert not (out / "4-bits-seed0").exists(), "nothing was started after it"
@@ -175,6 +175,7 @@ def test_the_task_of_an_array_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     assert "task=2 is not allowed; allowed: 0 to 1" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_real_sweep_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path, out = write(tmp_path, seeds=[3]), tmp_path / "out"
     assert main(["sweep", str(path), "--out", str(out), "--", "--threads", "1"]) == 0

@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import is_all
 
 from fedq.text import LONGEST, clean
 
@@ -24,7 +25,7 @@ def test_what_is_left_is_one_printable_line_that_stays_as_it_is(text: str | byte
 
 
 def test_no_character_of_a_forbidden_category_is_left() -> None:
-    for first in range(0, sys.maxunicode + 1, 64):
+    for first in range(0, sys.maxunicode + 1, 64 if is_all() else 64 * 9):
         cleaned = clean("".join(map(chr, range(first, min(first + 64, sys.maxunicode + 1)))), 4000)
         found = {unicodedata.category(character) for character in cleaned} - {"Zs"}
         assert not found & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}, first

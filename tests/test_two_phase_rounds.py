@@ -15,7 +15,7 @@ from distributed import run_group
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import Watched, file_hash, run_watched, small_config
-from properties import few
+from properties import few, is_all
 from test_resume import Stop, run_jobs, summary
 from torch import Tensor, nn
 
@@ -55,7 +55,6 @@ CASES: dict[str, dict[str, Any]] = {
     "batchnorm": {"model": "resnet20", "rounds": 1, "local_steps": 1, "num_clients": 3, "cohort": None},
 }
 BY_WORLD = {1: ("int4",), 2: (*CASES,), 3: (*CASES,), 4: ("int4", "variable", "clip")}
-ROOTED = {1: ("int4",), 2: (*CASES,), 3: ("int4",), 4: ("int4",)}  # the result does not depend on the ranks (test_job)
 
 
 @dataclass(frozen=True)
@@ -86,28 +85,41 @@ class Ran:
         return sorted(repr(row) for row in rows if row["payload"] or row["raw"])
 
 
+class Jobs:
+    """Jobs by world size, way and case, each run when it is first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._ran: dict[tuple[int, str, str], Ran] = {}
+
+    def __getitem__(self, key: tuple[int, str, str]) -> Ran:
+        if key not in self._ran:
+            world_size, way, case = key
+            folder = self._factory.mktemp("job")
+            config = small_config(folder, aggregate=way, **CASES[case])
+            job = (config, NAN_AT if "nan" in case else None)
+            self._ran[key] = Ran([seen for (seen,) in run_group(world_size, run_watched, [job])], folder)
+        return self._ran[key]
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str], Ran]:
-    """Every job, by world size, way and case."""
-    results = {}
-    for world_size, cases in BY_WORLD.items():
-        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        keys = [("rooted", case) for case in ROOTED[world_size]] + [("two_phase", case) for case in cases]
-        jobs = [
-            (small_config(folder / way / case, aggregate=way, **CASES[case]), NAN_AT if "nan" in case else None)
-            for way, case in keys
-        ]
-        by_rank = run_group(world_size, run_watched, jobs)
-        for i, (way, case) in enumerate(keys):
-            results[world_size, way, case] = Ran([seen[i] for seen in by_rank], folder / way / case)
-    return results
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory)
 
 
-JOBS = [(world_size, case) for world_size, cases in BY_WORLD.items() for case in cases]
+def _is_quick(world_size: int, case: str) -> bool:
+    return world_size == 3 and case in ("int4", "variable", "clip", "drop nan")
+
+
+JOBS = [
+    pytest.param(world_size, case, marks=() if _is_quick(world_size, case) else pytest.mark.slow)
+    for world_size, cases in BY_WORLD.items()
+    for case in cases
+]
 
 
 @pytest.mark.parametrize(("world_size", "case"), JOBS)
-def test_the_result_is_that_of_a_server_on_rank_0(ran: dict, world_size: int, case: str) -> None:
+def test_the_result_is_that_of_a_server_on_rank_0(ran: Jobs, world_size: int, case: str) -> None:
     rooted, spread = ran[2, "rooted", case], ran[world_size, "two_phase", case]
     assert spread.model == rooted.model
     assert {seen.replica for seen in spread.ranks} == {rooted.ranks[0].replica}
@@ -120,20 +132,22 @@ def test_the_result_is_that_of_a_server_on_rank_0(ran: dict, world_size: int, ca
 
 
 @pytest.mark.parametrize(("world_size", "case"), JOBS)
-def test_the_ledger_has_the_same_messages(ran: dict, world_size: int, case: str) -> None:
+def test_the_ledger_has_the_same_messages(ran: Jobs, world_size: int, case: str) -> None:
     assert ran[world_size, "two_phase", case].payload_rows() == ran[2, "rooted", case].payload_rows()
 
 
-def test_wire_bytes_are_those_that_the_process_group_was_given(ran: dict) -> None:
-    for (world_size, _, _), job in ran.items():
+@pytest.mark.parametrize(("world_size", "case"), JOBS)
+def test_wire_bytes_are_those_that_the_process_group_was_given(ran: Jobs, world_size: int, case: str) -> None:
+    rooted = ran[2, "rooted", case]  # by one server on rank 0, whose result does not depend on the ranks (test_job)
+    for job, num_ranks in ((ran[world_size, "two_phase", case], world_size), (rooted, 2)):
         wire = sum(row["wire"] for row in job.rows("ledger"))
         assert wire == job.summary["wire_bytes"]
         assert wire == sum(seen.sent for seen in job.ranks) == sum(seen.received for seen in job.ranks)
         assert job.summary["root_ingress_bytes"] == job.ranks[0].received
-        assert (wire > 0) == (world_size > 1)
+        assert (wire > 0) == (num_ranks > 1)
 
 
-def test_the_cases_are_what_they_are_meant_to_be(ran: dict) -> None:
+def test_the_cases_are_what_they_are_meant_to_be(ran: Jobs) -> None:
     def statuses(case: str) -> set[str]:
         return {" ".join(row["status"].split()[:2]) for row in ran[3, "two_phase", case].rows("clients")}
 
@@ -142,7 +156,7 @@ def test_the_cases_are_what_they_are_meant_to_be(ran: dict) -> None:
     assert any(status.startswith("norm 0.") for status in statuses("drop nan"))
     sent = {row["payload"] for row in ran[3, "two_phase", "variable"].rows("ledger") if row["part"] == "indices"}
     assert len(sent) > 10, "sizes depend on the values"
-    assert ran[1, "two_phase", "int4"].summary["aggregate"] == "two_phase"
+    assert ran[3, "two_phase", "int4"].summary["aggregate"] == "two_phase"
 
 
 # ---- rank 0's ingress ----
@@ -152,8 +166,10 @@ def owned_bytes(layout: Layout, numbers: list[int]) -> int:
     return sum(layout.spans[n].codec.payload_nbytes(layout.spans[n].shape) for n in numbers)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_what_comes_to_rank_0_follows_the_formula(ran: dict, world_size: int) -> None:
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_what_comes_to_rank_0_follows_the_formula(ran: Jobs, world_size: int) -> None:
     """Rooted: every update of other ranks' clients; two_phase: rank 0's share of them, and of the changes the rest."""
     model = build_model("cnn62k", num_classes=10, in_channels=3, image_size=32, norm="batch")
     up = Layout.of(model, Config().exchange.uplink)
@@ -170,7 +186,7 @@ def test_what_comes_to_rank_0_follows_the_formula(ran: dict, world_size: int) ->
 
 
 @pytest.mark.slow
-def test_rank_0_receives_less_the_more_ranks_there_are(ran: dict) -> None:
+def test_rank_0_receives_less_the_more_ranks_there_are(ran: Jobs) -> None:
     shares = []
     for world_size in (2, 3, 4):
         rooted, spread = (ran[world_size, way, "int4"].summary["root_ingress_bytes"] for way in WAYS)
@@ -315,7 +331,7 @@ def all_scripted_rounds(rank: int) -> list[list[tuple]]:
     return [scripted_rounds(rank, limits) for limits in LIMITS]
 
 
-@pytest.mark.parametrize("world_size", few([5, 2], 1))  # 5: one rank owns nothing
+@pytest.mark.parametrize("world_size", few([2, 5], 1))  # 5: one rank owns nothing
 def test_owners_decide_as_one_server_does(world_size: int) -> None:
     for limits, *by_rank in zip(LIMITS, *run_group(world_size, all_scripted_rounds), strict=True):
         (told, replica, totals), (spread_told, _, spread_totals) = by_rank[0]
@@ -334,17 +350,24 @@ STOPPED = {"uplink": "sign", "downlink": "int4", "server": "fedadam:lr=0.01", "r
 STOPS = {"begin": Stop(2, "begin"), "residuals": Stop(1, "residuals"), "rooted": Stop(2, "log")}
 
 
+class StoppedJobs:
+    """Jobs that stopped on three ranks, two with a spread server, and one that never did, each run when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        folder, stop = self._folder / name, STOPS.get(name)
+        if not folder.exists():
+            way = "rooted" if name == "rooted" else "two_phase"
+            for ((result, _),) in run_group(3, run_jobs, [(small_config(folder, aggregate=way, **STOPPED), stop)]):
+                assert (result if isinstance(result, str) else "") == ("Stopped: " if stop else "")
+        return folder
+
+
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Jobs that stopped on three ranks, two with a spread server, and one that never did."""
-    folder = tmp_path_factory.mktemp("stopped")
-    jobs: list[tuple[Config, Stop | None]] = [(small_config(folder / "whole", aggregate="two_phase", **STOPPED), None)]
-    for name, stop in STOPS.items():
-        way = "rooted" if name == "rooted" else "two_phase"
-        jobs.append((small_config(folder / name, aggregate=way, **STOPPED), stop))
-    for seen in run_group(3, run_jobs, jobs):
-        assert [result if isinstance(result, str) else "" for result, _ in seen] == ["", *["Stopped: "] * len(STOPS)]
-    return folder
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> StoppedJobs:
+    return StoppedJobs(tmp_path_factory.mktemp("stopped"))
 
 
 def resumed(folder: Path, way: str) -> tuple[Config, None]:
@@ -352,9 +375,11 @@ def resumed(folder: Path, way: str) -> tuple[Config, None]:
 
 
 @pytest.mark.parametrize("world_size", few([2, 1, 3], 1))
-def test_a_resumed_job_equals_one_that_never_stopped(stopped: Path, tmp_path: Path, world_size: int) -> None:
+def test_a_resumed_job_equals_one_that_never_stopped(stopped: StoppedJobs, tmp_path: Path, world_size: int) -> None:
     """With another number of owners, or with the server back on rank 0, or away from there."""
     keys = [(name, way) for name in STOPS for way in WAYS]
+    if not is_all():  # residuals of another rank are test_resume's, too
+        keys = [("begin", "two_phase"), ("begin", "rooted"), ("rooted", "two_phase")]
     folders = [Path(shutil.copytree(stopped / name, tmp_path / f"{name} {way}")) for name, way in keys]
     jobs = [resumed(folder, way) for folder, (_, way) in zip(folders, keys, strict=True)]
     results = run_group(world_size, run_jobs, jobs)[0]
@@ -369,7 +394,7 @@ def test_a_resumed_job_equals_one_that_never_stopped(stopped: Path, tmp_path: Pa
         assert {k: result[k] for k in same} == {k: summary(stopped / "whole")[k] for k in same}
 
 
-def test_old_parts_are_deleted_and_damaged_ones_are_refused(stopped: Path, tmp_path: Path) -> None:
+def test_old_parts_are_deleted_and_damaged_ones_are_refused(stopped: StoppedJobs, tmp_path: Path) -> None:
     servers = stopped / "whole" / "checkpoints" / "servers"
     left = sorted(str(path.relative_to(servers)) for path in servers.glob("*/*"))
     assert left == [f"{rank}-of-3/{number:08d}" for rank in range(3) for number in (3, 4)]
@@ -377,7 +402,7 @@ def test_old_parts_are_deleted_and_damaged_ones_are_refused(stopped: Path, tmp_p
     folder = Path(shutil.copytree(stopped / "begin", tmp_path / "begin"))
     part = folder / "checkpoints" / "servers" / "1-of-3" / "00000002" / "state.safetensors"
     part.write_bytes(part.read_bytes()[:-1] + b"?")
-    ((result, heard),) = run_group(1, run_jobs, [resumed(folder, "two_phase")])[0]
+    ((result, heard),) = run_jobs(0, [resumed(folder, "two_phase")])
     assert isinstance(result, dict), result
     assert "resumed after round 1" in heard
     assert f"round 2 is refused: checkpoint {part}: its checksum does not match" in heard

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from distributed import _PRELOAD
+import warm
 from jobs import SMALL
+from launched import environ
 from properties import few
 
 from fedq.checkpoint import Checkpoints
@@ -55,9 +54,7 @@ def has_checkpoint(folder: Path) -> Callable[[], bool]:
 
 
 def forked(body: Callable, *given: object) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    process = context.Process(target=body, args=given, daemon=True)
+    process = warm.context().Process(target=body, args=given, daemon=True)
     process.start()
     return process
 
@@ -214,7 +211,7 @@ def test_jobs_in_threads_one_after_the_other_are_those_of_the_main_thread(tmp_pa
     before = handling()
 
     def job(name: str) -> object:
-        config = parse_args(flags(tmp_path / name, rounds=2), defaults=Config())
+        config = parse_args(flags(tmp_path / name, rounds=2, cohort=2), defaults=Config())
         summary = run_job(config)
         return summary["test_accuracy"], summary["wire_bytes"]
 
@@ -231,16 +228,15 @@ def test_jobs_in_threads_one_after_the_other_are_those_of_the_main_thread(tmp_pa
 def test_sigterm_ends_a_job_with_0_and_the_command_that_resumes_it(tmp_path: Path) -> None:
     """The real script on one rank; the command is then followed to the letter."""
     folder = tmp_path / "run"
-    command = [sys.executable, str(SCRIPT), *flags(folder, uplink="sign")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path) as job:
-        try:
-            wait_until(has_checkpoint(folder))
-            job.send_signal(signal.SIGTERM)
-            said, _ = job.communicate(timeout=LEAVE_S)
-        finally:
-            job.kill()
-    assert job.returncode == 0
-    last = said.rstrip().splitlines()[-1]
+    command = [str(SCRIPT), *flags(folder, uplink="sign")]
+    job = warm.Command(command, output=tmp_path / "said", env=environ(), cwd=tmp_path)
+    try:
+        wait_until(has_checkpoint(folder))
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(LEAVE_S) == 0
+    finally:
+        job.kill()
+    last = (tmp_path / "said").read_text().rstrip().splitlines()[-1]
     match = re.fullmatch(r"stopped by SIGTERM after round (\d+); go on with: python (.*)", last)
     assert match, last
     assert Checkpoints(folder / "checkpoints").numbers()[-1] == int(match[1])
