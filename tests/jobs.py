@@ -48,6 +48,12 @@ def small_config(out: Path, **flags: Any) -> Config:
     return config
 
 
+def flags(out: Path | None, **changes: object) -> list[str]:
+    """Return the flags of a small job on the command line."""
+    given = SMALL | ({"out": out} if out else {}) | changes
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
 @dataclass(frozen=True)
 class Watched:
     """What one rank saw of a job; frames by (round, client), as hash and bytes, on rank 0 alone; its last replica."""

@@ -56,6 +56,17 @@ def train(out: Path, launcher: tuple[str, ...], *flags: str, env: Mapping[str, s
     return out
 
 
+def command(out: Path, *more: str) -> list[str]:
+    """Return the command of the small job of three rounds."""
+    return [sys.executable, str(ROOT / "train.py"), *SMALL, "--rounds", "3", "--out", str(out), *more]
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the files of a run, without the events of TensorBoard, which are named by time."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in names if not name.startswith("tensorboard")}
+
+
 def torchrun(num_ranks: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import run_group
 from jobs import small_config
-from test_resume import run_jobs
+from stopped_jobs import run_jobs
 
 ARMS: dict[str, dict[str, Any]] = {
     "fp32": {"uplink": "fp32", "downlink": "fp32"},

@@ -15,9 +15,9 @@ import torch
 from clients import client_on
 from distributed import run_group
 from jobs import Watched, file_hash, run_watched, small_config
+from local_training import small_model, start_of, training
 from properties import is_all
 from safetensors.torch import load_file
-from test_client import small_model, start_of, training
 from torch import Tensor, nn
 
 from fedq.checkpoint import Checkpoints

@@ -8,33 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from clients import client_on
+from local_training import DECAY, MEAN, MOMENTUM, STD, small_model, start_of, training
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.data import Split
-from fedq.engines.precision import Precision, choose_precision
+from fedq.engines.precision import choose_precision
 from fedq.errors import FieldError
 from fedq.federated.client import Client
-from fedq.federated.image_training import LocalTraining
 from fedq.federated.training import RoundContext, is_finite
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.wire import Kind, split_body
-
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-FP32 = Precision("fp32", "cpu", channels_last=False)
-MOMENTUM, DECAY = 0.9, 5e-4
-
-
-def small_model(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(54, 4)
-    )
-
-
-def sgd(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=MOMENTUM, weight_decay=DECAY, fused=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +27,6 @@ def split() -> Split:
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
     return Split(images, torch.randint(4, (60,), generator=generator))
-
-
-def training(split: Split, model: nn.Module | None = None, **changes: object) -> LocalTraining:
-    model = model or small_model()
-    made = LocalTraining(model, Layout.of(model, "fp32"), split, MEAN, STD, sgd, FP32, batch_size=8, augment=False)
-    return replace(made, **changes)
-
-
-def start_of(local: LocalTraining) -> Tensor:
-    return local.layout.flatten(small_model())
 
 
 def plain_loop(split: Split, order: list[Tensor], lr: float, mu: float, dtype: torch.dtype) -> nn.Module:

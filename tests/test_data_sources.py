@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from image_files import as_file, random_images, write_parquet
 from PIL import Image, ImageOps
 from properties import few
 
@@ -29,40 +29,10 @@ def load(dataset: object, tmp_path: Path, **options) -> Dataset:
     return load_dataset(str(dataset), data_dir=tmp_path, cache_dir=tmp_path / "cache", val_fraction=0, **options)
 
 
-def random_images(num: int, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (num, *shape), dtype=np.uint8)
-
-
-def as_file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
 def channels_first(images: np.ndarray) -> torch.Tensor:
     """(N, H, W, 3) or grey (N, H, W) to the (N, 3, H, W) that every data set has."""
     images = images if images.ndim == 4 else np.stack([images] * 3, axis=-1)
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-
-def write_parquet(
-    file: Path,
-    images: list[bytes | None] | np.ndarray,
-    labels: list,
-    *,
-    column: str = "img",
-    names: list[str] | None = None,
-    label_type: pa.DataType | None = None,
-    row_group_size: int = 4,
-) -> None:
-    encoded = [as_file(image) for image in images] if isinstance(images, np.ndarray) else images
-    structs = pa.array([{"bytes": item, "path": "x.png"} for item in encoded])
-    table = pa.table({column: structs, "label": pa.array(labels, label_type or pa.int64())})
-    if names:
-        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, file, row_group_size=row_group_size)
 
 
 def write_cifar10(folder: Path, rows: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,10 @@ import torch
 from clients import client_on
 from distributed import run_group
 from jobs import file_hash, run_watched, small_config
+from local_training import FP32, MEAN, STD, sgd
 from properties import few, slow_but_for
 from safetensors.torch import load_file
-from test_client import FP32, MEAN, STD, sgd
-from test_resume import Stop, run_jobs
+from stopped_jobs import Stop, run_jobs
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -16,7 +16,7 @@ from distributed import run_group
 from jobs import small_config
 from properties import is_all
 from safetensors.torch import load_file
-from test_resume import run_jobs
+from stopped_jobs import run_jobs
 
 from fedq.cli import main
 from fedq.errors import FieldError

@@ -14,11 +14,10 @@ import pytest
 import torch
 import yaml
 from distributed import run_group
-from jobs import file_hash, small_config
+from jobs import file_hash, flags, small_config
 from PIL import Image
 from properties import few, is_all
-from test_resume import Stop, run_jobs, stopped_run, whole_run
-from test_starts import flags
+from stopped_jobs import Stop, run_jobs, stopped_run, whole_run
 
 from fedq.checkpoint import Checkpoints
 from fedq.cli import main

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import file_hash, small_config
-from launched import environ, free_ports
+from jobs import file_hash, flags, small_config
+from launched import LIMIT_S, command, environ, files_of, free_ports
 from properties import few, is_all
-from test_lost_streams import LIMIT_S, command, files_of
-from test_resume import metrics, whole_run
-from test_starts import flags
+from stopped_jobs import metrics, whole_run
 
 from fedq.checkpoint import Checkpoints
 from fedq.cli import main

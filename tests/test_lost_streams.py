@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from jobs import file_hash
-from launched import ROOT, SMALL, environ, until
+from launched import command, environ, files_of, until
 from properties import few
 
 from fedq.checkpoint import Checkpoints
@@ -22,10 +22,6 @@ from fedq.runtime import lasting_streams
 from fedq.runtime.streams import Lasting
 
 LIMIT_S = 120
-
-
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *SMALL, "--rounds", "3", "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +42,6 @@ def with_reader_gone(arguments: Sequence[str], num_bytes: int) -> tuple[int, byt
         os.close(reading)
         _, errors = process.communicate(timeout=LIMIT_S)
         return process.returncode, errors
-
-
-def files_of(folder: Path) -> set[str]:
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return {name for name in names if not name.startswith("tensorboard")}
 
 
 @pytest.mark.parametrize("num_bytes", few([1, 0], 1))

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from federation import JOB, OWN, Federation, federation
+from image_files import random_images, write_parquet
 from launched import environ, execute, summary
 from safetensors.numpy import load_file
-from test_data_sources import random_images, write_parquet
 from torch import nn
 
 from fedq.cli import main

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import shutil
 import signal
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,15 @@ import pytest
 from distributed import RankFailed, run_group
 from jobs import file_hash, small_config
 from properties import few, is_all, slow_but_for
+from stopped_jobs import Stop, metrics, run_jobs, summary
 
-from fedq.checkpoint import CheckpointError, Checkpoints
+from fedq.checkpoint import Checkpoints
 from fedq.cli import main
 from fedq.config import Config
 from fedq.errors import FieldError
-from fedq.federated.rounds import Rounds
 from fedq.feedback import ResidualStore
 from fedq.trainers import federated
 from fedq.trainers.watch import Watch
-
-
-@dataclass(frozen=True)
-class Stop:
-    """When a job raises, on every rank: in round ``round``, before it begins, once it is logged, or in between saving
-    residuals and the checkpoint that names them."""
-
-    round: int
-    moment: str
-
 
 # Seven clients, five a round, four rounds; each case with the moment at which it is stopped.
 CASES: dict[str, tuple[dict[str, Any], Stop]] = {
@@ -81,64 +70,6 @@ SAME = (
     "left_out",
     "rounds",
 )
-
-
-class Stopped(Exception):
-    """What a job is stopped by."""
-
-
-def run_jobs(rank: int, jobs: list[tuple[Config, Stop | None]]) -> list[tuple[dict | str, str]]:
-    """Run jobs one after another; return the summary, or the text of what stopped it, and what was printed."""
-    results: list[tuple[dict | str, str]] = []
-    for config, stop in jobs:
-        heard = io.StringIO()
-        with redirect_stdout(heard), redirect_stderr(heard), pytest.MonkeyPatch.context() as patch:
-            if stop:
-                _stop_at(patch, stop)
-            try:
-                summary: dict | str = federated.run_job(config)
-            except (Stopped, FieldError, CheckpointError) as error:
-                summary = f"{type(error).__name__}: {error}"
-        results.append((summary, heard.getvalue()))
-    return results
-
-
-def whole_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
-    """Return the folder of a small job on one rank that has run to its end."""
-    folder = make.mktemp("whole") / "run"
-    federated.run_job(small_config(folder, **flags))
-    return folder
-
-
-def stopped_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
-    """Return the folder of a small job on one rank that was stopped before its third round."""
-    folder = make.mktemp("stopped") / "run"
-    assert run_jobs(0, [(small_config(folder, **flags), Stop(2, "begin"))])[0][0] == "Stopped: "
-    return folder
-
-
-def _stop_at(patch: pytest.MonkeyPatch, stop: Stop) -> None:
-    run, log, save = Rounds.run, federated.log_round, ResidualStore.save
-
-    def stopped_run(rounds: Rounds, context: Any) -> Any:
-        if (context.round, "begin") == (stop.round, stop.moment):
-            raise Stopped
-        return run(rounds, context)
-
-    def stopped_log(job: Any, round: int, *given: Any) -> None:
-        log(job, round, *given)
-        if (round, "log") == (stop.round, stop.moment):
-            raise Stopped
-
-    def stopped_save(store: ResidualStore, number: int) -> list[int]:
-        saved = save(store, number)
-        if (number, "residuals") == (stop.round + 1, stop.moment):
-            raise Stopped
-        return saved
-
-    patch.setattr(Rounds, "run", stopped_run)
-    patch.setattr(federated, "log_round", stopped_log)
-    patch.setattr(ResidualStore, "save", stopped_save)
 
 
 def resumed(folder: Path, **changes: Any) -> Config:
@@ -215,15 +146,6 @@ def histograms(folder: Path) -> dict[tuple[int, int], list[str]]:
     for row in pq.read_table(folder / "histograms.parquet").to_pylist():
         found.setdefault((row["round"], row["client"]), []).append(repr(row))
     return found
-
-
-def metrics(folder: Path, *leave_out: str) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", *leave_out)} for line in lines]
-
-
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
 
 
 def assert_equal(folder: Path, whole: Path, *, same_ranks: bool) -> None:

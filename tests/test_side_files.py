@@ -11,10 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jobs import file_hash, small_config
+from jobs import file_hash, flags, small_config
 from properties import few, is_all
-from test_resume import metrics, stopped_run, whole_run
-from test_starts import flags
+from stopped_jobs import metrics, stopped_run, whole_run
 
 from fedq.cli import main
 from fedq.errors import FieldError

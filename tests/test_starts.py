@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from jobs import SMALL, file_hash
+from jobs import file_hash, flags
 from properties import few, is_all
 
 from fedq.cli import main, parse_args
@@ -22,11 +22,6 @@ from fedq.trainers.federated import run_job
 
 class Stopped(Exception):
     """What a job is stopped by."""
-
-
-def flags(out: Path | None, **changes: object) -> list[str]:
-    given = SMALL | ({"out": out} if out else {}) | changes
-    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def stop(*given: object) -> None:

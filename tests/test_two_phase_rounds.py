@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import Watched, file_hash, run_watched, small_config
 from properties import few, is_all
-from test_resume import Stop, run_jobs, summary
+from stopped_jobs import Stop, run_jobs, summary
 from torch import Tensor, nn
 
 from fedq.collectives import Transport
