@@ -1,6 +1,6 @@
 """Run a sweep and put its table into a document, in place of the section of the same title.
 
-    python benchmarks/evidence.py benchmarks/cifar_codecs.yaml --data-dir DIR --work DIR --table docs/results.md
+    python benchmarks/evidence.py benchmarks/plans/cifar_codecs.yaml --data-dir DIR --work DIR --table docs/results.md
 
 The sweep is `fedq.sweep`'s: an arm that has a summary already is not run again and one that was interrupted is resumed.
 Differences to the first arm are paired by seed; their 95 % interval is Student's t. What a person wrote in the section

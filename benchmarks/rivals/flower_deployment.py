@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from flower_runs import deployment  # noqa: E402
+sys.path.insert(0, str(HERE.parent / "network"))
+from flower_runs import deployment
 
 LIMIT_S = 1800
 

@@ -90,7 +90,7 @@ def check_lone_process(ranks: Ranks, environ: Mapping[str, str], command: Sequen
     if number > 1:
         allowed = (
             f"1, all that this command starts; for {number} on the CPU: accelerate launch --config_file "
-            f"accelerate_config/cpu.yaml, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu, with "
+            f"examples/accelerate_config/cpu.yaml, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu, with "
             f"--num_processes {number}"
         )
         raise FieldError("num_processes", number, allowed)
