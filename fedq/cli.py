@@ -311,7 +311,7 @@ _COMMANDS = {
 
 
 def _run(config: Config, ranks: Ranks) -> int:
-    from fedq.trainers.federated import run_job
+    from fedq.trainers.run import run_job
     from fedq.trainers.starts import is_of_lost_rank
 
     try:

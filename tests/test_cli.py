@@ -57,10 +57,10 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def _replace_job(monkeypatch: pytest.MonkeyPatch, job: Any) -> None:
-    module = ModuleType("fedq.trainers.federated")
+    module = ModuleType("fedq.trainers.run")
     module.run_job = job  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedq.trainers", ModuleType("fedq.trainers"))
-    monkeypatch.setitem(sys.modules, "fedq.trainers.federated", module)
+    monkeypatch.setitem(sys.modules, "fedq.trainers.run", module)
 
 
 def _set_rank(monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int) -> None:

@@ -34,7 +34,7 @@ from fedq.network.settings import ClientConfig, check_client
 from fedq.network.site import Site
 from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
-from fedq.trainers.allocator import keep_freed_memory
+from fedq.runtime.allocator import keep_freed_memory
 from fedq.trainers.build import round_settings
 from fedq.trainers.job import build_network, client_parts, load_data, local_optimizer, local_training, make_model
 from fedq.waiting import Say, Wait, speaking

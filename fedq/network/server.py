@@ -31,13 +31,13 @@ from fedq.network.service import Service
 from fedq.network.settings import NetworkConfig, ServerConfig, check_address
 from fedq.network.traffic import InterfaceTraffic
 from fedq.report import NETWORK_SERVER, print_header, print_summary
-from fedq.trainers.allocator import keep_freed_memory
+from fedq.runtime.allocator import keep_freed_memory
 from fedq.trainers.build import build_rounds, round_settings
 from fedq.trainers.divergence import rolling_back
-from fedq.trainers.federated import show_replica
 from fedq.trainers.job import Job, open_job
 from fedq.trainers.loop import Ran, run_to_the_end
 from fedq.trainers.records import finish, is_lost, log_round, report_left_out
+from fedq.trainers.rounds import show_replica
 from fedq.trainers.state import Progress, RunState
 
 _NAME = re.compile("[0-9a-f]{32}")

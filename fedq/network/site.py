@@ -25,7 +25,7 @@ from fedq.kernels import derive_seed
 from fedq.layout import Layout
 from fedq.ledger import Ledger
 from fedq.runtime import Runtime, from_root
-from fedq.trainers.stepwise import share_statistics, share_weights
+from fedq.trainers.steps import share_statistics, share_weights
 
 
 @dataclass(frozen=True)

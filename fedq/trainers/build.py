@@ -20,9 +20,9 @@ from fedq.feedback import ResidualStore
 from fedq.layout import Layout
 from fedq.lowbit import few_bit_layers
 from fedq.report import print_header
+from fedq.runtime.watch import Watch
 from fedq.trainers.histograms import HistogramLog
 from fedq.trainers.job import GIB, Job
-from fedq.trainers.watch import Watch
 
 
 class SignsOfLife(Part):

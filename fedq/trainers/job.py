@@ -37,15 +37,15 @@ from fedq.phases import PhaseTimer, clock_of
 from fedq.report import print_header
 from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commit
 from fedq.runtime import Runtime, distributed, local_root_first
-from fedq.trainers.allocator import keep_freed_memory
+from fedq.runtime.allocator import keep_freed_memory
+from fedq.runtime.watch import Watch
 from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
-from fedq.trainers.farewell import command, farewell, stopped_by_disk
+from fedq.trainers.endings import command, farewell, stopped_by_disk
 from fedq.trainers.fingerprint import Fingerprint, check_names
 from fedq.trainers.interfaces import InterfaceCount
 from fedq.trainers.opening import Opened, begin_again, identify, open_folder, stop_if_finished
 from fedq.trainers.profiling import StepTrace
 from fedq.trainers.starts import Place, noting_errors, repeated
-from fedq.trainers.watch import Watch
 
 GIB = 1 << 30
 

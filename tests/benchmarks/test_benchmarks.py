@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from fedq.cli import parse_args
 from fedq.config import Config
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,7 +30,7 @@ from fedq.feedback import ErrorFeedback, ResidualStore, read_residual
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.member import Member, Memory
-from fedq.trainers import federated
+from fedq.trainers.run import run_job
 from fedq.wire import Kind
 
 CLASSES, PIXELS = 10, 64
@@ -126,7 +126,7 @@ def compiled_network() -> nn.Module:
 
 
 def run(out: Path, model: str, **flags: Any) -> dict[str, Tensor]:
-    federated.run_job(small_config(out, model=f"test_own_models:{model}", **flags))
+    run_job(small_config(out, model=f"test_own_models:{model}", **flags))
     return load_file(out / "model.safetensors")
 
 
@@ -227,7 +227,7 @@ def test_a_job_sends_the_adapters_alone_and_saves_the_whole(tmp_path: Path) -> N
 def test_a_resumed_job_has_the_frozen_parameters_that_it_began_with(tmp_path: Path) -> None:
     first = run(tmp_path / "run", "adapted_anew", rounds=1)
     again = small_config(tmp_path / "run", model="test_own_models:adapted_anew", rounds=2, resume=tmp_path / "run")
-    federated.run_job(again)
+    run_job(again)
     resumed = load_file(tmp_path / "run" / "model.safetensors")
     assert torch.equal(resumed["base.weight"], first["base.weight"])
     assert not torch.equal(resumed["head.weight"], first["head.weight"])
@@ -237,7 +237,7 @@ def test_a_whole_job_and_a_resumed_one_end_alike(tmp_path: Path) -> None:
     run(tmp_path / "whole", "adapted", rounds=3)
     run(tmp_path / "parts", "adapted", rounds=1)
     parts = tmp_path / "parts"
-    federated.run_job(small_config(parts, model="test_own_models:adapted", rounds=3, resume=parts))
+    run_job(small_config(parts, model="test_own_models:adapted", rounds=3, resume=parts))
     assert file_hash(tmp_path / "whole" / "model.safetensors") == file_hash(tmp_path / "parts" / "model.safetensors")
 
 
@@ -308,7 +308,7 @@ def test_a_run_of_a_compiled_model_goes_on_without_the_compiler(tmp_path: Path, 
     run(tmp_path / "parts", "compiled_network", rounds=1, **MODES[mode])
     parts = tmp_path / "parts"
     plain = {"model": "test_own_models:network", "resume_changed": ("model",)}
-    federated.run_job(small_config(parts, rounds=3, resume=parts, **plain, **MODES[mode]))
+    run_job(small_config(parts, rounds=3, resume=parts, **plain, **MODES[mode]))
     resumed = load_file(parts / "model.safetensors")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -19,7 +19,7 @@ from fedq.federated.image_training import LocalTraining
 from fedq.federated.stacked import can_stack, train_stacked
 from fedq.layout import Layout
 from fedq.models import build_model
-from fedq.trainers import federated
+from fedq.trainers.run import run_job
 
 FP32 = Precision("fp32", "cpu", channels_last=False)
 LR, SEEDS = 0.05, [11, 12, 2**31]
@@ -132,7 +132,7 @@ def test_float16_is_not_stacked(split: Split) -> None:
 
 
 def model_of(folder: Path, **flags: object) -> tuple[dict, Tensor]:
-    summary = federated.run_job(small_config(folder, **flags))
+    summary = run_job(small_config(folder, **flags))
     assert summary is not None
     return summary, torch.cat([value.view(-1).double() for value in load_file(folder / "model.safetensors").values()])
 

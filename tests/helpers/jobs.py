@@ -18,7 +18,9 @@ from fedq.config import Config, validate
 from fedq.federated import rounds
 from fedq.federated.client import Client
 from fedq.federated.training import RoundContext, Trained
-from fedq.trainers import federated, job
+from fedq.trainers import job
+from fedq.trainers import rounds as rounds_job
+from fedq.trainers.run import run_job
 
 SMALL = {
     "dataset": "digits",
@@ -81,7 +83,7 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
     frames: dict[tuple[int, int], tuple[str, int]] = {}
     spies: list[Spy] = []
     replicas: list[torch.Tensor] = []
-    aggregate, train, build = rounds.aggregate, Client.train, federated.build_rounds
+    aggregate, train, build = rounds.aggregate, Client.train, rounds_job.build_rounds
 
     def watched_aggregate(layout, received, device, **limits):
         for frame in received:
@@ -109,9 +111,9 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
 
         patch.setattr(rounds, "aggregate", watched_aggregate)
         patch.setattr(Client, "train", broken_train)
-        patch.setattr(federated, "build_rounds", noted_build)
+        patch.setattr(rounds_job, "build_rounds", noted_build)
         patch.setattr(job, "Transport", spied_transport)
-        summary = federated.run_job(config)
+        summary = run_job(config)
     (spy,) = spies
     hashes = [hashlib.sha256(replica.numpy().tobytes()).hexdigest() for replica in replicas]
     return Watched(summary, frames, spy.sent, spy.received, *(hashes or [None]))

@@ -17,7 +17,8 @@ from fedq.config import Config
 from fedq.errors import FieldError
 from fedq.federated.rounds import Rounds
 from fedq.feedback import ResidualStore
-from fedq.trainers import federated
+from fedq.trainers import rounds
+from fedq.trainers.run import run_job
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run_jobs(rank: int, jobs: list[tuple[Config, Stop | None]]) -> list[tuple[di
             if stop:
                 _stop_at(patch, stop)
             try:
-                summary: dict | str = federated.run_job(config)
+                summary: dict | str = run_job(config)
             except (Stopped, FieldError, CheckpointError) as error:
                 summary = f"{type(error).__name__}: {error}"
         results.append((summary, heard.getvalue()))
@@ -52,7 +53,7 @@ def run_jobs(rank: int, jobs: list[tuple[Config, Stop | None]]) -> list[tuple[di
 def whole_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
     """Return the folder of a small job on one rank that has run to its end."""
     folder = make.mktemp("whole") / "run"
-    federated.run_job(small_config(folder, **flags))
+    run_job(small_config(folder, **flags))
     return folder
 
 
@@ -64,7 +65,7 @@ def stopped_run(make: pytest.TempPathFactory, **flags: Any) -> Path:
 
 
 def _stop_at(patch: pytest.MonkeyPatch, stop: Stop) -> None:
-    run, log, save = Rounds.run, federated.log_round, ResidualStore.save
+    run, log, save = Rounds.run, rounds.log_round, ResidualStore.save
 
     def stopped_run(rounds: Rounds, context: Any) -> Any:
         if (context.round, "begin") == (stop.round, stop.moment):
@@ -83,7 +84,7 @@ def _stop_at(patch: pytest.MonkeyPatch, stop: Stop) -> None:
         return saved
 
     patch.setattr(Rounds, "run", stopped_run)
-    patch.setattr(federated, "log_round", stopped_log)
+    patch.setattr(rounds, "log_round", stopped_log)
     patch.setattr(ResidualStore, "save", stopped_save)
 
 

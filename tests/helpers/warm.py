@@ -26,7 +26,7 @@ from typing import Any
 _PRELOAD = [
     "torch._dynamo",  # every optimizer imports it when it is made
     "fedq.cli",
-    "fedq.trainers.federated",
+    "fedq.trainers.run",
     "fedq.network.serve",
     "sklearn.datasets",
     "pyarrow.parquet",

@@ -39,7 +39,7 @@ from fedq.lowbit import (
 from fedq.lowbit.packed import _pack, _unpack
 from fedq.lowbit.packed_file import MAGIC, packed_bytes
 from fedq.models import build_model
-from fedq.trainers import federated
+from fedq.trainers.run import run_job
 
 
 class Net(nn.Module):
@@ -498,7 +498,7 @@ def test_training_leaves_the_packed_model(
 ) -> None:
     folder = tmp_path / "run"
     of_rounds = {"num_clients": 2, "cohort": 2} if exchange == "round" else {"num_clients": 1, "cohort": 1}
-    summary = federated.run_job(small_config(folder, weights=spec, exchange=exchange, rounds=1, **of_rounds))
+    summary = run_job(small_config(folder, weights=spec, exchange=exchange, rounds=1, **of_rounds))
     packed, floats = load_packed(folder / "model.fedq"), load_file(folder / "model.safetensors")
     assert {n: t.quantizer for n, t in packed.weights.items()} == {
         f"{n}.weight": t for n, t in choose_quantizers(build_model("cnn62k"), spec).items()
@@ -515,7 +515,7 @@ def test_training_leaves_the_packed_model(
 
 def test_a_float_run_has_no_packed_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    summary = federated.run_job(small_config(folder, rounds=1, num_clients=1, cohort=1))
+    summary = run_job(small_config(folder, rounds=1, num_clients=1, cohort=1))
     assert not (folder / "model.fedq").exists()
     assert "packed_bytes" not in summary
     assert "packed model" not in capsys.readouterr().out

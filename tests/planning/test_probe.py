@@ -24,7 +24,8 @@ from fedq.planning.cluster import COLLECTIVES, Cluster, CodecSpeed, Level, moved
 from fedq.planning.probe import fit, measure
 from fedq.planning.text import describe
 from fedq.runtime import distributed
-from fedq.trainers import auto_uplink, federated
+from fedq.trainers import auto_uplink
+from fedq.trainers.run import run_job
 
 SPECS = ("fp32", "bf16", "int8", "int4")
 
@@ -124,7 +125,7 @@ def run_all(rank: int, configs: list[Config]) -> list[dict[str, Any]]:
         heard = io.StringIO()
         with redirect_stdout(heard), redirect_stderr(heard), pytest.MonkeyPatch.context() as patch:
             patch.setattr(auto_uplink, "_PROBE_S", 0.2)
-            summary = federated.run_job(config)
+            summary = run_job(config)
         results.append({"summary": summary, "heard": heard.getvalue()})
     return results
 

@@ -134,3 +134,15 @@ def test_the_example_of_a_part_runs() -> None:
     before = scope["model"].weight.detach().clone()
     scope["fed"].run(1, 0.1)
     assert 0 < (scope["model"].weight - before).norm() < 0.1, "noise alone"
+
+
+def test_the_house_has_all_its_rooms() -> None:
+    """The page on architecture names every package and module of the first level, and no other."""
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Floors")[2].partition("\n## ")[0]
+    package = ROOT / "fedq"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    rooms |= {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py", "cli.py"}
+    named = set(re.findall(r"`(\w+/|\w+\.py)`", text))
+    assert rooms <= named, rooms - named
+    inside = {path.name for path in package.rglob("*.py")} | {f"{path.parent.name}/" for path in package.rglob("*.*")}
+    assert named - inside <= {"train.py", "train_resnet50.py", "slurm/"}

@@ -24,7 +24,7 @@ from fedq.cli import main
 from fedq.errors import FieldError
 from fedq.runfolder import Holder, RunFolder, holder_of, lock
 from fedq.runfolder.lock import LOCK, FolderLock
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 
 
 def hold(folder: Path, forks: bool, pipe: Connection) -> None:

@@ -22,7 +22,7 @@ from fedq.network.server import run_name
 from fedq.runfolder import RunFolder
 from fedq.runfolder.lines import RoundLines
 from fedq.trainers.auto_uplink import why_this_uplink
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 from fedq.trainers.starts import count_start
 
 TABLES = ("clients.parquet", "histograms.parquet", "phases.parquet")

@@ -12,7 +12,7 @@ import pytest
 
 from fedq.cli import parse_args
 from fedq.config import Config, validate
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 
 
 def _script(name: str) -> ModuleType:

@@ -31,7 +31,7 @@ from fedq.federated.training import RoundContext, Trained
 from fedq.models import build_model
 from fedq.network import join
 from fedq.network.settings import SERVER_DEFAULTS, check_server
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 from fedq.wire import Frame, Kind
 
 EVERYBODY = {"cohort": None, "num_clients": 4, "lr_schedule": "constant", "lr": 0.05}

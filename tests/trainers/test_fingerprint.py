@@ -25,8 +25,8 @@ from fedq.config import Config
 from fedq.data import load_dataset
 from fedq.errors import FieldError
 from fedq.trainers import fingerprint, job
-from fedq.trainers.federated import run_job
 from fedq.trainers.fingerprint import KEY, Fingerprint, check_names, describe_data
+from fedq.trainers.run import run_job
 
 FLAGS: dict[str, Any] = {"uplink": "sign", "rounds": 3}
 

@@ -23,7 +23,7 @@ from fedq.checkpoint import Checkpoints
 from fedq.cli import main
 from fedq.errors import RunStopped
 from fedq.files import replace_file
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 
 FLAGS: dict[str, Any] = {"uplink": "sign", "rounds": 4}
 
@@ -92,9 +92,9 @@ def test_a_folder_that_is_deleted_under_way_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    from fedq.trainers import federated
+    from fedq.trainers import rounds
 
-    log = federated.log_round
+    log = rounds.log_round
 
     def deleted(job: Any, round: int, *given: Any) -> None:
         if round == 2:
@@ -102,7 +102,7 @@ def test_a_folder_that_is_deleted_under_way_ends_in_one_line(
         log(job, round, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(federated, "log_round", deleted)
+        patch.setattr(rounds, "log_round", deleted)
         assert main(flags(folder, **FLAGS)) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "is left out" not in line]
     assert len(lines) == 1

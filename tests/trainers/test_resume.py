@@ -25,8 +25,8 @@ from fedq.cli import main
 from fedq.config import Config
 from fedq.errors import FieldError
 from fedq.feedback import ResidualStore
-from fedq.trainers import federated
-from fedq.trainers.watch import Watch
+from fedq.runtime.watch import Watch
+from fedq.trainers.run import run_job
 
 # Seven clients, five a round, four rounds; each case with the moment at which it is stopped.
 CASES: dict[str, tuple[dict[str, Any], Stop]] = {
@@ -294,7 +294,7 @@ def test_what_would_be_another_run_is_refused(started: Started, changes: dict, n
     config = started.stopped("int4") / "config.yaml"
     before = config.read_bytes()
     with pytest.raises(FieldError, match=named), redirect_stdout(io.StringIO()):
-        federated.run_job(resumed(started.stopped("int4"), **changes))
+        run_job(resumed(started.stopped("int4"), **changes))
     assert config.read_bytes() == before
 
 
@@ -339,7 +339,7 @@ def run_until_killed(rank: int, config: Config, victim: int, at: int) -> None:
         patch.setattr(Watch, "beat", counted(beat))
         patch.setattr(os, "fsync", counted(fsync))
         patch.setattr(os, "replace", counted(rename))
-        federated.run_job(config)
+        run_job(config)
 
 
 @pytest.mark.parametrize("case", few(["int4", "two", "sign"], 1))

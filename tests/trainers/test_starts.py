@@ -17,7 +17,7 @@ from fedq.config import Config
 from fedq.errors import RendezvousError
 from fedq.federated.rounds import Rounds
 from fedq.trainers import starts
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 
 
 class Stopped(Exception):

@@ -22,7 +22,7 @@ from fedq.personalize.own_models import Network
 from fedq.runfolder import write_model
 from fedq.trainers.alone import share
 from fedq.trainers.job import Job
-from fedq.trainers.quantized import log_centres
+from fedq.trainers.personal.quantization import log_centres
 
 
 class PersonalScores:

@@ -147,10 +147,10 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def _say(stream: TextIO, text: str) -> None:
-    """Print and flush, if anybody is left to read it; a live progress bar may have hidden the cursor."""
+    """Print as the last words, if anybody is left to read them; a live progress bar may have hidden the cursor."""
+    for each in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            each.flush()  # first: what another thread prints from now on comes too late
     with suppress(OSError, ValueError):
         cursor = "\x1b[?25h" if stream.isatty() else ""
         print(f"{cursor}\n{text}", file=stream, flush=True)
-    for each in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            each.flush()

@@ -15,7 +15,7 @@ import resource
 import sys
 import threading
 import torch
-from fedq.trainers.allocator import keep_freed_memory
+from fedq.runtime.allocator import keep_freed_memory
 
 nbytes = int(sys.argv[1])
 assert keep_freed_memory(of_any_size=nbytes > 32 << 20)

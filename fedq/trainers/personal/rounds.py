@@ -25,12 +25,12 @@ from fedq.personalize.settings import SHARED, parse_client_bits, parse_client_mo
 from fedq.trainers.build import build_rounds, residual_store, round_settings
 from fedq.trainers.job import GIB, Job, make_model
 from fedq.trainers.loop import Log, Ran, run_to_the_end
-from fedq.trainers.personal_scores import PersonalScores
-from fedq.trainers.personal_state import PersonalState
-from fedq.trainers.quantized import make_quantization, starts_at_one
+from fedq.trainers.personal.first_weights import load_weights
+from fedq.trainers.personal.quantization import make_quantization, starts_at_one
+from fedq.trainers.personal.scores import PersonalScores
+from fedq.trainers.personal.state import PersonalState
 from fedq.trainers.records import finish, is_lost, log_round, report_left_out
 from fedq.trainers.state import Progress
-from fedq.trainers.warm import load_weights
 
 
 def run_personal(job: Job) -> dict[str, Any]:

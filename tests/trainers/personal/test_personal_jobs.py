@@ -24,7 +24,7 @@ from fedq.federated.rounds import Rounds
 from fedq.federated.training import RoundContext
 from fedq.personalize.__main__ import DEFAULTS
 from fedq.personalize.methods import Local
-from fedq.trainers import federated
+from fedq.trainers.run import run_job
 
 SMALL = {
     "train_examples": 120,
@@ -55,7 +55,7 @@ def run_jobs(rank: int, jobs: list[tuple[Config, int | None]]) -> list[dict[str,
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Rounds, "run", _stopping(Rounds.run, stop))
             try:
-                results.append(federated.run_job(each))
+                results.append(run_job(each))
             except Stopped:
                 results.append("stopped")
     return results
@@ -234,7 +234,7 @@ def test_a_warm_start_is_where_everybody_begins(tmp_path: Path) -> None:
     assert file_hash(tmp_path / "warm" / "model.safetensors") == file_hash(start)
     assert cold["client_test_accuracy"] != warm["client_test_accuracy"]
     with pytest.raises(FieldError, match=r"warm_start.*same network"):
-        federated.run_job(config(tmp_path / "other", algorithm="local", model="improved_cnn", warm_start=start))
+        run_job(config(tmp_path / "other", algorithm="local", model="improved_cnn", warm_start=start))
 
 
 # ---- settings ----

@@ -23,8 +23,9 @@ from fedq.checkpoint import Checkpoints
 from fedq.config import Config
 from fedq.errors import FieldError
 from fedq.models import build_model
-from fedq.trainers import federated, stepwise
+from fedq.trainers import steps
 from fedq.trainers.job import Job
+from fedq.trainers.run import run_job
 
 EPOCHS = 3
 
@@ -44,7 +45,7 @@ def run_jobs(rank: int, configs: list[Config], stop_at: int | None = None) -> li
     for config in configs:
         heard, jobs, states = io.StringIO(), [], []
         with redirect_stdout(heard), redirect_stderr(heard), pytest.MonkeyPatch.context() as patch:
-            run_epoch, register = stepwise._run_epoch, hooks.StepExchange.__init__
+            run_epoch, register = steps._run_epoch, hooks.StepExchange.__init__
 
             def watched_epoch(job: Job, *given: Any, jobs=jobs, run_epoch=run_epoch) -> Any:
                 jobs.append(job)
@@ -56,10 +57,10 @@ def run_jobs(rank: int, configs: list[Config], stop_at: int | None = None) -> li
                 states.append(self)
                 register(self, *given, **options)
 
-            patch.setattr(stepwise, "_run_epoch", watched_epoch)
+            patch.setattr(steps, "_run_epoch", watched_epoch)
             patch.setattr(hooks.StepExchange, "__init__", watched_state)
             try:
-                summary = federated.run_job(config)
+                summary = run_job(config)
             except Stopped:
                 summary = {}
         model = {name: value.numpy().tobytes() for name, value in jobs[-1].model.state_dict().items()}
@@ -210,7 +211,7 @@ def note_indices(rank: int, config: Config) -> list[Any]:
     from fedq.trainers.job import open_job
 
     with redirect_stdout(io.StringIO()), open_job(config) as job:
-        return [stepwise.epoch_indices(job, epoch).numpy() for epoch in range(2)]
+        return [steps.epoch_indices(job, epoch).numpy() for epoch in range(2)]
 
 
 # ---- resume ----

@@ -26,8 +26,8 @@ from fedq.checkpoint import Checkpoints
 from fedq.cli import main, parse_args
 from fedq.config import Config
 from fedq.federated.chaos import Chaos
-from fedq.trainers.federated import run_job
-from fedq.trainers.watch import Watch
+from fedq.runtime.watch import Watch
+from fedq.trainers.run import run_job
 
 LIMIT_S = 120  # for what has no promise of its own, on a machine that may be busy
 LEAVE_S = 10  # what is promised after a signal

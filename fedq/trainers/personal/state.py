@@ -7,7 +7,7 @@ from typing import Any
 from fedq.federated.rounds import Outcome, Rounds
 from fedq.feedback import ResidualStore
 from fedq.trainers.job import Job
-from fedq.trainers.personal_scores import PersonalScores
+from fedq.trainers.personal.scores import PersonalScores
 from fedq.trainers.state import Progress, RunState
 from fedq.wire import Kind
 

@@ -22,10 +22,10 @@ from fedq.personalize.settings import parse_client_bits
 from fedq.trainers.alone import scores_here, share, train_alone
 from fedq.trainers.divergence import check_losses
 from fedq.trainers.job import Job
-from fedq.trainers.quantized import log_centres, make_quantization, starts_at_one
+from fedq.trainers.personal.first_weights import load_weights
+from fedq.trainers.personal.quantization import log_centres, make_quantization, starts_at_one
 from fedq.trainers.records import client_row, finish
 from fedq.trainers.state import Unsaved
-from fedq.trainers.warm import load_weights
 
 _log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from fedq.models import build_model
 from fedq.personalize.centralized import train_alone
 from fedq.personalize.learners import Quantization
 from fedq.personalize.own_models import Network, OwnModel
-from fedq.trainers.federated import run_job
+from fedq.trainers.run import run_job
 
 SOLO: dict[str, Any] = {
     "algorithm": "quped",

@@ -1,0 +1,1 @@
+"""Jobs whose clients have models of their own."""
