@@ -22,11 +22,12 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from fedq.config import Config, validate
-from fedq.configfile import load_config, load_deepspeed_config, with_settings
+from fedq.configfile import load_config, load_deepspeed_config, with_old_flags, with_settings
 from fedq.data import DataError
 from fedq.engines.accelerate_engine import accelerate_settings
 from fedq.errors import DivergedError, FieldError, RunStopped
 from fedq.files import describe, is_of_disk
+from fedq.old_settings import OLD
 from fedq.report.encoding import make_readable
 from fedq.runtime import Ranks, check_lone_process, detect, lasting_streams, without_local_rank
 
@@ -78,19 +79,29 @@ def parse_args(
     path = given.config
     if path is None and given.resume is not None:
         path = given.resume / "config.yaml"
-    job = _from_files(path, given.deepspeed_config, defaults)
     program = program or Path(sys.argv[0]).name
     # Not tyro's console_outputs=False: with it, 1.0.17 still prints that a value does not parse.
     with ExitStack() as silence:
         if not is_heard:
             silence.enter_context(redirect_stdout(io.StringIO()))
             silence.enter_context(redirect_stderr(io.StringIO()))
+        job = _from_files(path, given.deepspeed_config, defaults)
+        old, argv = _old_flags(argv)
         marks = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction)
         kind: Any = _Arguments.__class_getitem__(type(defaults))  # type: ignore[attr-defined]
         both: _Arguments[C] = tyro.cli(
             kind, prog=program, description=words, args=argv, default=_Arguments(path, job), config=marks
         )
-        return both.job
+        return with_old_flags(both.job, old)
+
+
+def _old_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the values of flags of earlier versions, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in OLD:
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, default=argparse.SUPPRESS)
+    found, others = parser.parse_known_args(argv)
+    return vars(found), others
 
 
 def _of_launcher(launcher: str, defaults: Config) -> Config:

@@ -19,7 +19,10 @@ from fedq.codecs import codec, codec_schedule
 from fedq.codecs.sign import Sign
 from fedq.errors import Check, FieldError, check_all, one_of
 from fedq.federated.chaos import chaos
+from fedq.federated.limits import norm_limit
+from fedq.federated.local_optimizer import local_optimizer
 from fedq.federated.optim import server_optimizer
+from fedq.feedback import feedback_rule
 from fedq.hooks import check_step_codec, check_step_spec, is_powersgd
 from fedq.lowbit import Binary, choose_quantizers
 from fedq.models import MODELS, build_model, is_own
@@ -28,9 +31,9 @@ from fedq.personalize.settings import check_personal, check_quped
 AUTO = "auto"
 """An uplink that is chosen before training starts, and is a codec from then on."""
 _OF_ROUNDS = {
-    "clients": ("cohort", "min_cohort", "max_update_norm"),
+    "clients": ("cohort", "min_cohort", "norm_limit"),
     "local": ("local_epochs", "prox_mu", "side_by_side"),
-    "exchange": ("start", "aggregate", "server", "residual_memory", "downlink_to"),
+    "exchange": ("start", "aggregate", "server", "downlink_to"),
     "run": ("chaos", "histogram_every"),
 }
 """Settings, by section, that --exchange step cannot have."""
@@ -70,10 +73,8 @@ class ClientsConfig:
     """Fewest training images a client may hold; a draw with fewer is redrawn."""
     min_cohort: int = 1
     """Fewest usable updates a round needs; with fewer the model stays as it is and the round is named."""
-    max_update_norm: float | None = None
-    """Limit of an update's norm, as a multiple of the round's median. Default: no limit."""
-    norm_rule: Literal["clip", "drop"] = "clip"
-    """What happens beyond --max-update-norm: scaled down to the limit, or left out."""
+    norm_limit: str = "none"
+    """clip:3 scales updates down to 3 times the round's median norm; drop:3 leaves those beyond it out."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,12 @@ class LocalConfig:
     """Optimizer steps each round, instead of --local-epochs."""
     batch_size: int = 16
     """Images a step."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Local optimizer, with new state each round."""
+    optimizer: str = "sgd"
+    """Local optimizer, with new state each round: sgd:momentum=0.9,weight_decay=5e-4, adam:weight_decay=0, or adamw."""
     lr: float = 0.03
     """Local learning rate of the first round."""
     lr_schedule: str = "cosine"
     """Over rounds: constant, cosine, or steps:at=20+30,factor=0.1."""
-    momentum: float = 0.9
-    """Momentum of sgd."""
-    weight_decay: float = 5e-4
-    """Weight decay of the local optimizer."""
     prox_mu: float = 0.0
     """FedProx: pull towards the round's starting point."""
     side_by_side: int = 1
@@ -126,10 +123,9 @@ class ExchangeConfig:
     """Who averages the updates: rank 0, or every rank the tensors that it owns, with the same result."""
     schedule: Literal["auto", "reduce", "one_phase", "two_phase", "hierarchical"] = "auto"
     """How gradients travel with --exchange step; auto chooses by ranks and payload."""
-    feedback: Literal["auto", "on", "off"] = "auto"
-    """Error feedback of the uplink. auto: on for every codec that loses more than a cast does."""
-    residual_memory: float = 1.0
-    """Share of a client's residual that is left after each round in which it was not sampled; 1 forgets nothing."""
+    feedback: str = "auto"
+    """Error feedback of the uplink: auto (on for codecs that lose more than a cast does), on, off; auto:memory=0.5
+    leaves half of a client's residual after each round in which it was not sampled."""
     downlink_to: Literal["cohort", "all"] = "cohort"
     """Who is charged for a round's change: the clients of the next cohorts as they come, or every client at once."""
     server: str = "fedavg"
@@ -292,6 +288,9 @@ def validate(config: Config) -> None:
     check_all(_checks(config))
     parse_lr_schedule(config.local.lr_schedule)
     chaos(config.run.chaos)
+    local_optimizer(config.local.optimizer)
+    norm_limit(config.clients.norm_limit)
+    feedback_rule(config.exchange.feedback)
     is_step = config.exchange.exchange == "step"
     if config.exchange.uplink == AUTO:
         _check_auto(config)
@@ -315,10 +314,6 @@ def _checks(config: Config) -> Iterator[Check]:
     yield "cohort", clients.cohort, fits, f"1 to {clients.num_clients}, the number of clients (num_clients)"
     fits = 1 <= clients.min_cohort <= config.cohort_size
     yield "min_cohort", clients.min_cohort, fits, f"1 to {config.cohort_size}, the cohort"
-    limit = clients.max_update_norm
-    yield "max_update_norm", limit, limit is None or 0 < limit < math.inf, "above 0"
-    memory = config.exchange.residual_memory
-    yield "residual_memory", memory, 0 <= memory <= 1, "0 to 1"
     fits = run.on_divergence == "stop" or config.exchange.exchange != "none"
     yield "on_divergence", run.on_divergence, fits, "stop with --exchange none, which has no checkpoints"
     yield "timeout", run.timeout, 0 < run.timeout < math.inf, "above 0"
@@ -326,9 +321,7 @@ def _checks(config: Config) -> Iterator[Check]:
     yield "model", local.model, is_model, one_of(MODELS, local.model) + ", or package.module:function"
     is_allowed = local.norm == "batch" or not (is_own(local.model) or is_own(config.personal.client_models))
     yield "norm", local.norm, is_allowed, "batch with a model of one's own, which has its own layers"
-    yield "momentum", local.momentum, 0 <= local.momentum < 1, "0 or more and below 1"
-    for name, rate in (("weight_decay", local.weight_decay), ("prox_mu", local.prox_mu)):
-        yield name, rate, 0 <= rate < math.inf, "0 or more"
+    yield "prox_mu", local.prox_mu, 0 <= local.prox_mu < math.inf, "0 or more"
     for name, amount in (("lr", local.lr), ("memory_limit_gib", run.memory_limit_gib)):
         yield name, amount, 0 < amount < math.inf, "above 0"
     target = run.target_accuracy
@@ -367,6 +360,10 @@ def _check_mode(config: Config) -> None:
             value, default = (getattr(getattr(tree, section), name) for tree in (config, defaults))
             if value != default:
                 raise FieldError(name, value, f"{default} with --exchange step, which has no rounds")
+    if feedback_rule(config.exchange.feedback).memory != 1:
+        raise FieldError(
+            "feedback", config.exchange.feedback, "without memory with --exchange step, which has no rounds"
+        )
     if is_powersgd(config.exchange.uplink):
         for name in ("downlink", "schedule"):
             value, default = (getattr(tree.exchange, name) for tree in (config, defaults))
@@ -423,8 +420,8 @@ def _check_sent_weights(config: Config, are_binary: bool) -> None:
             raise FieldError(name, value, f"{default}, unless all few-bit layers are binary")
         if exchange.exchange != "round" or exchange.aggregate != "rooted":
             raise FieldError(name, value, f"{default}, unless with --exchange round and --aggregate rooted")
-    if lowbit.sends == "weights" and config.clients.max_update_norm is not None:
-        raise FieldError("max_update_norm", config.clients.max_update_norm, "left out with --sends weights")
+    if lowbit.sends == "weights" and norm_limit(config.clients.norm_limit) is not None:
+        raise FieldError("norm_limit", config.clients.norm_limit, "left out with --sends weights")
     for name in ("downlink", "start"):
         value = getattr(exchange, name)
         if lowbit.server_sends == "weights" and value != getattr(ExchangeConfig(), name):
@@ -442,7 +439,12 @@ def _check_fedbat(config: Config) -> None:
     side_by_side, words = config.local.side_by_side, "with --algorithm fedbat"
     check_all(
         [
-            ("feedback", exchange.feedback, exchange.feedback != "on", f"auto or off {words}"),
+            (
+                "feedback",
+                exchange.feedback,
+                not feedback_rule(exchange.feedback).asked,
+                f"auto or off {words}",
+            ),
             ("side_by_side", side_by_side, side_by_side == 1, f"1 {words}"),
         ]
     )

@@ -5,9 +5,11 @@ Reading is strict: a key or a type that the tree in `fedq.config` does not have 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -17,9 +19,12 @@ import yaml
 from fedq.config import Config
 from fedq.engines.deepspeed_config import DeepSpeedFile
 from fedq.errors import FieldError, one_of
+from fedq.old_settings import OLD, modern, told
 from fedq.runfolder import SCHEMA_VERSION
 
 C = TypeVar("C", bound=Config)
+
+_log = logging.getLogger(__name__)
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", Path: "a path"}
 
@@ -65,7 +70,9 @@ def load_deepspeed_config(path: Path, defaults: C) -> C:
     for name, (key, value) in file.implied.items():
         if file.fedq.get(name, value) != value:
             raise FieldError(f"{path}: fedq.{name}", file.fedq[name], f"{value!r}, as {key} says, or left out")
-        config = _with_setting(config, name, value, f"{path}: {key}")
+        if name in OLD and (ours := OLD[name][0]) in file.fedq:
+            raise FieldError(f"{path}: fedq.{ours}", file.fedq[ours], f"left out, because {key} says it")
+        config = _with_setting(config, name, value, f"{path}: {key}", is_ours=False)
     for name, value in file.fedq.items():
         config = _with_setting(config, name, value, f"{path}: fedq.{name}")
     return replace(config, run=replace(config.run, deepspeed_config=path))
@@ -76,6 +83,32 @@ def with_settings(config: C, values: Mapping[str, Any]) -> C:
     for name, value in values.items():
         config = _with_setting(config, name, value, name)
     return config
+
+
+def with_old_flags(config: C, texts: Mapping[str, str]) -> C:
+    """Return the settings with flags of earlier versions put into those that have taken them over.
+
+    Args:
+        config: The settings that the other flags made.
+        texts: Values of old flags, by the names of their settings.
+
+    Raises:
+        FieldError: A value that is none.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, text in texts.items():
+        target, kind = OLD[name]
+        try:
+            value = kind(text)
+        except ValueError:
+            raise FieldError(name, text, _WORDS[kind]) from None
+        groups.setdefault(_group_of(config, target), {})[name] = value
+    changes = {group: _changed(getattr(config, group), {}, old, "flags") for group, old in groups.items()}
+    return replace(config, **changes)
+
+
+def _group_of(config: Config, name: str) -> str:
+    return next(group for group in get_type_hints(type(config)) if hasattr(getattr(config, group), name))
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -129,20 +162,51 @@ def _mapping(value: Any, place: str) -> dict[Any, Any]:
 
 def _group(defaults: Any, values: Any, place: str) -> Any:
     hints = get_type_hints(type(defaults))
-    changes = {}
+    changes: dict[str, Any] = {}
+    old: dict[str, Any] = {}
     for key, value in _mapping(values, place).items():
-        if key not in hints:
+        if key not in hints and not _is_old(key, hints):
             raise FieldError(f"{place}.{key}", value, f"only the keys {one_of(hints, key)}")
-        changes[key] = _typed(hints[key], value, f"{place}.{key}")
-    return replace(defaults, **changes)
+        kind = hints[key] if key in hints else OLD[key][1] | None
+        (changes if key in hints else old)[key] = _typed(kind, value, f"{place}.{key}")
+    return _changed(defaults, changes, old, place)
 
 
-def _with_setting(config: C, name: str, value: Any, place: str) -> C:
-    """Return the settings with one changed, whatever its group."""
+def _changed(section: Any, changes: Mapping[str, Any], old: Mapping[str, Any], place: str) -> Any:
+    """Return a group with some settings changed, and old ones put into those that have taken them over.
+
+    What to write instead is said, unless there is no place where they were written.
+    """
+    if not old:
+        return replace(section, **changes)
+    before = {**{OLD[name][0]: getattr(section, OLD[name][0]) for name in old}, **changes}
+    new = modern(before | {name: value for name, value in old.items() if value is not None})
+    if place and any(new[name] != before[name] for name in before):
+        _tell(told(place, old, new))
+    return replace(section, **new)
+
+
+@cache
+def _tell(line: str) -> None:
+    """Say a line once a process, however often a file is read."""
+    _log.warning("%s", line)
+
+
+def _is_old(name: str, hints: Mapping[str, Any]) -> bool:
+    """Whether a setting was one of a group's in an earlier version."""
+    return name in OLD and OLD[name][0] in hints
+
+
+def _with_setting(config: C, name: str, value: Any, place: str, *, is_ours: bool = True) -> C:
+    """Return the settings with one changed, whatever its group; what is not ours is not told how to be written."""
     groups = {
         key: group for group in get_type_hints(type(config)) for key in get_type_hints(type(getattr(config, group)))
     }
     allowed = groups.keys() - {"resume", "resume_changed", "deepspeed_config"}
+    if name in OLD:
+        group = _group_of(config, OLD[name][0])
+        old = {name: _typed(OLD[name][1] | None, value, place)}
+        return replace(config, **{group: _changed(getattr(config, group), {}, old, place if is_ours else "")})
     if name not in allowed:
         raise FieldError(place, value, f"only the keys {one_of(allowed, name)}")
     section = getattr(config, groups[name])

@@ -10,17 +10,19 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.codecs import Payload
-from fedq.errors import FieldError, one_of
+from fedq.codecs import Codec, Payload
+from fedq.errors import FieldError, check_all, one_of
 from fedq.files import make_folder, replace_file
 from fedq.layout import Layout
+from fedq.specs import parse
 
 _MAGIC = b"FQR1"
 _TRAILER = struct.Struct("<4sI")
@@ -31,6 +33,67 @@ class Feedback(Protocol):
 
     def encode(self, owner: int, layout: Layout, flat: Tensor, *, seed: int, memory: float = 1.0) -> list[Payload]:
         """Encode a flat update of ``owner``; ``memory`` is the share of its old residual that counts."""
+
+
+@dataclass(frozen=True)
+class AutoFeedback:
+    """Residuals for clients whose codec loses more than a cast does and is not unbiased.
+
+    Args:
+        memory: Share of a client's residual that is left after each round in which it was not sampled, from 0 to 1,
+            which forgets nothing.
+
+    Raises:
+        FieldError: A share outside of this.
+    """
+
+    memory: float = 1.0
+    asked: ClassVar[bool | None] = None
+    """True where residuals are kept whatever the codec, False where none is, None where the codec decides."""
+
+    def __post_init__(self) -> None:
+        check_all([("memory", self.memory, 0 <= self.memory <= 1, "0 to 1")])
+
+    def wants(self, codecs: Iterable[Codec]) -> bool:
+        """Return whether a client with these codecs keeps a residual."""
+        return any(codec.wants_feedback for codec in codecs)
+
+
+@dataclass(frozen=True)
+class AlwaysFeedback(AutoFeedback):
+    """Residuals for every client."""
+
+    asked: ClassVar[bool | None] = True
+
+    def wants(self, codecs: Iterable[Codec]) -> bool:
+        """Return True."""
+        return True
+
+
+@dataclass(frozen=True)
+class NeverFeedback:
+    """No residuals: what a codec loses is lost."""
+
+    memory: ClassVar[float] = 1.0
+    asked: ClassVar[bool | None] = False
+
+    def wants(self, codecs: Iterable[Codec]) -> bool:
+        """Return False."""
+        return False
+
+
+FeedbackRule = AutoFeedback | NeverFeedback
+FEEDBACK: dict[str, type[FeedbackRule]] = {"auto": AutoFeedback, "on": AlwaysFeedback, "off": NeverFeedback}
+"""Who keeps residuals, by the names of specs."""
+
+
+def feedback_rule(spec: str) -> FeedbackRule:
+    """Return the rule that a spec names: ``auto``, ``on``, ``off``, ``on:memory=0.5``.
+
+    Raises:
+        FieldError: Naming ``feedback``: an unknown rule or option, or one that is out of range.
+    """
+    return parse("feedback", spec, FEEDBACK)
 
 
 class NoFeedback:

@@ -5,6 +5,6 @@ A new codec is one file and one line here.
 
 from fedq.codecs import dense, quantize, sign, sparse  # noqa: F401  (each registers its codecs)
 from fedq.codecs.base import Codec, Payload, codec_names, packs_payloads, register
-from fedq.codecs.spec import codec, codec_schedule, split_spec
+from fedq.codecs.spec import codec, codec_schedule
 
-__all__ = ["Codec", "Payload", "codec", "codec_names", "codec_schedule", "packs_payloads", "register", "split_spec"]
+__all__ = ["Codec", "Payload", "codec", "codec_names", "codec_schedule", "packs_payloads", "register"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,14 +16,14 @@ from fedq.federated.client import Client
 from fedq.federated.delivery import Delivery
 from fedq.federated.downlink import DownlinkCost, Rule
 from fedq.federated.exchange import Exchange, Rooted, Unsent
-from fedq.federated.limits import NormLimit
+from fedq.federated.limits import norm_limit
 from fedq.federated.optim import server_optimizer
 from fedq.federated.parts import Part
 from fedq.federated.rank_delivery import RankDelivery
 from fedq.federated.rounds import Rounds
 from fedq.federated.server import Server
 from fedq.federated.two_phase import TwoPhase
-from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
+from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore, feedback_rule
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import Ledger
 
@@ -38,12 +37,10 @@ class RoundSettings:
         downlink: Codec of the server's change to the model.
         server: The server's optimizer.
         cohort: Clients a round; None: all.
-        feedback: Whether clients keep what their codec loses; ``auto``: where it loses more than a cast does.
+        feedback: Which clients keep what their codec loses, and how long, as `feedback_rule` reads it.
         aggregate: Who averages: rank 0, or every rank the tensors that it owns.
         min_cohort: Fewest usable updates a round needs.
-        max_update_norm: Limit of an update's norm, as a multiple of the round's median; None: no limit.
-        norm_rule: What happens beyond it: scaled down, or left out.
-        residual_memory: Share of a client's residual that is left after each round in which it was not asked.
+        norm_limit: What happens to updates far larger than the others, as `norm_limit` of `limits` reads it.
         start: Whether the first model is sent to those who join, or drawn by everyone from the seed.
         downlink_to: Who is charged for a round's change: the next cohorts as they come, or every client at once.
         side_by_side: Clients that a rank trains at a time, as one stacked model.
@@ -56,12 +53,10 @@ class RoundSettings:
     downlink: str = "int8"
     server: str = "fedavg"
     cohort: int | None = None
-    feedback: Literal["auto", "on", "off"] = "auto"
+    feedback: str = "auto"
     aggregate: Literal["rooted", "two_phase"] = "rooted"
     min_cohort: int = 1
-    max_update_norm: float | None = None
-    norm_rule: Literal["clip", "drop"] = "clip"
-    residual_memory: float = 1.0
+    norm_limit: str = "none"
     start: Literal["sent", "seed"] = "sent"
     downlink_to: Rule = "cohort"
     side_by_side: int = 1
@@ -102,13 +97,12 @@ class RoundSettings:
         codec_schedule(self.uplink)
         codec(self.downlink)
         server_optimizer(self.server, [nn.Parameter(torch.zeros(1))])
+        feedback_rule(self.feedback)
+        norm_limit(self.norm_limit)
         cohort = num_clients if self.cohort is None else self.cohort
-        limit = self.max_update_norm
         checks: list[tuple[str, object, bool, str]] = [
             ("cohort", self.cohort, 1 <= cohort <= num_clients, f"1 to {num_clients}, the number of clients"),
             ("min_cohort", self.min_cohort, 1 <= self.min_cohort <= cohort, f"1 to {cohort}, the cohort"),
-            ("max_update_norm", limit, limit is None or 0 < limit < math.inf, "above 0"),
-            ("feedback", self.feedback, self.feedback in ("auto", "on", "off"), "auto, on, off"),
             ("aggregate", self.aggregate, self.aggregate in ("rooted", "two_phase"), "rooted, two_phase"),
         ]
         for name, value, is_allowed, allowed in checks:
@@ -129,8 +123,8 @@ class RoundSettings:
 
 
 def wants_feedback(setting: str, uplink: str) -> bool:
-    """Resolve ``auto``: error feedback if a codec loses more than a cast does and is not unbiased."""
-    return setting == "on" or (setting == "auto" and any(c.wants_feedback for _, c in codec_schedule(uplink)))
+    """Return whether clients with this codec, or schedule of codecs, keep a residual."""
+    return feedback_rule(setting).wants(chosen for _, chosen in codec_schedule(uplink))
 
 
 class Seats(Mapping[int, Client]):
@@ -200,7 +194,7 @@ class Seats(Mapping[int, Client]):
             layouts if settings.sends else None,
             feedback,
             model=self._model,
-            residual_memory=settings.residual_memory,
+            residual_memory=feedback_rule(settings.feedback).memory,
         )
 
 
@@ -225,13 +219,13 @@ def make_rounds(
     replica, server = downlink.flatten(model), None
     if delivery.serves:
         server = Server(replica, delivery.part(downlink), lambda params: server_optimizer(settings.server, params))
-    limits = [] if settings.max_update_norm is None else [NormLimit(settings.max_update_norm, settings.norm_rule)]
+    limit = norm_limit(settings.norm_limit)
     return Rounds(
         delivery,
         server,
         downlink,
         replica,
-        parts=[*limits, *parts],
+        parts=[*([limit] if limit else []), *parts],
         min_cohort=settings.min_cohort,
         timer=None if transport is None else transport.timer,
     )

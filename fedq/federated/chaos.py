@@ -15,12 +15,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fedq.codecs import split_spec
 from fedq.errors import FieldError, one_of
 from fedq.federated.client import Client
 from fedq.federated.parts import Part
 from fedq.federated.training import RoundContext
 from fedq.kernels import derive_seed
+from fedq.specs import split_spec
 
 
 class ChaosError(RuntimeError):

@@ -128,7 +128,7 @@ class Federation:
             feedback=feedback,  # type: ignore[arg-type]
             aggregate=aggregate,  # type: ignore[arg-type]
             min_cohort=min_cohort,
-            max_update_norm=max_update_norm,
+            norm_limit="none" if max_update_norm is None else f"clip:{max_update_norm:g}",
         )
         self.settings.check(self.num_clients)
         for number, own in enumerate(clients if isinstance(clients, Sequence) else ()):
@@ -464,7 +464,7 @@ class Federation:
             "num_clients": self.num_clients,
             "cohort": chosen.cohort,
             "min_cohort": chosen.min_cohort,
-            "max_update_norm": chosen.max_update_norm,
+            "norm_limit": chosen.norm_limit,
         }
         exchange = {name: getattr(chosen, name) for name in ("uplink", "downlink", "server", "feedback", "aggregate")}
         return {"clients": members, "exchange": {"exchange": "round", **exchange}, "run": run}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fedq.errors import FieldError
 from fedq.federated.aggregate import Updates
 from fedq.federated.parts import Part
 from fedq.federated.training import RoundContext
@@ -37,6 +38,24 @@ class NormLimit(Part):
                 updates.scale(client, highest / norm, f"norm clipped to {highest / norm:.3g} of itself")
             elif norm > highest:
                 updates.leave_out(client, f"norm {norm:.3g} is beyond {highest:.3g}")
+
+
+def norm_limit(spec: str) -> NormLimit | None:
+    """Return the limit that a spec names: ``clip:3`` or ``drop:3``, or None for ``none``.
+
+    Raises:
+        FieldError: Naming ``norm_limit``: another rule, or no multiple above 0.
+    """
+    rule, _, text = spec.strip().lower().partition(":")
+    if rule == "none" and not text:
+        return None
+    try:
+        multiple = float(text)
+    except ValueError:
+        multiple = math.nan
+    if rule not in ("clip", "drop") or not 0 < multiple < math.inf:
+        raise FieldError("norm_limit", spec, "none, clip:MULTIPLE or drop:MULTIPLE, above 0, such as clip:3")
+    return NormLimit(multiple, "clip" if rule == "clip" else "drop")
 
 
 @dataclass(frozen=True)

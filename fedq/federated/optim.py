@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from fedq.errors import FieldError, one_of
 from fedq.federated.lean_optim import lean
-from fedq.federated.option_values import describe, parse_value
+from fedq.specs import describe, parse_value
 
 
 class _PseudoGradientOptimizer(Optimizer):

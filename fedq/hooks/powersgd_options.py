@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fedq.codecs import Codec, split_spec
+from fedq.codecs import Codec
 from fedq.errors import FieldError, one_of
+from fedq.specs import split_spec
 
 _LEAST = {"rank": 1, "start": 2}
 

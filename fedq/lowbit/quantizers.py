@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedq.codecs.spec import split_spec
 from fedq.errors import FieldError, one_of
 from fedq.kernels.reference import safe_inverse
 from fedq.kernels.reference.blocks import GAUSSIAN_STEP, MEAN_TO_SIGMA
+from fedq.specs import split_spec
 
 MAX_BITS = 16
 

@@ -22,7 +22,9 @@ from fedq.federated.aggregate import why_left_out
 from fedq.federated.assembly import wants_feedback
 from fedq.federated.client import Client
 from fedq.federated.frozen import check_frozen, frozen_checksums
+from fedq.federated.local_optimizer import local_optimizer
 from fedq.federated.training import ExampleTraining, OnExamples
+from fedq.feedback import feedback_rule
 from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
 from fedq.models import is_own
@@ -36,7 +38,7 @@ from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
 from fedq.runtime.allocator import keep_freed_memory
 from fedq.trainers.build import round_settings
-from fedq.trainers.job import build_network, client_parts, load_data, local_optimizer, local_training, make_model
+from fedq.trainers.job import build_network, client_parts, load_data, local_training, make_model
 from fedq.waiting import Say, Wait, speaking
 from fedq.wire import Kind, Message, read_note
 
@@ -301,9 +303,7 @@ def _prepare(
     _check_size(settings, data, config.max_model_mb)
     precision = choose_precision(settings.local.precision, runtime.device)
     model = make_model(settings, settings.local.model, data, runtime.device, precision)
-    engine = make_engine(
-        "torch", model, lambda params, lr: local_optimizer(settings, params, lr), precision, settings={}
-    )
+    engine = make_engine("torch", model, local_optimizer(settings.local.optimizer).make, precision, settings={})
     alone = local_training(settings, data.to(runtime.device), model, precision, lambda: None, engine)
     if runtime.world_size == 1:
         return data, alone, indices
@@ -348,11 +348,11 @@ def _member(
     """
     exchange, number = settings.exchange, int(federation["number"])
     check_frozen(frozen_checksums(model), federation.get("frozen", {}), "the server's")
-    has_feedback = wants_feedback(exchange.feedback, exchange.uplink)
+    rule, has_feedback = feedback_rule(exchange.feedback), wants_feedback(exchange.feedback, exchange.uplink)
     memory = Memory(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
     layouts = round_settings(settings, model).uplink_layouts(model, feedback=has_feedback)
     return Member(
-        client.seated(number, layouts, memory.feedback, model=model, residual_memory=exchange.residual_memory),
+        client.seated(number, layouts, memory.feedback, model=model, residual_memory=rule.memory),
         memory,
         run=federation["run"],
         uplink=exchange.uplink,

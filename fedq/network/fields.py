@@ -109,17 +109,22 @@ SETTINGS: dict[str, dict[str, _Field]] = {
         "local_epochs": _whole(1, 1_000),
         "local_steps": _whole(1, 100_000)._replace(is_optional=True),
         "batch_size": _whole(1, 65_536),
-        "optimizer": _WORD,
-        "momentum": _number(1.0),
-        "weight_decay": _number(1e3),
+        "optimizer": _SPEC,
         "prox_mu": _number(1e6),
         "precision": _WORD,
     },
-    "exchange": {"uplink": _SPEC, "feedback": _WORD, "residual_memory": _number(1.0), "start": _WORD},
+    "exchange": {"uplink": _SPEC, "feedback": _SPEC, "start": _WORD},
     "lowbit": {"weights": _SPEC, "activations": _WORD, "sends": _WORD, "server_sends": _WORD},
     "run": {"seed": _whole(0, _UINT64), "rounds": _whole(1, _LAST_ROUND)},
 }
 """What a server may set at a client, by group. What else it sends is ignored: folders, for one, are the client's."""
+
+
+_OLD: dict[str, dict[str, _Field]] = {
+    "local": {"momentum": _number(1.0), "weight_decay": _number(1e3)},
+    "exchange": {"residual_memory": _number(1.0)},
+}
+"""What servers of an earlier version set beside it; see `fedq.old_settings`."""
 
 
 def check_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def check_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _checked(groups[group], name, field, whose="the server's ")
         for group, fields in SETTINGS.items()
-        for name, field in fields.items()
+        for name, field in {**fields, **_OLD.get(group, {})}.items()
         if name in groups.get(group, {})
     }
 

@@ -20,6 +20,7 @@ from fedq.configfile import config_dict, load_config
 from fedq.data import Dataset
 from fedq.errors import FieldError, one_of
 from fedq.layout import uncompiled_name
+from fedq.old_settings import modern
 from fedq.text import clean
 
 KEY = "fingerprint"
@@ -35,7 +36,7 @@ _FIXED = {
     *("client_bits", "client_models", "centres", "personal_test"),
 }
 """Settings that decide what a checkpoint consists of; nothing takes their change over."""
-_FIXED_BY_STEP = {"optimizer", "momentum", "weight_decay", "uplink", "downlink", "schedule", "feedback"}
+_FIXED_BY_STEP = {"optimizer", "uplink", "downlink", "schedule", "feedback"}
 """With --exchange step, whose optimizer and residuals are part of the checkpoint, these as well."""
 _DECIDE_DATA = {"image_size", "train_examples", "val_fraction", "seed"}
 """Settings whose change is one of the data."""
@@ -91,7 +92,8 @@ class Fingerprint:
         if state["version"] > _VERSION:
             allowed = f"a run whose fingerprint has version {_VERSION} or less, not {state['version']}"
             raise FieldError("resume", str(path), allowed)
-        return cls(**{one.name: state[one.name] for one in fields(cls)})
+        kept = {one.name: state[one.name] for one in fields(cls)}
+        return cls(**kept | {"settings": modern(kept["settings"])})
 
     def state_dict(self) -> dict[str, Any]:
         """Return it in plain values, for a checkpoint."""

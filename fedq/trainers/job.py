@@ -24,7 +24,7 @@ from fedq.engines.accelerator import Trackers
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.fedbat import FedBatTraining
 from fedq.federated.image_training import LocalTraining
-from fedq.federated.lean_optim import lean
+from fedq.federated.local_optimizer import local_optimizer
 from fedq.federated.partition import label_counts, partition
 from fedq.hooks import is_powersgd
 from fedq.kernels import derive_seed, implementation
@@ -39,6 +39,7 @@ from fedq.runfolder import NullRunFolder, RunFolder, environment_info, git_commi
 from fedq.runtime import Runtime, distributed, local_root_first
 from fedq.runtime.allocator import keep_freed_memory
 from fedq.runtime.watch import Watch
+from fedq.specs import split_spec
 from fedq.trainers.auto_uplink import choose_uplink, is_auto, keep_choice, why_this_uplink
 from fedq.trainers.endings import command, farewell, stopped_by_disk
 from fedq.trainers.fingerprint import Fingerprint, check_names
@@ -228,12 +229,13 @@ def _job(
     timer = PhaseTimer(clock_of(runtime.device))
     transport = Transport(runtime.device, timer=timer)
     trace = StepTrace(config.run.profile, path, runtime.rank, runtime.device, timer)
+    optimizer = local_optimizer(config.local.optimizer)
     engine = make_engine(
         runtime.launcher,
         model,
-        partial(local_optimizer, config),
+        optimizer.make,
         precision,
-        settings=asdict(config.local),
+        settings={**asdict(config.local), **asdict(optimizer), "optimizer": split_spec(config.local.optimizer)[0]},
         deepspeed_config=config.run.deepspeed_config,
     )
     if config.run.log_with:
@@ -308,7 +310,7 @@ def local_training(
         split=data.train,
         mean=data.mean,
         std=data.std,
-        make_optimizer=lambda params, lr: local_optimizer(config, params, lr),
+        make_optimizer=local_optimizer(local.optimizer).make,
         precision=precision,
         batch_size=local.batch_size,
         epochs=local.local_epochs,
@@ -339,13 +341,3 @@ def _fits(data: Dataset, config: Config) -> bool:
     """Whether the images go to the device whole; mapped ones stay on disk."""
     nbytes = sum(split.images.numel() for split in (data.train, data.val, data.test))
     return nbytes <= config.run.memory_limit_gib * GIB
-
-
-def local_optimizer(config: Config, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Return a fresh optimizer, fused where torch has that: not for complex parameters."""
-    local, fused = config.local, all(param.is_floating_point() for param in params)
-    if local.optimizer != "sgd":
-        adam = lean({"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[local.optimizer])
-        return adam(params, lr=lr, weight_decay=local.weight_decay, fused=fused)
-    sgd = lean(torch.optim.SGD)
-    return sgd(params, lr=lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=fused)

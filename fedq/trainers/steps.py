@@ -18,6 +18,7 @@ from fedq.federated.accounting import plain_model
 from fedq.federated.frozen import check_ranks
 from fedq.federated.image_training import Passed
 from fedq.federated.training import seeded
+from fedq.feedback import feedback_rule
 from fedq.hooks import StepExchange, is_powersgd
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
@@ -49,7 +50,7 @@ def _options(job: Job) -> dict[str, Any]:
     return {
         "spec": exchange.uplink,
         "second": None if is_powersgd(exchange.uplink) else exchange.downlink,
-        "feedback": {"auto": None, "on": True, "off": False}[exchange.feedback],
+        "feedback": feedback_rule(exchange.feedback).asked,
         "schedule": exchange.schedule,
         "ranks_per_node": runtime.local_world_size if several_nodes else 1,
         "seed": derive_seed(job.config.run.seed, "gradients"),

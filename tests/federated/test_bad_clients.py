@@ -225,9 +225,9 @@ CASES: dict[str, dict[str, Any]] = {
     "no quorum": {"uplink": "sign", "chaos": "nan=0.6,seed=8", "min_cohort": 4},
     "all fail": {"uplink": "int8", "chaos": "fail=1", "rounds": 1},
     "all fail otherwise": {"uplink": "int8", "chaos": "nan=1", "rounds": 1},
-    "clip": {"uplink": "int4", "max_update_norm": 0.9},
-    "drop": {"uplink": "int4", "max_update_norm": 0.9, "norm_rule": "drop"},
-    "high limit": {"uplink": "sign", "max_update_norm": 1e6},
+    "clip": {"uplink": "int4", "norm_limit": "clip:0.9"},
+    "drop": {"uplink": "int4", "norm_limit": "drop:0.9"},
+    "high limit": {"uplink": "sign", "norm_limit": "clip:1e6"},
 }
 ROUNDS, CLIENTS, COHORT = 3, 7, 5
 

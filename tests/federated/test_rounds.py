@@ -106,7 +106,7 @@ def rounds_of(uplink: str = "fp32", downlink: str = "fp32", cohort: int = 3, **s
     local = LocalTraining(model, layout, split, (0.0,), (1.0,), lambda p, lr: torch.optim.SGD(p, lr), precision)
     parts, chosen = (
         settings.pop("parts", ()),
-        RoundSettings(uplink, downlink, cohort=cohort, feedback="off", **settings),
+        RoundSettings(uplink, downlink, cohort=cohort, **({"feedback": "off"} | settings)),
     )
 
     def client(number: int) -> Scripted:
@@ -216,7 +216,7 @@ def test_residuals_shrink_with_every_round_that_a_client_misses() -> None:
             told.append((round_now, owner, memory))
             return layout.encode(flat, seed=seed)
 
-    rounds = rounds_of("sign", cohort=1, residual_memory=0.5)
+    rounds = rounds_of("sign", cohort=1, feedback="auto:memory=0.5")
     for client in rounds.delivery.clients.values():
         client.feedback = Told()
     cohorts = [sample_cohort(3, 1, seed=7, round=number) for number in range(12)]

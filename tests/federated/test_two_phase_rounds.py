@@ -41,15 +41,14 @@ WAYS = ("rooted", "two_phase")
 # Seven clients, five a round, three rounds.
 CASES: dict[str, dict[str, Any]] = {
     "int4": {"uplink": "int4", "downlink": "int8", "feedback": "on"},
-    "sign": {"uplink": "sign int4@2", "downlink": "int4", "server": "fedadam:lr=0.01", "residual_memory": 0.5},
+    "sign": {"uplink": "sign int4@2", "downlink": "int4", "server": "fedadam:lr=0.01", "feedback": "auto:memory=0.5"},
     "topk": {"uplink": "topk:density=0.05", "downlink": "bf16", "server": "adafactor:lr=0.01", "downlink_to": "all"},
     "variable": {"uplink": "threshold:value=0.001", "downlink": "threshold:value=0.0005", "feedback": "off"},
-    "clip": {"uplink": "int4", "max_update_norm": 1.01, "chaos": "nan=0.1,fail=0.2,seed=3", "min_cohort": 3},
+    "clip": {"uplink": "int4", "norm_limit": "clip:1.01", "chaos": "nan=0.1,fail=0.2,seed=3", "min_cohort": 3},
     "drop nan": {
         "uplink": "fp32",
         "downlink": "fp32",
-        "max_update_norm": 1.01,
-        "norm_rule": "drop",
+        "norm_limit": "drop:1.01",
         "server": "adagrad",
     },
     "batchnorm": {"model": "resnet20", "rounds": 1, "local_steps": 1, "num_clients": 3, "cohort": None},
@@ -321,8 +320,8 @@ def scripted_rounds(rank: int, limits: dict[str, Any]) -> list[tuple]:
 
 LIMITS: list[dict[str, Any]] = [
     {},
-    {"max_update_norm": 2.0},
-    {"max_update_norm": 2.0, "norm_rule": "drop"},
+    {"norm_limit": "clip:2"},
+    {"norm_limit": "drop:2"},
     {"min_cohort": 5},
 ]
 
@@ -338,7 +337,7 @@ def test_owners_decide_as_one_server_does(world_size: int) -> None:
         assert spread_told == told
         assert all(left_out[1] == "decoded update is not finite" for left_out, _ in told)
         others = {client for left_out, clipped in told for client in (*left_out, *clipped)} - {1}
-        assert others == ({2} if "max_update_norm" in limits else {0, 2, 3, 4} if limits else set())
+        assert others == ({2} if "norm_limit" in limits else {0, 2, 3, 4} if limits else set())
         assert all(other == replica for results in by_rank for _, other, _ in results)
         assert any(replica) == ("min_cohort" not in limits)
         assert (spread_totals.payload, spread_totals.raw) == (totals.payload, totals.raw)

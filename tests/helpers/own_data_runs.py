@@ -90,7 +90,7 @@ def _write(folder: RunFolder, run: OwnRun, name: str) -> None:
 
 
 def _config(run: OwnRun, out: Path, name: str) -> dict[str, Any]:
-    clients = {"num_clients": NUM_CLIENTS, "cohort": COHORT, "min_cohort": 1, "max_update_norm": None}
+    clients = {"num_clients": NUM_CLIENTS, "cohort": COHORT, "min_cohort": 1, "norm_limit": "none"}
     exchange = {"exchange": "round", "uplink": run.uplink, "downlink": "fp32", "server": "fedavg"}
     exchange |= {"feedback": True, "aggregate": "gather"}
     return {

@@ -362,7 +362,7 @@ def test_a_setting_is_refused_by_name_or_is_within_bounds(group: str, name: str)
         ("local", "local_epochs", 10**6),
         ("local", "batch_size", 10**9),
         ("local", "model", "os:getcwd"),
-        ("local", "momentum", 1.0),
+        ("local", "optimizer", "sgd:momentum=1.0"),
     ],
 )
 def test_what_would_use_a_client_is_refused(group: str, name: str, value: Any) -> None:
@@ -370,6 +370,16 @@ def test_what_would_use_a_client_is_refused(group: str, name: str, value: Any) -
         settings_of(as_told(with_value(group, name, value)), ClientConfig())
     assert caught.value.field.removeprefix("the server's ") == name
     assert caught.value.value == value
+
+
+def test_what_a_server_of_an_earlier_version_sets_is_taken() -> None:
+    old = SENT | {"local": SENT["local"] | {"momentum": 0.5, "weight_decay": 0.0}}
+    old["exchange"] = SENT["exchange"] | {"residual_memory": 0.5}
+    took = settings_of(as_told(old), ClientConfig())
+    assert took.local.optimizer == "sgd:weight_decay=0.0,momentum=0.5"
+    assert took.exchange.feedback == "auto:memory=0.5"
+    with pytest.raises(FieldError, match=r"momentum=2\.0"):
+        settings_of(as_told(SENT | {"local": SENT["local"] | {"momentum": 2.0}}), ClientConfig())
 
 
 def test_what_is_not_in_the_list_is_the_clients_own(tmp_path: Path) -> None:

@@ -444,7 +444,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"weights": "int4", "sends": "weights"}, "sends='weights'.*all few-bit layers are binary"),
     ({"weights": "1", "server_sends": "weights", "aggregate": "two_phase"}, "server_sends=.*rooted"),
     ({"weights": "1", "server_sends": "weights", "downlink": "int4"}, "downlink='int4'.*left out"),
-    ({"weights": "1", "sends": "weights", "max_update_norm": 2.0}, "max_update_norm=2.0.*left out"),
+    ({"weights": "1", "sends": "weights", "norm_limit": "clip:2"}, "norm_limit='clip:2'.*left out"),
     ({"algorithm": "fedbat"}, "uplink='int4'.*sign without rotation"),
     ({"algorithm": "fedbat", "uplink": "sign:rotate=true"}, "uplink=.*sign without rotation"),
     ({"algorithm": "fedbat", "uplink": "sign", "feedback": "on"}, "feedback='on'.*auto or off"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from fedq.federated.local_optimizer import Sgd, local_optimizer
 from fedq.lowbit.centres import CentreSchedule, inner_weights
 from fedq.personalize.learners import Quantization
 from fedq.personalize.own_models import FLOAT_BITS, OwnModel
@@ -35,7 +36,7 @@ def starts_at_one(job: Job, model: nn.Module) -> bool:
     normalisation layers absorb that scale. Otherwise the weights say where.
     """
     has_norm = any(isinstance(module, _NORMS) for module in model.modules())
-    is_adam = job.config.local.optimizer != "sgd"
+    is_adam = not isinstance(local_optimizer(job.config.local.optimizer), Sgd)
     return job.config.personal.centres == "fixed" or (has_norm and is_adam)
 
 

@@ -250,7 +250,12 @@ def test_the_test_accuracy_is_that_of_the_saved_model(two_bits: tuple[Path, dict
     """Started from the saved model and trained at a rate that moves nothing, a float run tests the same."""
     out, summary = two_bits
     again = solo_run(
-        tmp_path / "run", lr=1e-30, weight_decay=0.0, rounds=1, warm_start=out / "model.safetensors", freeze_at=1.0
+        tmp_path / "run",
+        lr=1e-30,
+        optimizer="sgd:weight_decay=0",
+        rounds=1,
+        warm_start=out / "model.safetensors",
+        freeze_at=1.0,
     )
     assert again["test_accuracy"] == summary["test_accuracy"]
     assert again["test_balanced_accuracy"] == summary["test_balanced_accuracy"]

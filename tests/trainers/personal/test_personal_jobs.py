@@ -229,8 +229,10 @@ def test_without_validation_data_the_last_model_counts(tmp_path: Path) -> None:
 def test_a_warm_start_is_where_everybody_begins(tmp_path: Path) -> None:
     run_here(tmp_path / "first")
     start = tmp_path / "first" / "model.safetensors"
-    cold = run_here(tmp_path / "cold", algorithm="local", rounds=1, lr=1e-30, weight_decay=0.0)
-    warm = run_here(tmp_path / "warm", algorithm="local", rounds=1, lr=1e-30, weight_decay=0.0, warm_start=start)
+    cold = run_here(tmp_path / "cold", algorithm="local", rounds=1, lr=1e-30, optimizer="sgd:weight_decay=0")
+    warm = run_here(
+        tmp_path / "warm", algorithm="local", rounds=1, lr=1e-30, optimizer="sgd:weight_decay=0", warm_start=start
+    )
     assert file_hash(tmp_path / "warm" / "model.safetensors") == file_hash(start)
     assert cold["client_test_accuracy"] != warm["client_test_accuracy"]
     with pytest.raises(FieldError, match=r"warm_start.*same network"):
