@@ -68,7 +68,8 @@ class FederatedTask:
             "--lr": self.lr,
             "--seed": self.seed,
         }
-        fixed = "--dataset cifar10 --val-fraction 0 --no-augment --lr-schedule constant --optimizer sgd:momentum=0,weight_decay=0"
+        fixed = "--dataset cifar10 --val-fraction 0 --no-augment --lr-schedule constant"
+        fixed += " --optimizer sgd:momentum=0,weight_decay=0"
         return [*fixed.split(), "--device", "cpu", *(str(part) for pair in values.items() for part in pair)]
 
     def write(self, folder: Path) -> None:
