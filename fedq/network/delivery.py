@@ -46,7 +46,7 @@ class NetworkDelivery(Delivery):
 
     @property
     def hub(self) -> Hub:
-        """The clients' seats."""
+        """The hub: what is known of every client, and the open round."""
         return self.service.hub
 
     def ask(self, replica: Tensor, context: RoundContext, parts: Part) -> Answers:

@@ -21,10 +21,10 @@ from fedq.federated.server import Server
 from fedq.federated.training import RoundContext, Trained
 from fedq.feedback import ErrorFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
+from fedq.network.client_record import RateLimit
 from fedq.network.hub import Hub, Refused, Terms
 from fedq.network.member import Diverged, Member, Memory, check_same_model
 from fedq.network.offer import Offers, checksum, whole_model
-from fedq.network.seat import RateLimit
 from fedq.network.settings import (
     SERVER_DEFAULTS,
     ClientConfig,
@@ -172,23 +172,23 @@ def test_a_rate_limit_gives_tokens_back(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_session_is_not_guessed_and_not_another_ones() -> None:
     hub = _hub()
-    seat = hub.admit(0, HELLO)
-    assert hub.seat_of(0, seat.session) is seat
-    for number, session in ((0, ""), (0, "guess"), (1, seat.session)):
+    record = hub.admit(0, HELLO)
+    assert hub.record_in_session(0, record.session) is record
+    for number, session in ((0, ""), (0, "guess"), (1, record.session)):
         with pytest.raises(Refused):
-            hub.seat_of(number, session)
+            hub.record_in_session(number, session)
 
 
 def test_a_round_closes_with_those_who_answered() -> None:
     hub = _hub()
 
     async def play() -> list[Message]:
-        seats = [hub.admit(number, {**HELLO, "own_data": True}) for number in range(3)]
-        for seat in seats:
-            hub.arrived(seat)
+        records = [hub.admit(number, {**HELLO, "own_data": True}) for number in range(3)]
+        for record in records:
+            hub.arrived(record)
         running = asyncio.create_task(hub.run_round(RoundContext(0, 0.1, 0)))
         await asyncio.sleep(0.05)
-        assignment = hub.assignment(seats[0])
+        assignment = hub.assignment(records[0])
         assert assignment is not None
         text = read_note(unpack(assignment.note.pack()))
         assert [message.frame.kind for message in assignment.models] == [Kind.MODEL]
@@ -197,11 +197,11 @@ def test_a_round_closes_with_those_who_answered() -> None:
             member.take(message)
         member.arrive(text)
         answer = member.answer(text, assignment.note.sequence)
-        hub.accept(seats[0], answer)
+        hub.accept(records[0], answer)
         with pytest.raises(Refused, match="no answer"):  # once is enough
-            hub.accept(seats[0], answer)
-        seats[1].followers.clear()
-        hub.left(seats[1])
+            hub.accept(records[0], answer)
+        records[1].followers.clear()
+        hub.left(records[1])
         return await running
 
     messages = asyncio.run(play())

@@ -60,11 +60,11 @@ class Task:
 
 
 @dataclass
-class Seat:
-    """A client's place.
+class ClientRecord:
+    """What the server knows of one client of the federation.
 
     Args:
-        number: From 0.
+        number: The client's number, from 0.
     """
 
     number: int
@@ -83,12 +83,12 @@ class Seat:
     """Whether it was here and has let a whole round pass, and has not answered since."""
     offences: int = 0
     instance: str = ""
-    """Word that the process which has this seat says whenever it joins; nobody else knows it."""
+    """Word that the process which is this client says whenever it joins; nobody else knows it."""
     peer: str = ""
     """Address that it came from."""
     joins: RateLimit = field(default_factory=RateLimit)
     returns: RateLimit = field(default_factory=RateLimit)
-    """Of the process that has the seat: no other that knocks in its name takes its calls."""
+    """Limit on the joins of the process that is this client: no other that knocks in its name takes its calls."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there is something to tell it."""
     followers: set[asyncio.Task[None]] = field(default_factory=set)
