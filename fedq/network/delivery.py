@@ -36,7 +36,7 @@ class NetworkDelivery(Delivery):
     def serve_by(self, service: Service, version: int, replica: Tensor) -> None:
         """Begin with a model, flat float32, which has seen so many rounds."""
         self._service = service
-        service.do(lambda: self.hub.offers.publish(version, replica))
+        service.do(lambda: self.hub.catch_up.publish(version, replica))
 
     @property
     def service(self) -> Service:
@@ -67,7 +67,7 @@ class NetworkDelivery(Delivery):
         hub, version = self.hub, context.round + 1
 
         def publish() -> tuple[list[Moved], int]:
-            hub.offers.publish(version, replica, message)
+            hub.catch_up.publish(version, replica, message)
             return hub.take_moved(), hub.received
 
         with self.transport.timer.phase("exchange"):

@@ -25,9 +25,9 @@ from fedq.federated.downlink import without_raw
 from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import MessageParts
+from fedq.network.catch_up import CatchUp
 from fedq.network.client_record import ClientRecord, RateLimit, Task
 from fedq.network.fields import check_answer, check_note
-from fedq.network.offer import Offers
 from fedq.network.settings import NetworkConfig
 from fedq.text import clean
 from fedq.waiting import Wait, named
@@ -158,7 +158,7 @@ class Hub:
 
     def __init__(self, terms: Terms, first_sequence: int = 0) -> None:
         self.terms = terms
-        self.offers = Offers(terms.layout)
+        self.catch_up = CatchUp(terms.layout)
         self.records: dict[int, ClientRecord] = {}
         self.context: RoundContext | None = None
         """The open round's."""
@@ -249,7 +249,7 @@ class Hub:
         record.uplink, record.num_examples = uplink, num_examples
         self.own_data = self.own_data | {number} if has_own_data else self.own_data - {number}
         is_ours = hello["run"] == self.terms.run
-        record.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
+        record.version = self.catch_up.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
         record.session = secrets.token_hex(16)
         record.instance, record.peer = hello.get("instance") or "", peer
         record.end_followers(f"client {number} has joined again, from {peer}")
@@ -297,8 +297,8 @@ class Hub:
         if self.context is None or not record.has_open_task(self.context.round):
             return None
         assert record.task is not None
-        assert self.offers.model is not None
-        model, context = self.offers.model, self.context
+        assert self.catch_up.model is not None
+        model, context = self.catch_up.model, self.context
         text = {
             "kind": "task",
             "round": context.round,
@@ -309,14 +309,14 @@ class Hub:
             "timeout": self.terms.network.round_timeout,
         }
         task = note(text, round=context.round, client=record.number, sequence=record.task.sequence)
-        return Assignment(record.task, self.offers.lacking(record.version), task, model.version)
+        return Assignment(record.task, self.catch_up.lacking(record.version), task, model.version)
 
     def farewell(self, record: ClientRecord) -> Assignment:
         """Return the last messages: what leads to the final model, and the result."""
-        assert self.offers.model is not None
-        model, text = self.offers.model, {"kind": "finished", **(self.result or {})}
+        assert self.catch_up.model is not None
+        model, text = self.catch_up.model, {"kind": "finished", **(self.result or {})}
         text |= {"version": model.version, "checksum": model.checksum}
-        return Assignment(None, self.offers.lacking(record.version), note(text), model.version)
+        return Assignment(None, self.catch_up.lacking(record.version), note(text), model.version)
 
     def sent(self, record: ClientRecord, message: Message, *, is_newest: bool) -> None:
         """Note a message that a client has been sent whole; the newest change stands for a whole float32 model."""

@@ -23,7 +23,7 @@ from fedq.federated.training import RoundContext
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.files import replace_file
 from fedq.layout import Layout
-from fedq.network.offer import checksum
+from fedq.network.catch_up import checksum
 from fedq.wire import Kind, Limits, Message
 
 _KEPT = 3

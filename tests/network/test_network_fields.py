@@ -117,7 +117,7 @@ def _hub() -> Hub:
         network=NetworkConfig(max_offences=10**9, accept_own_data=True),
     )
     hub = Hub(job)
-    hub.offers.publish(0, LAYOUT.flatten(MODEL))
+    hub.catch_up.publish(0, LAYOUT.flatten(MODEL))
     return hub
 
 

@@ -21,10 +21,10 @@ from fedq.federated.server import Server
 from fedq.federated.training import RoundContext, Trained
 from fedq.feedback import ErrorFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
+from fedq.network.catch_up import CatchUp, checksum, whole_model
 from fedq.network.client_record import RateLimit
 from fedq.network.hub import Hub, Refused, Terms
 from fedq.network.member import Diverged, Member, Memory, check_same_model
-from fedq.network.offer import Offers, checksum, whole_model
 from fedq.network.settings import (
     SERVER_DEFAULTS,
     ClientConfig,
@@ -51,20 +51,20 @@ INT8 = Layout.of(_model(), "int8")
 # ---- what is offered -------------------------------------------------------------------------------------------------
 
 
-def _served(rounds: int) -> tuple[Offers, list[Tensor]]:
-    """Return offers after some rounds of a server, and the replica of every version."""
+def _served(rounds: int) -> tuple[CatchUp, list[Tensor]]:
+    """Return what leads to the newest model after some rounds of a server, and the replica of every version."""
     model = _model()
     replica = FP32.flatten(model)
     server = Server(replica, INT8, lambda params: torch.optim.SGD(params, lr=1.0))
-    offers, versions = Offers(FP32), [replica.clone()]
-    offers.publish(0, replica)
+    catch_up, versions = CatchUp(FP32), [replica.clone()]
+    catch_up.publish(0, replica)
     for number in range(rounds):
         server.step(0.1 * torch.randn(FP32.numel, generator=torch.Generator().manual_seed(number)))
         change = server.change(replica, RoundContext(number, 0.1, 0))
         apply_change(INT8, change, replica)
         versions.append(replica.clone())
-        offers.publish(number + 1, replica, Message(change, INT8))
-    return offers, versions
+        catch_up.publish(number + 1, replica, Message(change, INT8))
+    return catch_up, versions
 
 
 def _caught_up(held: Tensor | None, messages: list[Message]) -> Tensor:
@@ -80,30 +80,30 @@ def _caught_up(held: Tensor | None, messages: list[Message]) -> Tensor:
 
 @pytest.mark.parametrize("held", [None, 0, 1, 2, 3, 4])
 def test_whoever_held_any_version_holds_the_newest_after_what_is_offered(held: int | None) -> None:
-    offers, versions = _served(4)
-    messages = offers.lacking(held)
+    catch_up, versions = _served(4)
+    messages = catch_up.lacking(held)
     assert torch.equal(_caught_up(None if held is None else versions[held], messages), versions[4])
     kinds = [message.frame.kind for message in messages]
     # Three changes of a byte an element are less than a model of four; one that everybody has cost nothing.
     wanted = {4: [], 3: [Kind.CHANGE], 2: [Kind.CHANGE] * 2}
     assert kinds == wanted.get(-1 if held is None else held, [Kind.MODEL] if held in (None, 0) else kinds)
-    assert sum(message.nbytes for message in messages) <= offers.lacking(None)[0].nbytes
+    assert sum(message.nbytes for message in messages) <= catch_up.lacking(None)[0].nbytes
 
 
 def test_a_version_counts_only_with_the_right_checksum() -> None:
-    offers, versions = _served(2)
-    assert offers.recognise(1, checksum(versions[1])) == 1
-    assert offers.recognise(2, checksum(versions[1])) is None
-    assert offers.recognise(9, checksum(versions[1])) is None
+    catch_up, versions = _served(2)
+    assert catch_up.recognise(1, checksum(versions[1])) == 1
+    assert catch_up.recognise(2, checksum(versions[1])) is None
+    assert catch_up.recognise(9, checksum(versions[1])) is None
     for odd in (None, "2", True, [2], 2.0, {}):
-        assert offers.recognise(odd, checksum(versions[2])) is None or odd == 2.0
+        assert catch_up.recognise(odd, checksum(versions[2])) is None or odd == 2.0
 
 
 def test_a_round_without_a_change_costs_nothing() -> None:
-    offers, versions = _served(1)
-    offers.publish(2, versions[1], None)
-    assert offers.lacking(1) == []
-    assert [message.frame.kind for message in offers.lacking(0)] == [Kind.CHANGE]
+    catch_up, versions = _served(1)
+    catch_up.publish(2, versions[1], None)
+    assert catch_up.lacking(1) == []
+    assert [message.frame.kind for message in catch_up.lacking(0)] == [Kind.CHANGE]
 
 
 # ---- who is admitted, and what is taken ------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ HELLO = {"kind": "hello", "run": "a run", "uplink": "int8", "feedback": True, "n
 
 def _hub(**network: Any) -> Hub:
     hub = Hub(_terms(**network))
-    hub.offers.publish(0, FP32.flatten(_model()))
+    hub.catch_up.publish(0, FP32.flatten(_model()))
     return hub
 
 
@@ -267,10 +267,10 @@ def _task(round: int, replica: Tensor) -> dict[str, Any]:
 
 
 def _with_model(member: Member) -> Tensor:
-    offers = Offers(FP32)
+    catch_up = CatchUp(FP32)
     replica = FP32.flatten(_model())
-    offers.publish(0, replica)
-    for message in offers.lacking(None):
+    catch_up.publish(0, replica)
+    for message in catch_up.lacking(None):
         member.take(message)
     return replica
 
@@ -338,9 +338,9 @@ def test_a_model_that_is_not_the_servers_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(Diverged):
         member.arrive(_task(0, replica))
     assert member.hello().get("version") is None
-    offers, _ = _served(2)
+    catch_up, _ = _served(2)
     with pytest.raises(Diverged):
-        member.take(offers.lacking(1)[0])
+        member.take(catch_up.lacking(1)[0])
 
 
 def test_another_model_is_refused_by_name() -> None:

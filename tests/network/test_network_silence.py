@@ -38,7 +38,7 @@ def _hub(num_clients: int = 3, **network: float) -> Hub:
         network=NetworkConfig(**{"round_timeout": 0.4, "join_timeout": 0.2, **network}),  # type: ignore[arg-type]
     )
     hub = Hub(federation)
-    hub.offers.publish(0, LAYOUT.flatten(MODEL))
+    hub.catch_up.publish(0, LAYOUT.flatten(MODEL))
     for number in range(num_clients):
         hub.arrived(hub.admit(number, HELLO))
     return hub

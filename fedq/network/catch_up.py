@@ -27,8 +27,8 @@ class Model:
     message: Message
 
 
-class Offers:
-    """The newest model, and what leads to it.
+class CatchUp:
+    """What leads a client from the version that it holds to the newest: the changes since, or the whole model.
 
     A client that holds an older version gets every change since, or the whole model where that is smaller; one whose
     version is unknown, or was of another run, gets the whole model.
