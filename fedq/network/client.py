@@ -30,8 +30,8 @@ from fedq.network.certs import Identity, client_number, load_identity
 from fedq.network.fields import FOLDER, check_note, check_settings
 from fedq.network.link import Backoff, Link, Lost, NotWanted
 from fedq.network.member import Diverged, Member, Memory
+from fedq.network.multi_rank_client import MultiRankClient
 from fedq.network.settings import ClientConfig, check_client
-from fedq.network.site import Site
 from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
 from fedq.runtime.allocator import keep_freed_memory
@@ -41,7 +41,7 @@ from fedq.waiting import Say, Wait, speaking
 from fedq.wire import Kind, Message, read_note
 
 _PATIENCE_S = 7 * 86_400.0
-"""How long a site's other ranks wait for the next round."""
+"""How long a client's other ranks wait for the next round."""
 _DESCRIBE_S = 30.0
 """Longest single try to hear what the federation is."""
 
@@ -266,7 +266,7 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     try:
         result = follow(link, member, Backoff(link, config.give_up_after, say), say)
     finally:
-        if isinstance(training, Site):
+        if isinstance(training, MultiRankClient):
             training.dismiss()
     path = _save(member, member.memory.folder)
     accuracy = result.get("test_accuracy")
@@ -285,7 +285,7 @@ def _work_for_root(config: ClientConfig, runtime: Runtime) -> None:
     """Train with rank 0 until it says that it is over."""
     federation: dict[str, Any] = from_root(runtime, {})
     _, training, _ = _prepare(config, settings_of(federation, config), runtime, federation)
-    assert isinstance(training, Site)
+    assert isinstance(training, MultiRankClient)
     training.follow()
 
 
@@ -307,7 +307,7 @@ def _prepare(
     alone = local_training(settings, data.to(runtime.device), model, precision, lambda: None, engine)
     if runtime.world_size == 1:
         return data, alone, indices
-    site = Site(
+    together = MultiRankClient(
         runtime,
         alone,
         indices,
@@ -316,7 +316,7 @@ def _prepare(
         uplink=config.inner_uplink,
         downlink=config.inner_downlink,
     )
-    return data, site, indices
+    return data, together, indices
 
 
 def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
