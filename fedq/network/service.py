@@ -21,7 +21,7 @@ import grpc
 from fedq.errors import FieldError
 from fedq.network.certs import Identity, Revoked, client_number
 from fedq.network.client_record import ClientRecord, Task
-from fedq.network.connections import connection_limit
+from fedq.network.connection_limit import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
 from fedq.network.settings import CHUNK_NBYTES, check_address
 from fedq.text import clean
