@@ -1,4 +1,4 @@
-"""`fedq client`, and `join` for a model and data of one's own: connect, take part, come back after a lost link."""
+"""`fedq client`, and `join` for one's own model and data: connect, take part, come back after a lost connection."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
+from fedq.network.connection import Backoff, Connection, Lost, NotWanted
 from fedq.network.fields import FOLDER, check_note, check_settings
-from fedq.network.link import Backoff, Link, Lost, NotWanted
 from fedq.network.member import Diverged, Member, Memory
 from fedq.network.multi_rank_client import MultiRankClient
 from fedq.network.settings import ClientConfig, check_client
@@ -62,13 +62,13 @@ def run_client(config: ClientConfig) -> dict[str, Any]:
             _work_for_root(config, runtime)
             return {}
         identity, number = _who(config)
-        link = Link(config.connect, identity, number, server_name=config.server_name)
+        connection = Connection(config.connect, identity, number, server_name=config.server_name)
         try:
-            federation = _describe(link, config.give_up_after)
+            federation = _describe(connection, config.give_up_after)
             from_root(runtime, federation)
-            return _take_part(config, runtime, link, federation)
+            return _take_part(config, runtime, connection, federation)
         finally:
-            link.close()
+            connection.close()
 
 
 def join(
@@ -124,17 +124,17 @@ def join(
     check_client(config)
     keep_freed_memory(of_any_size=True)
     identity, number = _who(config)
-    link = Link(connect, identity, number)
+    connection = Connection(connect, identity, number)
     try:
-        federation = _describe(link, give_up_after)
+        federation = _describe(connection, give_up_after)
         settings = settings_of(federation, config, has_own_model=True)
         member = _member(config, federation, settings, client, model, own=True)
-        result = follow(link, member, Backoff(link, give_up_after, say), say)
+        result = follow(connection, member, Backoff(connection, give_up_after, say), say)
         if member.replica is not None:
             member.layout.unflatten_(member.replica, model)
         return result
     finally:
-        link.close()
+        connection.close()
 
 
 def _own_client(client: Client | None, train: Callable[[float], Any] | None, num_examples: int | None) -> Client:
@@ -156,20 +156,20 @@ def _own_client(client: Client | None, train: Callable[[float], Any] | None, num
     return client
 
 
-def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, Any]:
+def follow(connection: Connection, member: Member, backoff: Backoff, say: Say) -> dict[str, Any]:
     """Hear the server and answer it until it says that it is over, through lost connections.
 
     Raises:
         FieldError: The server refuses this client, or could not be reached for too long.
     """
     result: dict[str, Any] | None = None
-    link.limits = member.limits
+    connection.limits = member.limits
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.
-            for message in _followed(link, member, say):
+            for message in _followed(connection, member, say):
                 backoff.succeed()
-                result = _hear(link, member, message, say) or result
+                result = _hear(connection, member, message, say) or result
             if result is not None:
                 return result
             raise Lost("the server ended the connection")
@@ -181,12 +181,12 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
             backoff.wait(str(error))
 
 
-def _followed(link: Link, member: Member, say: Say) -> Iterator[Message]:
+def _followed(connection: Connection, member: Member, say: Say) -> Iterator[Message]:
     """Yield the server's messages; a person hears of the wait for its welcome, and for the first round."""
-    messages = link.follow(member.hello())
+    messages = connection.follow(member.hello())
     for deed in ("to take this client", "to begin a round"):
-        whom = f"the server ({link.where}) {deed}"
-        with speaking(Wait(whom.__str__, hints=link.hints, say=say)):
+        whom = f"the server ({connection.where}) {deed}"
+        with speaking(Wait(whom.__str__, hints=connection.hints, say=say)):
             message = next(messages, None)
         if message is None:
             return
@@ -236,18 +236,20 @@ def _who(config: ClientConfig) -> tuple[Identity | None, int]:
     return identity, number
 
 
-def _describe(link: Link, give_up_after: float) -> dict[str, Any]:
+def _describe(connection: Connection, give_up_after: float) -> dict[str, Any]:
     """Ask what the federation is, until the server is there."""
-    backoff = Backoff(link, give_up_after)
+    backoff = Backoff(connection, give_up_after)
     with speaking(backoff.begin()) as waiting:
         while True:
             try:
-                return check_note(link.describe(min(_DESCRIBE_S, 1 + waiting.left_s)), "federation")
+                return check_note(connection.describe(min(_DESCRIBE_S, 1 + waiting.left_s)), "federation")
             except Lost as error:
                 backoff.wait(str(error))
 
 
-def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: dict[str, Any]) -> dict[str, Any]:
+def _take_part(
+    config: ClientConfig, runtime: Runtime, connection: Connection, federation: dict[str, Any]
+) -> dict[str, Any]:
     settings = settings_of(federation, config)
     number = int(federation["number"])
     data, training, indices = _prepare(config, settings, runtime, federation)
@@ -264,7 +266,7 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     )
     say: Say = lambda line: print_header([line])  # noqa: E731
     try:
-        result = follow(link, member, Backoff(link, config.give_up_after, say), say)
+        result = follow(connection, member, Backoff(connection, config.give_up_after, say), say)
     finally:
         if isinstance(training, MultiRankClient):
             training.dismiss()
@@ -275,7 +277,7 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     print_header(
         [
             f"{end} after {result.get('rounds')} rounds{words}",
-            f"sent {human_bytes(link.sent)}, received {human_bytes(link.received)}; model in {path}",
+            f"sent {human_bytes(connection.sent)}, received {human_bytes(connection.received)}; model in {path}",
         ]
     )
     return result
@@ -377,7 +379,7 @@ def _save(member: Member, folder: Path) -> Path:
 # ---- what the server says --------------------------------------------------------------------------------------------
 
 
-def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, Any] | None:
+def _hear(connection: Connection, member: Member, message: Message, say: Say) -> dict[str, Any] | None:
     """Do what a message of the server asks; return its last words.
 
     Raises:
@@ -389,21 +391,21 @@ def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, A
         return None
     text = check_note(read_note(message), "welcome", "task", "finished")
     if text["kind"] == "welcome":
-        link.opened(text["session"])
+        connection.opened(text["session"])
         return None
     member.arrive(text)
     if text["kind"] == "finished":
         return text
-    _answer(link, member, message, text, say)
+    _answer(connection, member, message, text, say)
     return None
 
 
-def _answer(link: Link, member: Member, message: Message, text: dict[str, Any], say: Say) -> None:
+def _answer(connection: Connection, member: Member, message: Message, text: dict[str, Any], say: Say) -> None:
     began = time.perf_counter()
     answer = member.answer(text, message.sequence)
     trained = time.perf_counter()
     try:
-        link.send(answer, timeout=float(text["timeout"]))
+        connection.send(answer, timeout=float(text["timeout"]))
     except NotWanted as error:
         member.undo()
         say(f"round {text['round'] + 1}: the server did not take the answer: {error}")

@@ -23,10 +23,10 @@ from fedq.layout import Layout, LayoutSchedule
 from fedq.network import client
 from fedq.network.client import settings_of
 from fedq.network.client_record import RateLimit, Task
+from fedq.network.connection import NotWanted
 from fedq.network.fields import MOST_EXAMPLES, NOTES, SETTINGS, check_answer, check_note
 from fedq.network.hub import Hub, Refused
 from fedq.network.hub import Terms as Job
-from fedq.network.link import NotWanted
 from fedq.network.server import run_server, shared_settings
 from fedq.network.settings import SERVER_DEFAULTS, ClientConfig, NetworkConfig
 from fedq.runfolder.tables import ParquetRows, client_schema
@@ -256,23 +256,23 @@ def test_a_row_that_cannot_be_stored_costs_the_row(tmp_path: Path, caplog: pytes
 
 
 def _left_out(weight: float, accuracy: float = 0.5):
-    def act(link, member, message, text) -> None:
+    def act(connection, member, message, text) -> None:
         empty = torch.empty(0, dtype=torch.uint8)
         frame = Frame(Kind.LEFT_OUT, text["round"], member.client.number, 0, 0, weight, 1.0, accuracy, empty)
-        _send(link, Message(frame, sequence=message.sequence))
+        _send(connection, Message(frame, sequence=message.sequence))
 
     return act
 
 
-def _fails(link, member, message, text) -> None:
+def _fails(connection, member, message, text) -> None:
     body = torch.frombuffer(bytearray(EVIL.encode()), dtype=torch.uint8)
     frame = Frame(Kind.FAILED, text["round"], member.client.number, 0, 0, 50.0, math.nan, math.nan, body)
-    _send(link, Message(frame, sequence=message.sequence))
+    _send(connection, Message(frame, sequence=message.sequence))
 
 
-def _send(link, message: Message) -> None:
+def _send(connection, message: Message) -> None:
     try:
-        link.send(message, 30)
+        connection.send(message, 30)
     except NotWanted:
         return
 
