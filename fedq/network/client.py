@@ -27,9 +27,9 @@ from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
+from fedq.network.client_state import ClientState, Diverged, VersionsOnDisk
 from fedq.network.connection import Backoff, Connection, Lost, NotWanted
 from fedq.network.fields import FOLDER, check_note, check_settings
-from fedq.network.member import Diverged, Member, Memory
 from fedq.network.multi_rank_client import MultiRankClient
 from fedq.network.settings import ClientConfig, check_client
 from fedq.report import human_bytes, human_seconds, print_header
@@ -128,10 +128,10 @@ def join(
     try:
         federation = _describe(connection, give_up_after)
         settings = settings_of(federation, config, has_own_model=True)
-        member = _member(config, federation, settings, client, model, own=True)
-        result = follow(connection, member, Backoff(connection, give_up_after, say), say)
-        if member.replica is not None:
-            member.layout.unflatten_(member.replica, model)
+        state = _client_state(config, federation, settings, client, model, own=True)
+        result = follow(connection, state, Backoff(connection, give_up_after, say), say)
+        if state.replica is not None:
+            state.layout.unflatten_(state.replica, model)
         return result
     finally:
         connection.close()
@@ -156,20 +156,20 @@ def _own_client(client: Client | None, train: Callable[[float], Any] | None, num
     return client
 
 
-def follow(connection: Connection, member: Member, backoff: Backoff, say: Say) -> dict[str, Any]:
+def follow(connection: Connection, state: ClientState, backoff: Backoff, say: Say) -> dict[str, Any]:
     """Hear the server and answer it until it says that it is over, through lost connections.
 
     Raises:
         FieldError: The server refuses this client, or could not be reached for too long.
     """
     result: dict[str, Any] | None = None
-    connection.limits = member.limits
+    connection.limits = state.limits
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.
-            for message in _followed(connection, member, say):
+            for message in _followed(connection, state, say):
                 backoff.succeed()
-                result = _hear(connection, member, message, say) or result
+                result = _hear(connection, state, message, say) or result
             if result is not None:
                 return result
             raise Lost("the server ended the connection")
@@ -181,9 +181,9 @@ def follow(connection: Connection, member: Member, backoff: Backoff, say: Say) -
             backoff.wait(str(error))
 
 
-def _followed(connection: Connection, member: Member, say: Say) -> Iterator[Message]:
+def _followed(connection: Connection, state: ClientState, say: Say) -> Iterator[Message]:
     """Yield the server's messages; a person hears of the wait for its welcome, and for the first round."""
-    messages = connection.follow(member.hello())
+    messages = connection.follow(state.hello())
     for deed in ("to take this client", "to begin a round"):
         whom = f"the server ({connection.where}) {deed}"
         with speaking(Wait(whom.__str__, hints=connection.hints, say=say)):
@@ -254,7 +254,7 @@ def _take_part(
     number = int(federation["number"])
     data, training, indices = _prepare(config, settings, runtime, federation)
     client = Client(OnExamples(training, indices), num_examples=len(indices))
-    member = _member(config, federation, settings, client, training.model, own=False)
+    state = _client_state(config, federation, settings, client, training.model, own=False)
     codec, where = settings.exchange.uplink, "TLS" if config.certs is not None else "no TLS"
     ranks = f", {runtime.world_size} ranks by {config.exchange}" if runtime.world_size > 1 else ""
     print_header(
@@ -266,11 +266,11 @@ def _take_part(
     )
     say: Say = lambda line: print_header([line])  # noqa: E731
     try:
-        result = follow(connection, member, Backoff(connection, config.give_up_after, say), say)
+        result = follow(connection, state, Backoff(connection, config.give_up_after, say), say)
     finally:
         if isinstance(training, MultiRankClient):
             training.dismiss()
-    path = _save(member, member.memory.folder)
+    path = _save(state, state.on_disk.folder)
     accuracy = result.get("test_accuracy")
     words = "" if accuracy is None else f", test accuracy {100 * accuracy:.2f} %"
     end = f"the server has stopped: {result['stopped']};" if "stopped" in result else "finished"
@@ -335,9 +335,9 @@ def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
         raise FieldError("max_model_mb", limit_mb, f"{mb:.0f} or more for the server's model, {name} at {size}x{size}")
 
 
-def _member(
+def _client_state(
     config: ClientConfig, federation: dict[str, Any], settings: Config, client: Client, model: nn.Module, *, own: bool
-) -> Member:
+) -> ClientState:
     """Return this client's side of the federation.
 
     Args:
@@ -351,11 +351,11 @@ def _member(
     exchange, number = settings.exchange, int(federation["number"])
     check_frozen(frozen_checksums(model), federation.get("frozen", {}), "the server's")
     has_feedback = wants_feedback(exchange.feedback, exchange.uplink)
-    memory = Memory(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
+    on_disk = VersionsOnDisk(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
     layouts = round_settings(settings, model).uplink_layouts(model, feedback=has_feedback)
-    return Member(
-        client.seated(number, layouts, memory.feedback, model=model, residual_memory=exchange.residual_memory),
-        memory,
+    return ClientState(
+        client.seated(number, layouts, on_disk.feedback, model=model, residual_memory=exchange.residual_memory),
+        on_disk,
         run=federation["run"],
         uplink=exchange.uplink,
         has_own_data=config.own_data or own,
@@ -363,14 +363,14 @@ def _member(
     )
 
 
-def _save(member: Member, folder: Path) -> Path:
+def _save(state: ClientState, folder: Path) -> Path:
     """Write the model as the client holds it."""
     path = folder / "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    model = member.client.training.model
-    if member.replica is not None:
-        member.layout.unflatten_(member.replica, model)
-    tensors = member.layout.named_tensors(model)
+    model = state.client.training.model
+    if state.replica is not None:
+        state.layout.unflatten_(state.replica, model)
+    tensors = state.layout.named_tensors(model)
     tensors |= {name: param.detach() for name, param in frozen_parameters(model).items()}
     replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     return path
@@ -379,7 +379,7 @@ def _save(member: Member, folder: Path) -> Path:
 # ---- what the server says --------------------------------------------------------------------------------------------
 
 
-def _hear(connection: Connection, member: Member, message: Message, say: Say) -> dict[str, Any] | None:
+def _hear(connection: Connection, state: ClientState, message: Message, say: Say) -> dict[str, Any] | None:
     """Do what a message of the server asks; return its last words.
 
     Raises:
@@ -387,27 +387,27 @@ def _hear(connection: Connection, member: Member, message: Message, say: Say) ->
         FieldError: A message that this version does not know.
     """
     if message.frame.kind in (Kind.MODEL, Kind.CHANGE):
-        member.take(message)
+        state.take(message)
         return None
     text = check_note(read_note(message), "welcome", "task", "finished")
     if text["kind"] == "welcome":
         connection.opened(text["session"])
         return None
-    member.arrive(text)
+    state.arrive(text)
     if text["kind"] == "finished":
         return text
-    _answer(connection, member, message, text, say)
+    _answer(connection, state, message, text, say)
     return None
 
 
-def _answer(connection: Connection, member: Member, message: Message, text: dict[str, Any], say: Say) -> None:
+def _answer(connection: Connection, state: ClientState, message: Message, text: dict[str, Any], say: Say) -> None:
     began = time.perf_counter()
-    answer = member.answer(text, message.sequence)
+    answer = state.answer(text, message.sequence)
     trained = time.perf_counter()
     try:
         connection.send(answer, timeout=float(text["timeout"]))
     except NotWanted as error:
-        member.undo()
+        state.undo()
         say(f"round {text['round'] + 1}: the server did not take the answer: {error}")
         return
     words = _outcome(answer)

@@ -256,17 +256,17 @@ def test_a_row_that_cannot_be_stored_costs_the_row(tmp_path: Path, caplog: pytes
 
 
 def _left_out(weight: float, accuracy: float = 0.5):
-    def act(connection, member, message, text) -> None:
+    def act(connection, state, message, text) -> None:
         empty = torch.empty(0, dtype=torch.uint8)
-        frame = Frame(Kind.LEFT_OUT, text["round"], member.client.number, 0, 0, weight, 1.0, accuracy, empty)
+        frame = Frame(Kind.LEFT_OUT, text["round"], state.client.number, 0, 0, weight, 1.0, accuracy, empty)
         _send(connection, Message(frame, sequence=message.sequence))
 
     return act
 
 
-def _fails(connection, member, message, text) -> None:
+def _fails(connection, state, message, text) -> None:
     body = torch.frombuffer(bytearray(EVIL.encode()), dtype=torch.uint8)
-    frame = Frame(Kind.FAILED, text["round"], member.client.number, 0, 0, 50.0, math.nan, math.nan, body)
+    frame = Frame(Kind.FAILED, text["round"], state.client.number, 0, 0, 50.0, math.nan, math.nan, body)
     _send(connection, Message(frame, sequence=message.sequence))
 
 
