@@ -18,8 +18,8 @@ from fedq.collectives import Sent, Transport
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
+from fedq.hooks.background import BackgroundThread, Promise, Work, on_stream
 from fedq.hooks.grad_scale import GradScale, UnknownScalers, current_scale
-from fedq.hooks.lane import Lane, Promise, Work, on_stream
 from fedq.hooks.parameters import Parameters, in_words
 from fedq.layout import as_real
 from fedq.phases import BesideTimer, PhaseTimer, clock_of
@@ -61,7 +61,7 @@ class StepExchange(ABC):
         self.parameters = Parameters(module)
         self._names = self.parameters.names
         self.timer = timer or PhaseTimer(clock_of(next(module.parameters()).device))
-        self._lane = Lane(peers.group) if not peers.is_nccl else None
+        self._background = BackgroundThread(peers.group) if not peers.is_nccl else None
         self.grad_scaler = grad_scaler
         self._scalers = UnknownScalers()
         self._not_ddps: Collection[str] = ()
@@ -69,7 +69,7 @@ class StepExchange(ABC):
         self._knows_ddp = False
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"timer": None, "_lane": None, "grad_scaler": None, "_scalers": UnknownScalers()}
+        left_out = {"timer": None, "_background": None, "grad_scaler": None, "_scalers": UnknownScalers()}
         return {name: value for name, value in self.__dict__.items() if name != "beside"} | left_out
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,8 +229,8 @@ class StepExchange(ABC):
 
     def _enqueue(self, work: Work, promises: Sequence[Promise], device: torch.device) -> None:
         """Do some work while the backward pass goes on, after what was enqueued before, and keep its promises."""
-        if self._lane is not None:
-            self._lane.submit(work, promises)
+        if self._background is not None:
+            self._background.submit(work, promises)
         else:
             on_stream(work, promises, device)
 

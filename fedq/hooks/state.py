@@ -16,10 +16,10 @@ from fedq.collectives import MeanExchange, Residuals, Segment, Sent, assign_owne
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
+from fedq.hooks.background import Promise
 from fedq.hooks.exchange import StepExchange, mean_of
 from fedq.hooks.flat import GradientRun, gradient_runs
 from fedq.hooks.grad_scale import GradScale
-from fedq.hooks.lane import Promise
 from fedq.hooks.parameters import check_bucket
 from fedq.layout import as_real, exempt_codec
 from fedq.phases import PhaseTimer, Timer

@@ -46,7 +46,7 @@ class Promise:
         return done.value()
 
 
-class Lane:
+class BackgroundThread:
     """One thread that does what it is given, in order; a failure reaches whoever waits for a result.
 
     After a failure nothing more is done and everything fails with the same error: the ranks no longer agree on which
