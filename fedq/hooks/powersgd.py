@@ -27,8 +27,8 @@ from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
 from fedq.hooks.background import Promise
 from fedq.hooks.exchange import StepExchange, mean_of
-from fedq.hooks.flat import GradientRun, views_of
 from fedq.hooks.grad_scale import GradScale
+from fedq.hooks.gradients import GradientRun, views_of
 from fedq.hooks.parameters import check_bucket, in_words
 from fedq.hooks.powersgd_options import PowerSGDOptions
 from fedq.layout import as_real

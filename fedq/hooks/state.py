@@ -18,8 +18,8 @@ from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
 from fedq.hooks.background import Promise
 from fedq.hooks.exchange import StepExchange, mean_of
-from fedq.hooks.flat import GradientRun, gradient_runs
 from fedq.hooks.grad_scale import GradScale
+from fedq.hooks.gradients import GradientRun, gradient_runs
 from fedq.hooks.parameters import check_bucket
 from fedq.layout import as_real, exempt_codec
 from fedq.phases import PhaseTimer, Timer
