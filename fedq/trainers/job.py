@@ -21,10 +21,10 @@ from fedq.configfile import config_dict
 from fedq.data import Dataset, load_dataset, normalize
 from fedq.engines import Engine, Precision, choose_precision, make_engine
 from fedq.engines.accelerator import Trackers
+from fedq.engines.optimizers import lean
 from fedq.federated.evaluate import Evaluator
 from fedq.federated.fedbat import FedBatTraining
 from fedq.federated.image_training import LocalTraining
-from fedq.federated.lean_optim import lean
 from fedq.federated.partition import label_counts, partition
 from fedq.hooks import is_powersgd
 from fedq.kernels import derive_seed, implementation
