@@ -27,7 +27,7 @@ from fedq.phases import BesideTimer, PhaseTimer, clock_of
 Key = TypeVar("Key", bound=Hashable)
 _KEY = re.compile(r"rank(\d+)of(\d+)")
 SCHEMA_VERSION = 2
-"""Of what `StepExchange.state_dict` returns."""
+"""Version of the form of what `StepExchange.state_dict` returns."""
 
 
 class StepExchange(ABC):
@@ -41,7 +41,7 @@ class StepExchange(ABC):
         module: The module, without DDP around it; its trainable parameters are meant.
         peers: The ranks that take part.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
-        timer: Told what encoding, waiting and decoding take; default: one of its own.
+        timer: Timer of what encoding, waiting and decoding take; default: one of its own.
 
     Raises:
         FieldError: A module whose gradients cannot be averaged; see `Parameters`.
@@ -127,7 +127,7 @@ class StepExchange(ABC):
         A state of version 1 does not name its rank: one is this rank's own, several are those of all ranks in order.
 
         Args:
-            states: What `state_dict` returned: this rank's own, or several ranks', each by itself or all in one.
+            states: States that `state_dict` returned: this rank's own, or several ranks', each by itself or all in one.
             mean: Whether to start every rank from the mean, if the number of ranks is another one; so it does too if
                 the states are given one by one.
 
@@ -250,7 +250,7 @@ class GatheredState:
     """The states of all ranks as one, on rank 0; what `StepExchange.gathered` returns.
 
     Args:
-        exchange: This rank's.
+        exchange: This rank's exchange.
     """
 
     def __init__(self, exchange: StepExchange) -> None:

@@ -34,11 +34,11 @@ class StepState(StepExchange):
         spec: Codec of the first leg.
         second: Codec of the second leg; default: the same.
         feedback: Whether there are residuals; default: if a codec wants them.
-        schedule: See `fedq.collectives.compressed_mean`; ``auto`` decides once, for the whole model.
-        ranks_per_node: Consecutive ranks that share a node.
-        seed: Of everything random.
+        schedule: Schedule as for `fedq.collectives.compressed_mean`; ``auto`` decides once, for the whole model.
+        ranks_per_node: Number of consecutive ranks that share a node.
+        seed: Seed of rotation, index choice and rounding noise; the same on all ranks.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
-        timer: Told what encoding, waiting and decoding take.
+        timer: Timer of what encoding, waiting and decoding take.
     """
 
     def __init__(

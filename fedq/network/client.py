@@ -93,17 +93,17 @@ def join(
     Args:
         connect: The server's ``host:port``.
         model: A module like the server's; it is trained in place and holds the final model at the end.
-        client: How to train it, as in a `fedq.Federation`; its weight must be a whole number.
-        train: Instead of ``client``: ``train(lr)`` trains ``model`` for a round and returns its mean loss, or loss and
-            accuracy, or None.
-        num_examples: With ``train``: this client's weight in the average.
+        client: The client that trains it, as in a `fedq.Federation`; its weight must be a whole number.
+        train: Function instead of ``client``: ``train(lr)`` trains ``model`` for a round and returns its mean
+            loss, or loss and accuracy, or None.
+        num_examples: This client's weight in the average, with ``train``.
         certs: This client's folder of certificates.
-        insecure: No TLS; on loopback only, with ``number``.
-        number: This client's number, without TLS.
-        uplink: Codec of its updates; default: the client's own, or the server's.
-        out: Where its residual and its state are kept; default: ``clients/<number>``.
+        insecure: Whether to do without TLS; on loopback only, with ``number``.
+        number: This client's number, from 0, where there is no TLS; a certificate says it otherwise.
+        uplink: Codec of this client's updates; default: the client's own, or the server's.
+        out: Folder for this client's residual and state; default: ``clients/<number>``.
         give_up_after: Seconds without a server after which to end.
-        say: Told of progress, a line at a time.
+        say: Function that takes one line of progress at a time.
 
     Returns:
         What the server said at the end: ``rounds``, ``test_accuracy``; or ``stopped``, why the run was given up.
@@ -341,12 +341,12 @@ def _client_state(
     """Return this client's side of the federation.
 
     Args:
-        config: Its own settings.
-        federation: What the server says of itself.
-        settings: Those of the federation, with this client's own.
-        client: How it trains.
-        model: The module.
-        own: Whether model and data are none that the server knows.
+        config: The client's own settings.
+        federation: The server's description of the federation, a note's fields by name.
+        settings: The federation's settings, with this client's own.
+        client: The client that trains, not seated yet.
+        model: The module that it trains.
+        own: Whether the user brought model and data, of which the server knows neither.
     """
     exchange, number = settings.exchange, int(federation["number"])
     check_frozen(frozen_checksums(model), federation.get("frozen", {}), "the server's")

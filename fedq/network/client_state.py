@@ -120,10 +120,10 @@ class ClientState:
 
     Args:
         client: The client that trains, and encodes its updates.
-        on_disk: Its residual and its own state, by round.
+        on_disk: Versions of its residual and its own state, one for each round.
         run: Name of the federation's run.
-        uplink: The codecs of its updates, as it announces them.
-        has_own_data: Whether its examples are no share of a data set that the server knows.
+        uplink: Spec of the codecs of its updates, as it announces them.
+        has_own_data: Whether the client's examples are no share of a data set that the server knows.
         has_start: Whether the module is the federation's first model already, drawn from its seed.
     """
 

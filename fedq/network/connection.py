@@ -38,7 +38,7 @@ class Backoff:
     Args:
         connection: The connection whose server is waited for.
         give_up_after: Seconds without success after which there are no more tries.
-        say: Told who is waited for, how long still, and what may be in the way.
+        say: Function that takes a line: who is waited for, how long still, and what may be in the way.
     """
 
     def __init__(self, connection: Connection, give_up_after: float, say: Say = to_stderr) -> None:
@@ -84,11 +84,11 @@ class Connection:
     """Calls one server.
 
     Args:
-        address: Host and port.
-        identity: This client's certificate; None: plaintext.
+        address: Host and port of the server.
+        identity: This client's certificate and key; None: plaintext.
         number: This client's number; in plaintext the server believes it.
         server_name: Name in the server's certificate, if it is not the host.
-        limits: What a message of the server may be.
+        limits: Largest sizes that a message of the server may have.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Connection:
         self.where = f"{address}, {'without' if identity is None else 'by'} TLS"
         """The address, and how it is called, for a person."""
         self.hints = tuple(filter(None, [why_grpc_proxy(host, os.environ)]))
-        """What of the environment stands in between."""
+        """Lines on what in the environment stands in between, such as a proxy."""
         self.limits = limits or Limits()
         self.received = self.sent = 0
         """Bytes of messages so far."""

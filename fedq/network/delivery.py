@@ -23,8 +23,8 @@ class NetworkDelivery(Delivery):
 
     Args:
         uplink: Layouts of the updates of clients without a codec of their own, by round.
-        transport: Told what comes to the server, and what waiting takes.
-        ledger: Where to book.
+        transport: Transport of the job, whose timer and count of received bytes are kept up to date.
+        ledger: Ledger in which the bytes of every message are booked.
     """
 
     def __init__(self, uplink: LayoutSchedule, transport: Transport, ledger: Ledger) -> None:
@@ -94,8 +94,8 @@ class OwnWeights(Part):
     """Limits what a client counts for whose weight nobody else knows.
 
     Args:
-        delivery: Knows who they are.
-        share: The most, of a mean.
+        delivery: The delivery, which knows the clients with data of their own.
+        share: Largest share of a mean that one of them may have, 0 to 1.
     """
 
     def __init__(self, delivery: NetworkDelivery, share: float) -> None:

@@ -47,7 +47,7 @@ class Refused(Exception):
     """A client that may not take part, or a message that nobody waits for.
 
     Args:
-        reason: In words, for both sides.
+        reason: The reason in words, for both sides.
         is_final: Whether trying again cannot help.
     """
 
@@ -64,14 +64,14 @@ class Terms:
     Args:
         run: Name of the run, never that of another.
         num_clients: Number of clients in the federation.
-        cohort_size: Clients a round.
-        min_cohort: Fewest of them that a round begins with.
-        shares: Settings that clients need, as plain values.
-        shares_held: Examples of each client's share of the server's data set.
-        layout: Of the model in float32.
-        schedule: From an uplink's spec, and whether there is feedback, to layouts.
-        network: Timeouts and limits.
-        frozen: Checksums of the parameters that do not travel.
+        cohort_size: Number of clients that a round asks.
+        min_cohort: Smallest number of clients that a round begins with.
+        shares: Settings that clients need, as plain values by group and name.
+        shares_held: Number of examples in each client's share of the server's data set; -1: there is no share.
+        layout: Layout of the model in float32.
+        schedule: Function from an uplink's spec, and whether there is feedback, to the layouts of its updates.
+        network: The server's settings: timeouts and limits.
+        frozen: CRC32C of each parameter that does not travel, by name.
     """
 
     run: str
@@ -96,10 +96,10 @@ class Assignment:
     """What a client is told at a time.
 
     Args:
-        task: What it is asked; None at the end.
-        models: Messages that bring it to the newest model.
-        note: The words.
-        version: What it holds then.
+        task: The task that the client is asked; None at the end.
+        models: Messages that bring the client to the newest model.
+        note: The note with the task, or with the last words.
+        version: Number of rounds that the model has seen which the client holds then.
     """
 
     task: Task | None
@@ -116,7 +116,7 @@ class _RoundEnd:
 
     Args:
         asked: Records of the clients that this round asks, as they are when it begins.
-        network: Timeouts and quorum.
+        network: The server's settings: timeouts and quorum.
     """
 
     def __init__(self, asked: Sequence[ClientRecord], network: NetworkConfig) -> None:
@@ -152,8 +152,8 @@ class Hub:
     """The records of all clients, and one round at a time.
 
     Args:
-        terms: What clients are told and held to.
-        first_sequence: Number of the first task.
+        terms: The terms that clients are told and held to.
+        first_sequence: Sequence number after which the numbers of tasks begin.
     """
 
     def __init__(self, terms: Terms, first_sequence: int = 0) -> None:
@@ -161,11 +161,11 @@ class Hub:
         self.catch_up = CatchUp(terms.layout)
         self.records: dict[int, ClientRecord] = {}
         self.context: RoundContext | None = None
-        """The open round's."""
+        """Context of the open round; None between rounds."""
         self.result: dict[str, Any] | None = None
-        """What clients are told at the end, once it is there."""
+        """Result that clients are told at the end, once it is there."""
         self.received = 0
-        """Bytes of clients' messages."""
+        """Number of bytes of clients' messages so far."""
         self._sequence = first_sequence
         self._began = time.monotonic()
         self._changed = asyncio.Event()
@@ -216,8 +216,8 @@ class Hub:
 
         Args:
             number: Its number, from its certificate.
-            hello: What it says of itself.
-            peer: Address that it calls from.
+            hello: Fields of its greeting, as it sent them.
+            peer: Address that the client calls from.
 
         Raises:
             Refused: It has no place, or says what cannot be.

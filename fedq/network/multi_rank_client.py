@@ -40,12 +40,12 @@ class MultiRankClient:
     """The ranks of one client; stands where `LocalTraining` does on rank 0.
 
     Args:
-        runtime: This rank.
-        training: How this rank trains alone.
-        indices: The client's examples; each rank takes its share of them.
+        runtime: Runtime of this rank: its device, and its place among the ranks.
+        training: The training of this rank alone.
+        indices: Indices of the client's examples, int64; each rank takes its share of them.
         config: Settings of the federation.
-        exchange: ``step``: gradients are averaged in every step. ``round``: each rank trains on its share, and the
-            models are averaged, weighted by examples, at the end.
+        exchange: When ranks average. ``step``: gradients, in every step. ``round``: each rank trains on its share, and
+            the models are averaged, weighted by examples, at the end.
         uplink: Codec towards the average.
         downlink: Codec from the average.
 

@@ -62,8 +62,8 @@ class Service(grpc.GenericRpcHandler):
     Args:
         hub: What is known of every client, and the open round; used in the service's thread alone.
         bind: Host and port; port 0 takes a free one.
-        identity: The server's certificate; None: plaintext.
-        revoked: Certificates that are refused, with an identity.
+        identity: The server's certificate and key; None: plaintext.
+        revoked: Certificates that are refused, where there is an identity.
     """
 
     def __init__(self, hub: Hub, bind: str, identity: Identity | None, revoked: Revoked | None = None) -> None:
@@ -123,9 +123,9 @@ class Service(grpc.GenericRpcHandler):
         """Tell all clients the result with the final model, and wait until those that are here have it.
 
         Args:
-            result: What they are told.
-            timeout_s: Longest wait: a model takes its time through a slow link.
-            beat: Called as a sign of life.
+            result: Result that clients are told, as a note's fields.
+            timeout_s: Longest wait in seconds: a model takes its time through a slow link.
+            beat: Function that is called as a sign of life while it waits.
         """
 
         async def goodbye() -> None:
