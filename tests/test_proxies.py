@@ -15,7 +15,7 @@ import pytest
 
 from fedq import waiting
 from fedq.cli import main
-from fedq.network.link import Backoff, Link, Lost
+from fedq.network.connection import Backoff, Connection, Lost
 from fedq.proxies import download_proxies, grpc_proxy, is_loopback, loopback_is_direct, why_grpc_proxy
 from fedq.waiting import Pace
 
@@ -101,9 +101,9 @@ def test_what_is_loopback(host: str, is_here: bool) -> None:
     assert bool(grpc_proxy(host, {"http_proxy": "http://proxy:3128"})) != is_here
 
 
-def lost(link: Link) -> None:
+def lost(connection: Connection) -> None:
     with pytest.raises(Lost):
-        link.describe(5.0)
+        connection.describe(5.0)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
@@ -114,14 +114,14 @@ def test_a_server_on_loopback_is_called_without_the_proxy(
         monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(LIMIT_S)
-        link = Link(f"{host}:{server.getsockname()[1]}", None, 0)
-        calling = threading.Thread(target=lost, args=(link,))
+        connection = Connection(f"{host}:{server.getsockname()[1]}", None, 0)
+        calling = threading.Thread(target=lost, args=(connection,))
         calling.start()
-        connection, _ = server.accept()
-        with connection:
-            assert connection.recv(24).startswith(b"PRI * HTTP/2.0")
+        accepted, _ = server.accept()
+        with accepted:
+            assert accepted.recv(24).startswith(b"PRI * HTTP/2.0")
         calling.join(LIMIT_S)
-        link.close()
+        connection.close()
     proxy.settimeout(0)
     with pytest.raises(BlockingIOError):
         proxy.accept()
@@ -162,17 +162,17 @@ def test_a_proxy_is_named_in_the_line_and_in_the_error(
 
 
 def test_a_lost_server_is_said_at_once_and_how_long_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedq.network.link._FIRST_S", 0.001)
+    monkeypatch.setattr("fedq.network.connection._FIRST_S", 0.001)
     said: list[str] = []
-    link = Link("localhost:1", None, 0)
-    backoff = Backoff(link, 300.0, said.append)
+    connection = Connection("localhost:1", None, 0)
+    backoff = Backoff(connection, 300.0, said.append)
     for _ in range(3):
         backoff.wait("localhost:1: closed")
     assert said == ["waiting for the server (localhost:1: closed): 0 s so far, for 300 s more"]
     backoff.succeed()
     backoff.wait("localhost:1: closed again")
     assert said[1:] == ["waiting for the server (localhost:1: closed again): 0 s so far, for 300 s more"]
-    link.close()
+    connection.close()
 
 
 class _Web(BaseHTTPRequestHandler):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedq.engines.optimizers import lean
 from fedq.errors import check_all
-from fedq.federated.lean_optim import lean
 from fedq.specs import parse
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from fedq.engines.optimizers import lean
 from fedq.errors import FieldError, one_of
-from fedq.federated.lean_optim import lean
 from fedq.specs import describe, parse_value
 
 
@@ -26,7 +26,7 @@ class _PseudoGradientOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own options, as `torch.optim.Optimizer` does; all must be float32."""
-        inspect.unwrap(Optimizer.add_param_group)(self, param_group)  # see lean_optim
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)  # see fedq.engines.optimizers
         for param in param_group["params"]:
             if param.dtype != torch.float32:
                 del self.param_groups[-1]

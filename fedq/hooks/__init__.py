@@ -63,15 +63,15 @@ def register(
     The ranks compare their settings and models once, as `step_state` does.
 
     Args:
-        model: As `DistributedDataParallel` returned it, on every rank.
-        spec: What travels; see `step_state`, as for the rest.
+        model: The model as `DistributedDataParallel` returned it, on every rank.
+        spec: Codec of the first leg, or ``powersgd:...``; see `step_state`, as for the rest.
         second: Codec of the second leg.
         feedback: Whether what is lost is added to the next step.
-        schedule: How it travels.
-        ranks_per_node: Consecutive ranks that share a node.
-        seed: Of rotation, index choice and rounding noise.
+        schedule: Schedule by which messages travel between the ranks.
+        ranks_per_node: Number of consecutive ranks that share a node.
+        seed: Seed of rotation, index choice and rounding noise.
         grad_scaler: The scaler of float16 training.
-        timer: Told what encoding, waiting and decoding take.
+        timer: Timer of what encoding, waiting and decoding take.
 
     Returns:
         The state: bytes sent, and residuals to be saved and restored.
@@ -144,12 +144,12 @@ def step_state(
         peers: The ranks that take part; default: all.
         second: Codec of the second leg; default: the same.
         feedback: Whether what is lost is added to the next step; default: if the codec loses more than a cast does.
-        schedule: See `fedq.collectives.compressed_mean`; ``auto`` decides once, for the whole model.
-        ranks_per_node: Consecutive ranks that share a node.
-        seed: Of rotation, index choice and rounding noise; the same on all ranks.
+        schedule: Schedule as for `fedq.collectives.compressed_mean`; ``auto`` decides once, for the whole model.
+        ranks_per_node: Number of consecutive ranks that share a node.
+        seed: Seed of rotation, index choice and rounding noise; the same on all ranks.
         grad_scaler: The scaler of float16 training, so that residuals are kept unscaled; or a function that returns
             the factor by which gradients are scaled now. Default: DeepSpeed's own, if the module is its engine.
-        timer: Told what encoding, waiting and decoding take; default: one of its own.
+        timer: Timer of what encoding, waiting and decoding take; default: one of its own.
 
     Raises:
         FieldError: A codec, schedule or option that cannot be used, on whatever rank; ranks that differ, with the

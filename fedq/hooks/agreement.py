@@ -25,10 +25,10 @@ def agreed(
     Some hundred bytes travel to every other rank, and more only where the ranks differ.
 
     Args:
-        peers: The ranks.
-        make: May raise `FieldError`, which every rank then raises.
-        describe: Returns settings by the names that a user knows, as JSON can hold them, and the tensors that are to
-            have the same names, shapes, types and values.
+        peers: The ranks that must agree.
+        make: Function that makes it; it may raise `FieldError`, which every rank then raises.
+        describe: Function that returns settings by the names that a user knows, as JSON can hold them, and the
+            tensors that are to have the same names, shapes, types and values.
 
     Raises:
         FieldError: The ranks differ: the same error on every rank, with each rank's value. Or ``make`` raised on some

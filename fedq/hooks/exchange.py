@@ -18,8 +18,8 @@ from fedq.collectives import Sent, Transport
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
+from fedq.hooks.background import BackgroundThread, Promise, Work, on_stream
 from fedq.hooks.grad_scale import GradScale, UnknownScalers, current_scale
-from fedq.hooks.lane import Lane, Promise, Work, on_stream
 from fedq.hooks.parameters import Parameters, in_words
 from fedq.layout import as_real
 from fedq.phases import BesideTimer, PhaseTimer, clock_of
@@ -27,7 +27,7 @@ from fedq.phases import BesideTimer, PhaseTimer, clock_of
 Key = TypeVar("Key", bound=Hashable)
 _KEY = re.compile(r"rank(\d+)of(\d+)")
 SCHEMA_VERSION = 2
-"""Of what `StepExchange.state_dict` returns."""
+"""Version of the form of what `StepExchange.state_dict` returns."""
 
 
 class StepExchange(ABC):
@@ -41,7 +41,7 @@ class StepExchange(ABC):
         module: The module, without DDP around it; its trainable parameters are meant.
         peers: The ranks that take part.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
-        timer: Told what encoding, waiting and decoding take; default: one of its own.
+        timer: Timer of what encoding, waiting and decoding take; default: one of its own.
 
     Raises:
         FieldError: A module whose gradients cannot be averaged; see `Parameters`.
@@ -61,7 +61,7 @@ class StepExchange(ABC):
         self.parameters = Parameters(module)
         self._names = self.parameters.names
         self.timer = timer or PhaseTimer(clock_of(next(module.parameters()).device))
-        self._lane = Lane(peers.group) if not peers.is_nccl else None
+        self._background = BackgroundThread(peers.group) if not peers.is_nccl else None
         self.grad_scaler = grad_scaler
         self._scalers = UnknownScalers()
         self._not_ddps: Collection[str] = ()
@@ -69,7 +69,7 @@ class StepExchange(ABC):
         self._knows_ddp = False
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"timer": None, "_lane": None, "grad_scaler": None, "_scalers": UnknownScalers()}
+        left_out = {"timer": None, "_background": None, "grad_scaler": None, "_scalers": UnknownScalers()}
         return {name: value for name, value in self.__dict__.items() if name != "beside"} | left_out
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class StepExchange(ABC):
         A state of version 1 does not name its rank: one is this rank's own, several are those of all ranks in order.
 
         Args:
-            states: What `state_dict` returned: this rank's own, or several ranks', each by itself or all in one.
+            states: States that `state_dict` returned: this rank's own, or several ranks', each by itself or all in one.
             mean: Whether to start every rank from the mean, if the number of ranks is another one; so it does too if
                 the states are given one by one.
 
@@ -229,8 +229,8 @@ class StepExchange(ABC):
 
     def _enqueue(self, work: Work, promises: Sequence[Promise], device: torch.device) -> None:
         """Do some work while the backward pass goes on, after what was enqueued before, and keep its promises."""
-        if self._lane is not None:
-            self._lane.submit(work, promises)
+        if self._background is not None:
+            self._background.submit(work, promises)
         else:
             on_stream(work, promises, device)
 
@@ -250,7 +250,7 @@ class GatheredState:
     """The states of all ranks as one, on rank 0; what `StepExchange.gathered` returns.
 
     Args:
-        exchange: This rank's.
+        exchange: This rank's exchange.
     """
 
     def __init__(self, exchange: StepExchange) -> None:

@@ -25,10 +25,10 @@ from fedq.collectives import Sent
 from fedq.collectives.mean import Leg, is_zero
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
+from fedq.hooks.background import Promise
 from fedq.hooks.exchange import StepExchange, mean_of
-from fedq.hooks.flat import GradientRun, views_of
 from fedq.hooks.grad_scale import GradScale
-from fedq.hooks.lane import Promise
+from fedq.hooks.gradients import GradientRun, views_of
 from fedq.hooks.parameters import check_bucket, in_words
 from fedq.hooks.powersgd_options import PowerSGDOptions
 from fedq.layout import as_real
@@ -74,10 +74,10 @@ class PowerSGDExchange(StepExchange):
     Args:
         module: The module inside DDP.
         peers: The ranks that take part: a whole process group.
-        options: Rank and start.
-        seed: Of the first Q; the same on all ranks.
+        options: Options of PowerSGD: the rank, and the number of steps before compression starts.
+        seed: Seed of the first Q; the same on all ranks.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
-        timer: Told what torch's hook takes: to its first message as encoding, from there as exchange.
+        timer: Timer of what torch's hook takes: to its first message as encoding, from there as exchange.
     """
 
     feedback = True
@@ -378,7 +378,7 @@ class _Waiting(dist.ProcessGroup):
     has gone, ends the process without a word of why.
 
     Args:
-        group: Which does the work.
+        group: The process group that does the work.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -399,7 +399,7 @@ class _OneBucket:
     """Stands in for DDP's bucket: what torch's hook asks of one that holds a whole model.
 
     Args:
-        run: The model's gradients.
+        run: All gradients of the model, in one buffer.
     """
 
     def __init__(self, run: GradientRun) -> None:

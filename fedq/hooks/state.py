@@ -16,10 +16,10 @@ from fedq.collectives import MeanExchange, Residuals, Segment, Sent, assign_owne
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.errors import FieldError
+from fedq.hooks.background import Promise
 from fedq.hooks.exchange import StepExchange, mean_of
-from fedq.hooks.flat import GradientRun, gradient_runs
 from fedq.hooks.grad_scale import GradScale
-from fedq.hooks.lane import Promise
+from fedq.hooks.gradients import GradientRun, gradient_runs
 from fedq.hooks.parameters import check_bucket
 from fedq.layout import as_real, exempt_codec
 from fedq.phases import PhaseTimer, Timer
@@ -34,11 +34,11 @@ class StepState(StepExchange):
         spec: Codec of the first leg.
         second: Codec of the second leg; default: the same.
         feedback: Whether there are residuals; default: if a codec wants them.
-        schedule: See `fedq.collectives.compressed_mean`; ``auto`` decides once, for the whole model.
-        ranks_per_node: Consecutive ranks that share a node.
-        seed: Of everything random.
+        schedule: Schedule as for `fedq.collectives.compressed_mean`; ``auto`` decides once, for the whole model.
+        ranks_per_node: Number of consecutive ranks that share a node.
+        seed: Seed of rotation, index choice and rounding noise; the same on all ranks.
         grad_scaler: The scaler of float16 training, or a function that returns the scale.
-        timer: Told what encoding, waiting and decoding take.
+        timer: Timer of what encoding, waiting and decoding take.
     """
 
     def __init__(

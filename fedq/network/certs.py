@@ -41,9 +41,9 @@ class Identity:
     """Who somebody is, as three PEM texts.
 
     Args:
-        authority: The certificate that both sides trust.
-        certificate: One's own.
-        key: Its private key.
+        authority: The authority's certificate, which both sides trust.
+        certificate: This party's own certificate.
+        key: The private key of that certificate.
     """
 
     authority: bytes
@@ -98,11 +98,11 @@ def make_certs(
     and key, so that certificates and copies of ``ca.pem`` that are elsewhere stay good for as long as they say.
 
     Args:
-        out: A folder; an authority that is there is gone on with.
-        clients: How many, from client-0.
-        hosts: Names and addresses in the server's certificate.
-        days: How long they are valid from now.
-        renew: Whether to replace those that are there; the authority keeps its key.
+        out: Folder of all certificates; an authority that is there is gone on with.
+        clients: Number of clients; their folders are client-0, client-1 and so on.
+        hosts: Host names and addresses in the server's certificate.
+        days: Days from now for which the certificates are valid.
+        renew: Whether to replace certificates that are there; the authority keeps its key.
 
     Returns:
         The folders written.
@@ -130,9 +130,9 @@ def revoke(out: Path, number: int, *, days: float = 365.0) -> Path:
     """Add all certificates that a client has had to the server's list, and make it a new one.
 
     Args:
-        out: As for `make_certs`.
-        number: The client's.
-        days: How long the new one is valid.
+        out: Folder of all certificates, as for `make_certs`.
+        number: The client's number, from 0.
+        days: Days from now for which the new certificate is valid.
 
     Returns:
         The client's folder.
@@ -153,7 +153,7 @@ class Revoked:
     """The certificates that a server refuses; its list is read again whenever it has changed.
 
     Args:
-        folder: The server's.
+        folder: The server's folder of certificates, where the list is.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fedq client`, and `join` for a model and data of one's own: connect, take part, come back after a lost link."""
+"""`fedq client`, and `join` for one's own model and data: connect, take part, come back after a lost connection."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
+from fedq.network.client_state import ClientState, Diverged, VersionsOnDisk
+from fedq.network.connection import Backoff, Connection, Lost, NotWanted
 from fedq.network.fields import FOLDER, check_note, check_settings
-from fedq.network.link import Backoff, Link, Lost, NotWanted
-from fedq.network.member import Diverged, Member, Memory
+from fedq.network.multi_rank_client import MultiRankClient
 from fedq.network.settings import ClientConfig, check_client
-from fedq.network.site import Site
 from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
 from fedq.runtime.allocator import keep_freed_memory
@@ -43,7 +43,7 @@ from fedq.waiting import Say, Wait, speaking
 from fedq.wire import Kind, Message, read_note
 
 _PATIENCE_S = 7 * 86_400.0
-"""How long a site's other ranks wait for the next round."""
+"""How long a client's other ranks wait for the next round."""
 _DESCRIBE_S = 30.0
 """Longest single try to hear what the federation is."""
 
@@ -64,13 +64,13 @@ def run_client(config: ClientConfig) -> dict[str, Any]:
             _work_for_root(config, runtime)
             return {}
         identity, number = _who(config)
-        link = Link(config.connect, identity, number, server_name=config.server_name)
+        connection = Connection(config.connect, identity, number, server_name=config.server_name)
         try:
-            federation = _describe(link, config.give_up_after)
+            federation = _describe(connection, config.give_up_after)
             from_root(runtime, federation)
-            return _take_part(config, runtime, link, federation)
+            return _take_part(config, runtime, connection, federation)
         finally:
-            link.close()
+            connection.close()
 
 
 def join(
@@ -95,17 +95,17 @@ def join(
     Args:
         connect: The server's ``host:port``.
         model: A module like the server's; it is trained in place and holds the final model at the end.
-        client: How to train it, as in a `fedq.Federation`; its weight must be a whole number.
-        train: Instead of ``client``: ``train(lr)`` trains ``model`` for a round and returns its mean loss, or loss and
-            accuracy, or None.
-        num_examples: With ``train``: this client's weight in the average.
+        client: The client that trains it, as in a `fedq.Federation`; its weight must be a whole number.
+        train: Function instead of ``client``: ``train(lr)`` trains ``model`` for a round and returns its mean
+            loss, or loss and accuracy, or None.
+        num_examples: This client's weight in the average, with ``train``.
         certs: This client's folder of certificates.
-        insecure: No TLS; on loopback only, with ``number``.
-        number: This client's number, without TLS.
-        uplink: Codec of its updates; default: the client's own, or the server's.
-        out: Where its residual and its state are kept; default: ``clients/<number>``.
+        insecure: Whether to do without TLS; on loopback only, with ``number``.
+        number: This client's number, from 0, where there is no TLS; a certificate says it otherwise.
+        uplink: Codec of this client's updates; default: the client's own, or the server's.
+        out: Folder for this client's residual and state; default: ``clients/<number>``.
         give_up_after: Seconds without a server after which to end.
-        say: Told of progress, a line at a time.
+        say: Function that takes one line of progress at a time.
 
     Returns:
         What the server said at the end: ``rounds``, ``test_accuracy``; or ``stopped``, why the run was given up.
@@ -126,17 +126,17 @@ def join(
     check_client(config)
     keep_freed_memory(of_any_size=True)
     identity, number = _who(config)
-    link = Link(connect, identity, number)
+    connection = Connection(connect, identity, number)
     try:
-        federation = _describe(link, give_up_after)
+        federation = _describe(connection, give_up_after)
         settings = settings_of(federation, config, has_own_model=True)
-        member = _member(config, federation, settings, client, model, own=True)
-        result = follow(link, member, Backoff(link, give_up_after, say), say)
-        if member.replica is not None:
-            member.layout.unflatten_(member.replica, model)
+        state = _client_state(config, federation, settings, client, model, own=True)
+        result = follow(connection, state, Backoff(connection, give_up_after, say), say)
+        if state.replica is not None:
+            state.layout.unflatten_(state.replica, model)
         return result
     finally:
-        link.close()
+        connection.close()
 
 
 def _own_client(client: Client | None, train: Callable[[float], Any] | None, num_examples: int | None) -> Client:
@@ -158,20 +158,20 @@ def _own_client(client: Client | None, train: Callable[[float], Any] | None, num
     return client
 
 
-def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, Any]:
+def follow(connection: Connection, state: ClientState, backoff: Backoff, say: Say) -> dict[str, Any]:
     """Hear the server and answer it until it says that it is over, through lost connections.
 
     Raises:
         FieldError: The server refuses this client, or could not be reached for too long.
     """
     result: dict[str, Any] | None = None
-    link.limits = member.limits
+    connection.limits = state.limits
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.
-            for message in _followed(link, member, say):
+            for message in _followed(connection, state, say):
                 backoff.succeed()
-                result = _hear(link, member, message, say) or result
+                result = _hear(connection, state, message, say) or result
             if result is not None:
                 return result
             raise Lost("the server ended the connection")
@@ -183,12 +183,12 @@ def follow(link: Link, member: Member, backoff: Backoff, say: Say) -> dict[str, 
             backoff.wait(str(error))
 
 
-def _followed(link: Link, member: Member, say: Say) -> Iterator[Message]:
+def _followed(connection: Connection, state: ClientState, say: Say) -> Iterator[Message]:
     """Yield the server's messages; a person hears of the wait for its welcome, and for the first round."""
-    messages = link.follow(member.hello())
+    messages = connection.follow(state.hello())
     for deed in ("to take this client", "to begin a round"):
-        whom = f"the server ({link.where}) {deed}"
-        with speaking(Wait(whom.__str__, hints=link.hints, say=say)):
+        whom = f"the server ({connection.where}) {deed}"
+        with speaking(Wait(whom.__str__, hints=connection.hints, say=say)):
             message = next(messages, None)
         if message is None:
             return
@@ -238,23 +238,25 @@ def _who(config: ClientConfig) -> tuple[Identity | None, int]:
     return identity, number
 
 
-def _describe(link: Link, give_up_after: float) -> dict[str, Any]:
+def _describe(connection: Connection, give_up_after: float) -> dict[str, Any]:
     """Ask what the federation is, until the server is there."""
-    backoff = Backoff(link, give_up_after)
+    backoff = Backoff(connection, give_up_after)
     with speaking(backoff.begin()) as waiting:
         while True:
             try:
-                return check_note(link.describe(min(_DESCRIBE_S, 1 + waiting.left_s)), "federation")
+                return check_note(connection.describe(min(_DESCRIBE_S, 1 + waiting.left_s)), "federation")
             except Lost as error:
                 backoff.wait(str(error))
 
 
-def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: dict[str, Any]) -> dict[str, Any]:
+def _take_part(
+    config: ClientConfig, runtime: Runtime, connection: Connection, federation: dict[str, Any]
+) -> dict[str, Any]:
     settings = settings_of(federation, config)
     number = int(federation["number"])
     data, training, indices = _prepare(config, settings, runtime, federation)
     client = Client(OnExamples(training, indices), num_examples=len(indices))
-    member = _member(config, federation, settings, client, training.model, own=False)
+    state = _client_state(config, federation, settings, client, training.model, own=False)
     codec, where = settings.exchange.uplink, "TLS" if config.certs is not None else "no TLS"
     ranks = f", {runtime.world_size} ranks by {config.exchange}" if runtime.world_size > 1 else ""
     print_header(
@@ -266,18 +268,18 @@ def _take_part(config: ClientConfig, runtime: Runtime, link: Link, federation: d
     )
     say: Say = lambda line: print_header([line])  # noqa: E731
     try:
-        result = follow(link, member, Backoff(link, config.give_up_after, say), say)
+        result = follow(connection, state, Backoff(connection, config.give_up_after, say), say)
     finally:
-        if isinstance(training, Site):
+        if isinstance(training, MultiRankClient):
             training.dismiss()
-    path = _save(member, member.memory.folder)
+    path = _save(state, state.on_disk.folder)
     accuracy = result.get("test_accuracy")
     words = "" if accuracy is None else f", test accuracy {100 * accuracy:.2f} %"
     end = f"the server has stopped: {result['stopped']};" if "stopped" in result else "finished"
     print_header(
         [
             f"{end} after {result.get('rounds')} rounds{words}",
-            f"sent {human_bytes(link.sent)}, received {human_bytes(link.received)}; model in {path}",
+            f"sent {human_bytes(connection.sent)}, received {human_bytes(connection.received)}; model in {path}",
         ]
     )
     return result
@@ -287,7 +289,7 @@ def _work_for_root(config: ClientConfig, runtime: Runtime) -> None:
     """Train with rank 0 until it says that it is over."""
     federation: dict[str, Any] = from_root(runtime, {})
     _, training, _ = _prepare(config, settings_of(federation, config), runtime, federation)
-    assert isinstance(training, Site)
+    assert isinstance(training, MultiRankClient)
     training.follow()
 
 
@@ -307,7 +309,7 @@ def _prepare(
     alone = local_training(settings, data.to(runtime.device), model, precision, lambda: None, engine)
     if runtime.world_size == 1:
         return data, alone, indices
-    site = Site(
+    together = MultiRankClient(
         runtime,
         alone,
         indices,
@@ -316,7 +318,7 @@ def _prepare(
         uplink=config.inner_uplink,
         downlink=config.inner_downlink,
     )
-    return data, site, indices
+    return data, together, indices
 
 
 def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
@@ -333,27 +335,27 @@ def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
         raise FieldError("max_model_mb", limit_mb, f"{mb:.0f} or more for the server's model, {name} at {size}x{size}")
 
 
-def _member(
+def _client_state(
     config: ClientConfig, federation: dict[str, Any], settings: Config, client: Client, model: nn.Module, *, own: bool
-) -> Member:
+) -> ClientState:
     """Return this client's side of the federation.
 
     Args:
-        config: Its own settings.
-        federation: What the server says of itself.
-        settings: Those of the federation, with this client's own.
-        client: How it trains.
-        model: The module.
-        own: Whether model and data are none that the server knows.
+        config: The client's own settings.
+        federation: The server's description of the federation, a note's fields by name.
+        settings: The federation's settings, with this client's own.
+        client: The client that trains, not seated yet.
+        model: The module that it trains.
+        own: Whether the user brought model and data, of which the server knows neither.
     """
     exchange, number = settings.exchange, int(federation["number"])
     check_frozen(frozen_checksums(model), federation.get("frozen", {}), "the server's")
     rule, has_feedback = feedback_rule(exchange.feedback), wants_feedback(exchange.feedback, exchange.uplink)
-    memory = Memory(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
+    on_disk = VersionsOnDisk(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
     layouts = round_settings(settings, model).uplink_layouts(model, feedback=has_feedback)
-    return Member(
-        client.seated(number, layouts, memory.feedback, model=model, residual_memory=rule.memory),
-        memory,
+    return ClientState(
+        client.seated(number, layouts, on_disk.feedback, model=model, residual_memory=rule.memory),
+        on_disk,
         run=federation["run"],
         uplink=exchange.uplink,
         has_own_data=config.own_data or own,
@@ -361,14 +363,14 @@ def _member(
     )
 
 
-def _save(member: Member, folder: Path) -> Path:
+def _save(state: ClientState, folder: Path) -> Path:
     """Write the model as the client holds it."""
     path = folder / "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    model = member.client.training.model
-    if member.replica is not None:
-        member.layout.unflatten_(member.replica, model)
-    tensors = member.layout.named_tensors(model)
+    model = state.client.training.model
+    if state.replica is not None:
+        state.layout.unflatten_(state.replica, model)
+    tensors = state.layout.named_tensors(model)
     tensors |= {name: param.detach() for name, param in frozen_parameters(model).items()}
     replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     return path
@@ -377,7 +379,7 @@ def _save(member: Member, folder: Path) -> Path:
 # ---- what the server says --------------------------------------------------------------------------------------------
 
 
-def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, Any] | None:
+def _hear(connection: Connection, state: ClientState, message: Message, say: Say) -> dict[str, Any] | None:
     """Do what a message of the server asks; return its last words.
 
     Raises:
@@ -385,27 +387,27 @@ def _hear(link: Link, member: Member, message: Message, say: Say) -> dict[str, A
         FieldError: A message that this version does not know.
     """
     if message.frame.kind in (Kind.MODEL, Kind.CHANGE):
-        member.take(message)
+        state.take(message)
         return None
     text = check_note(read_note(message), "welcome", "task", "finished")
     if text["kind"] == "welcome":
-        link.opened(text["session"])
+        connection.opened(text["session"])
         return None
-    member.arrive(text)
+    state.arrive(text)
     if text["kind"] == "finished":
         return text
-    _answer(link, member, message, text, say)
+    _answer(connection, state, message, text, say)
     return None
 
 
-def _answer(link: Link, member: Member, message: Message, text: dict[str, Any], say: Say) -> None:
+def _answer(connection: Connection, state: ClientState, message: Message, text: dict[str, Any], say: Say) -> None:
     began = time.perf_counter()
-    answer = member.answer(text, message.sequence)
+    answer = state.answer(text, message.sequence)
     trained = time.perf_counter()
     try:
-        link.send(answer, timeout=float(text["timeout"]))
+        connection.send(answer, timeout=float(text["timeout"]))
     except NotWanted as error:
-        member.undo()
+        state.undo()
         say(f"round {text['round'] + 1}: the server did not take the answer: {error}")
         return
     words = _outcome(answer)

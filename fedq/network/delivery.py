@@ -23,8 +23,8 @@ class NetworkDelivery(Delivery):
 
     Args:
         uplink: Layouts of the updates of clients without a codec of their own, by round.
-        transport: Told what comes to the server, and what waiting takes.
-        ledger: Where to book.
+        transport: Transport of the job, whose timer and count of received bytes are kept up to date.
+        ledger: Ledger in which the bytes of every message are booked.
     """
 
     def __init__(self, uplink: LayoutSchedule, transport: Transport, ledger: Ledger) -> None:
@@ -36,7 +36,7 @@ class NetworkDelivery(Delivery):
     def serve_by(self, service: Service, version: int, replica: Tensor) -> None:
         """Begin with a model, flat float32, which has seen so many rounds."""
         self._service = service
-        service.do(lambda: self.hub.offers.publish(version, replica))
+        service.do(lambda: self.hub.catch_up.publish(version, replica))
 
     @property
     def service(self) -> Service:
@@ -46,7 +46,7 @@ class NetworkDelivery(Delivery):
 
     @property
     def hub(self) -> Hub:
-        """The clients' seats."""
+        """The hub: what is known of every client, and the open round."""
         return self.service.hub
 
     def ask(self, replica: Tensor, context: RoundContext, parts: Part) -> Answers:
@@ -67,7 +67,7 @@ class NetworkDelivery(Delivery):
         hub, version = self.hub, context.round + 1
 
         def publish() -> tuple[list[Moved], int]:
-            hub.offers.publish(version, replica, message)
+            hub.catch_up.publish(version, replica, message)
             return hub.take_moved(), hub.received
 
         with self.transport.timer.phase("exchange"):
@@ -94,8 +94,8 @@ class OwnWeights(Part):
     """Limits what a client counts for whose weight nobody else knows.
 
     Args:
-        delivery: Knows who they are.
-        share: The most, of a mean.
+        delivery: The delivery, which knows the clients with data of their own.
+        share: Largest share of a mean that one of them may have, 0 to 1.
     """
 
     def __init__(self, delivery: NetworkDelivery, share: float) -> None:

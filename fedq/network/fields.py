@@ -131,7 +131,7 @@ def check_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a server may set, by name; those it leaves out keep their defaults.
 
     Args:
-        groups: As a server sends them.
+        groups: Settings by group and name, as a server sends them.
 
     Raises:
         FieldError: The first that is not what it may be.
@@ -172,11 +172,11 @@ def check_answer(message: Message, *, round: int, sequence: int, client: int, nu
     """Check all that a client's answer says beside its payloads.
 
     Args:
-        message: Of any kind that travels.
-        round: The task's.
-        sequence: The task's.
-        client: Number in its certificate.
-        num_examples: As it has announced.
+        message: The answer, a message of any kind that travels.
+        round: Number of the task's round, from 0.
+        sequence: Sequence number of the task, which the answer repeats.
+        client: Client number in the sender's certificate.
+        num_examples: Number of examples that the client has announced.
 
     Raises:
         FieldError: The first field that is not what it may be.

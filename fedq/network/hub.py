@@ -25,9 +25,9 @@ from fedq.federated.downlink import without_raw
 from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.ledger import MessageParts
+from fedq.network.catch_up import CatchUp
+from fedq.network.client_record import ClientRecord, RateLimit, Task
 from fedq.network.fields import check_answer, check_note
-from fedq.network.offer import Offers
-from fedq.network.seat import RateLimit, Seat, Task
 from fedq.network.settings import NetworkConfig
 from fedq.text import clean
 from fedq.waiting import Wait, named
@@ -47,7 +47,7 @@ class Refused(Exception):
     """A client that may not take part, or a message that nobody waits for.
 
     Args:
-        reason: In words, for both sides.
+        reason: The reason in words, for both sides.
         is_final: Whether trying again cannot help.
     """
 
@@ -63,15 +63,15 @@ class Terms:
 
     Args:
         run: Name of the run, never that of another.
-        num_clients: Seats.
-        cohort_size: Clients a round.
-        min_cohort: Fewest of them that a round begins with.
-        shares: Settings that clients need, as plain values.
-        shares_held: Examples of each client's share of the server's data set.
-        layout: Of the model in float32.
-        schedule: From an uplink's spec, and whether there is feedback, to layouts.
-        network: Timeouts and limits.
-        frozen: Checksums of the parameters that do not travel.
+        num_clients: Number of clients in the federation.
+        cohort_size: Number of clients that a round asks.
+        min_cohort: Smallest number of clients that a round begins with.
+        shares: Settings that clients need, as plain values by group and name.
+        shares_held: Number of examples in each client's share of the server's data set; -1: there is no share.
+        layout: Layout of the model in float32.
+        schedule: Function from an uplink's spec, and whether there is feedback, to the layouts of its updates.
+        network: The server's settings: timeouts and limits.
+        frozen: CRC32C of each parameter that does not travel, by name.
     """
 
     run: str
@@ -96,10 +96,10 @@ class Assignment:
     """What a client is told at a time.
 
     Args:
-        task: What it is asked; None at the end.
-        models: Messages that bring it to the newest model.
-        note: The words.
-        version: What it holds then.
+        task: The task that the client is asked; None at the end.
+        models: Messages that bring the client to the newest model.
+        note: The note with the task, or with the last words.
+        version: Number of rounds that the model has seen which the client holds then.
     """
 
     task: Task | None
@@ -115,57 +115,57 @@ class _RoundEnd:
     until it answers. Once the quorum has answered nobody is waited for.
 
     Args:
-        asked: The seats of those who were asked, when they were.
-        network: Timeouts and quorum.
+        asked: Records of the clients that this round asks, as they are when it begins.
+        network: The server's settings: timeouts and quorum.
     """
 
-    def __init__(self, asked: Sequence[Seat], network: NetworkConfig) -> None:
+    def __init__(self, asked: Sequence[ClientRecord], network: NetworkConfig) -> None:
         self._began, self._timeout = time.monotonic(), network.round_timeout
         self._asked, self._needed = asked, math.ceil(network.quorum * len(asked) - 1e-9)  # 0.7 * 10 is above 7
-        silent = {seat.number for seat in asked if seat.is_silent}
+        silent = {record.number for record in asked if record.is_silent}
         self._silent = silent if len(silent) < len(asked) else set()
         self._others_took: float | None = None
 
-    def moments(self, waiting: Sequence[Seat], now: float) -> list[float]:
+    def moments(self, waiting: Sequence[ClientRecord], now: float) -> list[float]:
         """Return until when to wait for each of those whose answers are missing."""
-        if sum(seat.task is not None and seat.task.answer is not None for seat in self._asked) >= self._needed:
+        if sum(record.task is not None and record.task.answer is not None for record in self._asked) >= self._needed:
             return [now] * len(waiting)
         last = self._began + self._timeout
         if not self._silent:
             return [last] * len(waiting)
-        if self._others_took is None and all(seat.number in self._silent for seat in waiting):
+        if self._others_took is None and all(record.number in self._silent for record in waiting):
             self._others_took = now - self._began
         soon = last if self._others_took is None else min(last, self._began + 2 * self._others_took)
-        return [soon if seat.number in self._silent else last for seat in waiting]
+        return [soon if record.number in self._silent else last for record in waiting]
 
-    def why_missing(self, seat: Seat) -> str:
+    def why_missing(self, record: ClientRecord) -> str:
         """Return the reason, once the moment has come; whoever had the whole time is silent from now on."""
         if time.monotonic() >= self._began + self._timeout:
-            seat.is_silent = True
+            record.is_silent = True
             return f"no answer within {self._timeout:g} s"
-        if seat.number in self._silent:
+        if record.number in self._silent:
             return "no answer; since it was silent for a whole round it is not waited for until it answers"
         return f"no answer before the quorum of {self._needed} had answered"
 
 
 class Hub:
-    """The clients' seats, and one round at a time.
+    """The records of all clients, and one round at a time.
 
     Args:
-        terms: What clients are told and held to.
-        first_sequence: Number of the first task.
+        terms: The terms that clients are told and held to.
+        first_sequence: Sequence number after which the numbers of tasks begin.
     """
 
     def __init__(self, terms: Terms, first_sequence: int = 0) -> None:
         self.terms = terms
-        self.offers = Offers(terms.layout)
-        self.seats: dict[int, Seat] = {}
+        self.catch_up = CatchUp(terms.layout)
+        self.records: dict[int, ClientRecord] = {}
         self.context: RoundContext | None = None
-        """The open round's."""
+        """Context of the open round; None between rounds."""
         self.result: dict[str, Any] | None = None
-        """What clients are told at the end, once it is there."""
+        """Result that clients are told at the end, once it is there."""
         self.received = 0
-        """Bytes of clients' messages."""
+        """Number of bytes of clients' messages so far."""
         self._sequence = first_sequence
         self._began = time.monotonic()
         self._changed = asyncio.Event()
@@ -176,65 +176,65 @@ class Hub:
 
     # ---- who is there ------------------------------------------------------------------------------------------------
 
-    def seat(self, number: int) -> Seat:
-        """Return the seat of a client that calls.
+    def record_of(self, number: int) -> ClientRecord:
+        """Return the record of a client that calls.
 
         Args:
             number: Its number, from its certificate.
 
         Raises:
-            Refused: It has no seat here, or has broken the rules too often.
+            Refused: It has no place here, or has broken the rules too often.
         """
         if not 0 <= number < self.terms.num_clients:
             raise Refused(f"client {number} has no seat; the federation has clients 0 to {self.terms.num_clients - 1}")
-        seat = self.seats.setdefault(number, Seat(number))
-        if seat.offences >= self.terms.network.max_offences:
-            raise Refused(_shut_out(seat))
-        return seat
+        record = self.records.setdefault(number, ClientRecord(number))
+        if record.offences >= self.terms.network.max_offences:
+            raise Refused(_shut_out(record))
+        return record
 
-    def knock(self, number: int) -> Seat:
-        """Return the seat of somebody who calls in a client's name, unless that happens too often.
+    def knock(self, number: int) -> ClientRecord:
+        """Return the record of somebody who calls in a client's name, unless that happens too often.
 
         Raises:
-            Refused: As for `seat`; or it calls too often.
+            Refused: As for `record_of`; or it calls too often.
         """
-        seat = self.seat(number)
-        _take(seat.joins, number)
-        return seat
+        record = self.record_of(number)
+        _take(record.joins, number)
+        return record
 
-    def description(self, seat: Seat) -> Message:
+    def description(self, record: ClientRecord) -> Message:
         """Return what the federation is, as a client is told before it prepares."""
         terms = self.terms
-        text = {"kind": "federation", "run": terms.run, "number": seat.number, "clients": terms.num_clients}
+        text = {"kind": "federation", "run": terms.run, "number": record.number, "clients": terms.num_clients}
         frozen = {"frozen": dict(terms.frozen)} if terms.frozen else {}
         return note(text | {"settings": dict(terms.shares)} | frozen)
 
-    def admit(self, number: int, hello: Mapping[str, Any], peer: str = "") -> Seat:
-        """Give a client its seat, anew if it had lost its connection.
+    def admit(self, number: int, hello: Mapping[str, Any], peer: str = "") -> ClientRecord:
+        """Let a client take part, anew if it had lost its connection.
 
-        While a process has the seat, another with the same certificate is sent away, and both are named.
+        While one process is the client, another with the same certificate is sent away, and both are named.
 
         Args:
             number: Its number, from its certificate.
-            hello: What it says of itself.
-            peer: Address that it calls from.
+            hello: Fields of its greeting, as it sent them.
+            peer: Address that the client calls from.
 
         Raises:
-            Refused: It has no seat, or says what cannot be.
+            Refused: It has no place, or says what cannot be.
         """
-        seat = self.seat(number)
-        returns = bool(seat.instance) and hello.get("instance") == seat.instance
-        _take(seat.returns if returns else seat.joins, number)
+        record = self.record_of(number)
+        returns = bool(record.instance) and hello.get("instance") == record.instance
+        _take(record.returns if returns else record.joins, number)
         try:
             hello = check_note(hello, "hello")
         except FieldError as error:
-            raise self.misgreeted(seat, error) from None
-        if seat.followers and not returns:
+            raise self.misgreeted(record, error) from None
+        if record.followers and not returns:
             _log.warning(
-                "client %d is here from %s; from %s comes another with its certificate", number, seat.peer, peer
+                "client %d is here from %s; from %s comes another with its certificate", number, record.peer, peer
             )
             raise Refused(
-                f"client {number} is here already, from {seat.peer}; you come from {peer}: a certificate is for one "
+                f"client {number} is here already, from {record.peer}; you come from {peer}: a certificate is for one "
                 "process, and whoever holds it twice needs a new one",
                 is_final=False,
             )
@@ -246,59 +246,59 @@ class Hub:
         num_examples, share = hello["num_examples"], self.terms.shares_held[number]
         if not has_own_data and num_examples != share:
             raise Refused(f"num_examples={num_examples} is not allowed; allowed: {share}, its share; or --own-data")
-        seat.uplink, seat.num_examples = uplink, num_examples
+        record.uplink, record.num_examples = uplink, num_examples
         self.own_data = self.own_data | {number} if has_own_data else self.own_data - {number}
         is_ours = hello["run"] == self.terms.run
-        seat.version = self.offers.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
-        seat.session = secrets.token_hex(16)
-        seat.instance, seat.peer = hello.get("instance") or "", peer
-        seat.end_followers(f"client {number} has joined again, from {peer}")
-        _log.info("client %d is here with %d examples", number, seat.num_examples)
-        return seat
+        record.version = self.catch_up.recognise(hello.get("version"), hello.get("checksum")) if is_ours else None
+        record.session = secrets.token_hex(16)
+        record.instance, record.peer = hello.get("instance") or "", peer
+        record.end_followers(f"client {number} has joined again, from {peer}")
+        _log.info("client %d is here with %d examples", number, record.num_examples)
+        return record
 
-    def misgreeted(self, seat: Seat, error: FieldError) -> Refused:
+    def misgreeted(self, record: ClientRecord, error: FieldError) -> Refused:
         """Note a greeting that broke the rules; return what its sender is told."""
-        seat.offences += 1
-        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, clean(str(error)))
+        record.offences += 1
+        _log.warning("client %d broke the rules (%d): %s", record.number, record.offences, clean(str(error)))
         return Refused(f"not a greeting: {error}")
 
-    def welcome(self, seat: Seat) -> Message:
+    def welcome(self, record: ClientRecord) -> Message:
         """Return what a client is told first."""
-        return note({"kind": "welcome", "session": seat.session}, client=seat.number)
+        return note({"kind": "welcome", "session": record.session}, client=record.number)
 
-    def arrived(self, seat: Seat) -> None:
+    def arrived(self, record: ClientRecord) -> None:
         """Note that a client follows."""
-        seat.is_connected = True
+        record.is_connected = True
         self._changed.set()
 
-    def left(self, seat: Seat) -> None:
+    def left(self, record: ClientRecord) -> None:
         """Note that a client's connection is gone."""
-        if seat.is_connected and not seat.followers:
-            seat.is_connected, seat.lost_at = False, time.monotonic()
+        if record.is_connected and not record.followers:
+            record.is_connected, record.lost_at = False, time.monotonic()
             if self.result is None:
-                _log.warning("the connection to client %d is lost", seat.number)
+                _log.warning("the connection to client %d is lost", record.number)
             self._changed.set()
 
-    def seat_of(self, number: int, session: str) -> Seat:
-        """Return the seat of a client that sends.
+    def record_in_session(self, number: int, session: str) -> ClientRecord:
+        """Return the record of a client that sends.
 
         Raises:
             Refused: It has not joined, or has joined again since.
         """
-        seat = self.seats.get(number)
-        if seat is None or not seat.session or not hmac.compare_digest(seat.session.encode(), session.encode()):
+        record = self.records.get(number)
+        if record is None or not record.session or not hmac.compare_digest(record.session.encode(), session.encode()):
             raise Refused(f"client {number} has not joined, or has joined again since", is_final=False)
-        return seat
+        return record
 
     # ---- what a client is told ---------------------------------------------------------------------------------------
 
-    def assignment(self, seat: Seat) -> Assignment | None:
+    def assignment(self, record: ClientRecord) -> Assignment | None:
         """Return a client's open task with the messages that it needs for it; None if there is none."""
-        if self.context is None or not seat.has_open_task(self.context.round):
+        if self.context is None or not record.has_open_task(self.context.round):
             return None
-        assert seat.task is not None
-        assert self.offers.model is not None
-        model, context = self.offers.model, self.context
+        assert record.task is not None
+        assert self.catch_up.model is not None
+        model, context = self.catch_up.model, self.context
         text = {
             "kind": "task",
             "round": context.round,
@@ -308,98 +308,98 @@ class Hub:
             "checksum": model.checksum,
             "timeout": self.terms.network.round_timeout,
         }
-        task = note(text, round=context.round, client=seat.number, sequence=seat.task.sequence)
-        return Assignment(seat.task, self.offers.lacking(seat.version), task, model.version)
+        task = note(text, round=context.round, client=record.number, sequence=record.task.sequence)
+        return Assignment(record.task, self.catch_up.lacking(record.version), task, model.version)
 
-    def farewell(self, seat: Seat) -> Assignment:
+    def farewell(self, record: ClientRecord) -> Assignment:
         """Return the last messages: what leads to the final model, and the result."""
-        assert self.offers.model is not None
-        model, text = self.offers.model, {"kind": "finished", **(self.result or {})}
+        assert self.catch_up.model is not None
+        model, text = self.catch_up.model, {"kind": "finished", **(self.result or {})}
         text |= {"version": model.version, "checksum": model.checksum}
-        return Assignment(None, self.offers.lacking(seat.version), note(text), model.version)
+        return Assignment(None, self.catch_up.lacking(record.version), note(text), model.version)
 
-    def sent(self, seat: Seat, message: Message, *, is_newest: bool) -> None:
+    def sent(self, record: ClientRecord, message: Message, *, is_newest: bool) -> None:
         """Note a message that a client has been sent whole; the newest change stands for a whole float32 model."""
         parts = self._makeup(message)
-        seat.moved.append(("downlink", parts if is_newest else without_raw(parts)))
+        record.moved.append(("downlink", parts if is_newest else without_raw(parts)))
 
-    def caught_up(self, seat: Seat, version: int) -> None:
+    def caught_up(self, record: ClientRecord, version: int) -> None:
         """Note what a client holds now."""
-        seat.version = version
+        record.version = version
 
-    def cut_short(self, seat: Seat, nbytes: int, direction: str) -> None:
+    def cut_short(self, record: ClientRecord, nbytes: int, direction: str) -> None:
         """Note bytes of a message that did not arrive whole."""
         self.received += nbytes * (direction == "uplink")
         if nbytes:
-            seat.moved.append((direction, framing("unfinished", nbytes)))
+            record.moved.append((direction, framing("unfinished", nbytes)))
 
     # ---- what a client answers ---------------------------------------------------------------------------------------
 
-    def expects(self, seat: Seat) -> None:
+    def expects(self, record: ClientRecord) -> None:
         """Check that an answer of a client is wanted at all, before its bytes are taken.
 
         Raises:
             Refused: None is.
         """
-        if self.context is None or not seat.has_open_task(self.context.round):
-            raise Refused(f"no answer of client {seat.number} is wanted now", is_final=False)
+        if self.context is None or not record.has_open_task(self.context.round):
+            raise Refused(f"no answer of client {record.number} is wanted now", is_final=False)
 
-    def begins(self, seat: Seat) -> None:
+    def begins(self, record: ClientRecord) -> None:
         """Note that a client begins to send an answer.
 
         Raises:
             Refused: None is wanted, or it has begun too often.
         """
-        self.expects(seat)
-        assert seat.task is not None
-        if seat.task.tries >= _MOST_TRIES:
-            raise Refused(f"client {seat.number} has tried {_MOST_TRIES} times to answer", is_final=False)
-        seat.task.tries += 1
+        self.expects(record)
+        assert record.task is not None
+        if record.task.tries >= _MOST_TRIES:
+            raise Refused(f"client {record.number} has tried {_MOST_TRIES} times to answer", is_final=False)
+        record.task.tries += 1
 
-    def accept(self, seat: Seat, message: Message) -> None:
+    def accept(self, record: ClientRecord, message: Message) -> None:
         """Take a client's answer.
 
         Raises:
             Refused: The round is over, or the answer is of an earlier one.
             FieldError: It is no answer to what was asked.
         """
-        self.expects(seat)
-        assert seat.task is not None
+        self.expects(record)
+        assert record.task is not None
         assert self.context is not None
-        task = seat.task
+        task = record.task
         check_answer(
             message,
             round=task.round,
             sequence=task.sequence,
-            client=seat.number,
-            num_examples=seat.num_examples,
+            client=record.number,
+            num_examples=record.num_examples,
         )
-        answer = self._checked(seat, message) if message.frame.kind == Kind.UPDATE else message
-        seat.moved.append(("uplink", self._makeup(answer)))
+        answer = self._checked(record, message) if message.frame.kind == Kind.UPDATE else message
+        record.moved.append(("uplink", self._makeup(answer)))
         self.received += message.nbytes
-        task.answer, seat.is_silent = answer, False
+        task.answer, record.is_silent = answer, False
         self._changed.set()
 
-    def _checked(self, seat: Seat, message: Message) -> Message:
+    def _checked(self, record: ClientRecord, message: Message) -> Message:
         """Return an update with our layout, which is the one that its sender has announced."""
-        assert seat.uplink is not None
-        layout = seat.uplink.at(message.frame.round)
+        assert record.uplink is not None
+        layout = record.uplink.at(message.frame.round)
         if message.frame.layout_hash != layout.hash:
             allowed = f"{layout.hash:016x}: the model of this federation in the codec that the client has announced"
             raise FieldError("layout", f"{message.frame.layout_hash:016x}", allowed)
         split_body(layout, message.frame.body)
         return replace(message, layout=layout)
 
-    def offend(self, seat: Seat, error: Exception) -> None:
+    def offend(self, record: ClientRecord, error: Exception) -> None:
         """Note a message that broke the rules; the round goes on without this client."""
         reason = clean(str(error))
-        seat.offences += 1
-        _log.warning("client %d broke the rules (%d): %s", seat.number, seat.offences, reason)
-        if self.context is not None and seat.has_open_task(self.context.round):
-            assert seat.task is not None
-            seat.task.reason = f"refused: {reason}"
-        if seat.offences >= self.terms.network.max_offences:
-            seat.end_followers(_shut_out(seat))
+        record.offences += 1
+        _log.warning("client %d broke the rules (%d): %s", record.number, record.offences, reason)
+        if self.context is not None and record.has_open_task(self.context.round):
+            assert record.task is not None
+            record.task.reason = f"refused: {reason}"
+        if record.offences >= self.terms.network.max_offences:
+            record.end_followers(_shut_out(record))
         self._changed.set()
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
@@ -415,41 +415,41 @@ class Hub:
         self.context = context
         for number in cohort:
             self._sequence += 1
-            self.seats[number].task = Task(context.round, self._sequence)
-            self.seats[number].told()
-        asked = [self.seats[number] for number in cohort]
+            self.records[number].task = Task(context.round, self._sequence)
+            self.records[number].told()
+        asked = [self.records[number] for number in cohort]
         end = _RoundEnd(asked, self.terms.network)
         wait = self._wait_for_answers(asked, context.round)
-        while waiting := [seat for seat in asked if seat.has_open_task(context.round)]:
+        while waiting := [record for record in asked if record.has_open_task(context.round)]:
             now = time.monotonic()
             ends = zip(waiting, end.moments(waiting, now), strict=True)
-            until = [min(moment, self._patience(seat)) for seat, moment in ends]
-            for seat, moment in zip(waiting, until, strict=True):
+            until = [min(moment, self._patience(record)) for record, moment in ends]
+            for record, moment in zip(waiting, until, strict=True):
                 if now >= moment:
-                    assert seat.task is not None
-                    seat.task.reason = self._why_missing(seat, end)
+                    assert record.task is not None
+                    record.task.reason = self._why_missing(record, end)
             wait.look()
             await self._wait(min(min(until) - now, wait.quiet_s))
         self.context = None
-        return [self._close(self.seats[number], context) for number in cohort]
+        return [self._close(self.records[number], context) for number in cohort]
 
     def present(self) -> list[int]:
         """Return the clients that are here, in order."""
         limit = self.terms.network.max_offences
-        return sorted(n for n, seat in self.seats.items() if seat.is_connected and seat.offences < limit)
+        return sorted(n for n, record in self.records.items() if record.is_connected and record.offences < limit)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Tell all clients that it is over."""
         self.result = dict(result)
-        for seat in self.seats.values():
-            seat.told()
+        for record in self.records.values():
+            record.told()
 
     def take_moved(self) -> list[Moved]:
         """Return what crossed since the last call, in client order."""
         rows = []
-        for number, seat in sorted(self.seats.items()):
-            rows += [(number, direction, parts) for direction, parts in seat.moved]
-            seat.moved.clear()
+        for number, record in sorted(self.records.items()):
+            rows += [(number, direction, parts) for direction, parts in record.moved]
+            record.moved.clear()
         return rows
 
     async def _cohort(self, context: RoundContext) -> list[int]:
@@ -477,11 +477,11 @@ class Hub:
         enough = f"{least} would do" + (f" in {left_s:.0f} s" if left_s > 0 else "")
         return f"{missing} ({len(here)} of {terms.num_clients} are here; {enough})"
 
-    def _wait_for_answers(self, asked: Sequence[Seat], round: int) -> Wait:
+    def _wait_for_answers(self, asked: Sequence[ClientRecord], round: int) -> Wait:
         """Return the wait for those who were asked; it is quiet longer than others, as they train meanwhile."""
 
         def whom() -> str:
-            open_tasks = [seat.number for seat in asked if seat.has_open_task(round)]
+            open_tasks = [record.number for record in asked if record.has_open_task(round)]
             return f"answers of {named('client', open_tasks)} in round {round + 1}"
 
         return Wait(whom, self.terms.network.round_timeout, say=_log.info, first_s=_TRAINING_S)
@@ -495,28 +495,28 @@ class Hub:
         finally:
             alarm.cancel()
 
-    def _patience(self, seat: Seat) -> float:
+    def _patience(self, record: ClientRecord) -> float:
         """Return until when a client is waited for."""
-        return math.inf if seat.is_connected else seat.lost_at + self.terms.network.reconnect_grace
+        return math.inf if record.is_connected else record.lost_at + self.terms.network.reconnect_grace
 
-    def _why_missing(self, seat: Seat, end: _RoundEnd) -> str:
+    def _why_missing(self, record: ClientRecord, end: _RoundEnd) -> str:
         """Return why a client has not answered, and note that it is silent if it had all the time there is."""
-        if not seat.is_connected:
+        if not record.is_connected:
             grace = self.terms.network.reconnect_grace
             return f"no answer: the connection was lost and not made again within {grace:g} s"
-        return end.why_missing(seat)
+        return end.why_missing(record)
 
-    def _close(self, seat: Seat, context: RoundContext) -> Message:
+    def _close(self, record: ClientRecord, context: RoundContext) -> Message:
         """Return a client's answer, or why there is none; keep neither, and let nothing more of this round in."""
-        task, seat.task = seat.task, None
+        task, record.task = record.task, None
         assert task is not None
-        for upload in seat.uploads:
+        for upload in record.uploads:
             upload.cancel()
         if task.answer is not None:
             return task.answer
         body = torch.frombuffer(bytearray((task.reason or "no answer").encode()), dtype=torch.uint8)
         frame = Frame(
-            Kind.MISSING, context.round, seat.number, 0, 0, float(seat.num_examples), math.nan, math.nan, body
+            Kind.MISSING, context.round, record.number, 0, 0, float(record.num_examples), math.nan, math.nan, body
         )
         return Message(frame)
 
@@ -539,8 +539,8 @@ class Hub:
             raise Refused(str(error)) from None
 
 
-def _shut_out(seat: Seat) -> str:
-    return f"client {seat.number} is shut out after {seat.offences} messages that broke the rules"
+def _shut_out(record: ClientRecord) -> str:
+    return f"client {record.number} is shut out after {record.offences} messages that broke the rules"
 
 
 def _take(limit: RateLimit, number: int) -> None:

@@ -42,17 +42,17 @@ def serve(
     counts as the heaviest of the others.
 
     Args:
-        federation: Made with a number of clients instead of clients; its callbacks hear of every round.
-        rounds: Rounds in all, those before a resume included.
+        federation: A federation made with a number of clients instead of clients; its callbacks hear of every round.
+        rounds: Number of rounds in all, those before a resume included.
         lr: Local learning rate, or a function from the round's number to it.
         bind: Host and port to listen on; port 0 takes a free one.
         certs: The server's folder of certificates, as `fedq certs` makes it.
-        insecure: No TLS; on loopback only.
+        insecure: Whether to do without TLS; on loopback only.
         round_timeout: Seconds after which a round closes with those who have answered.
         join_timeout: Seconds that the first round waits for all clients; then ``min_cohort`` of them are enough.
         quorum: Share of a round's clients whose answers close it at once.
-        max_weight_share: Most that a client may count for of three or more.
-        say: Told where it listens, a line at a time.
+        max_weight_share: Largest share of a mean of three or more that a client may count for, 0 to 1.
+        say: Function that takes a line at a time, such as where the server listens.
 
     Returns:
         What the rounds have come to; the federation's model holds the result.

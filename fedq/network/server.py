@@ -113,7 +113,7 @@ def _serve(job: Job, config: ServerConfig, identity: Identity | None) -> dict[st
             launcher=NETWORK_SERVER,
             feedback=None,
             root_ingress_bytes=job.transport.received,
-            offences={str(seat.number): seat.offences for seat in hub.seats.values() if seat.offences},
+            offences={str(record.number): record.offences for record in hub.records.values() if record.offences},
             **results,
         )
 

@@ -20,9 +20,9 @@ import grpc
 
 from fedq.errors import FieldError
 from fedq.network.certs import Identity, Revoked, client_number
-from fedq.network.connections import connection_limit
+from fedq.network.client_record import ClientRecord, Task
+from fedq.network.connection_limit import connection_limit
 from fedq.network.hub import Assignment, Hub, Refused
-from fedq.network.seat import Seat, Task
 from fedq.network.settings import CHUNK_NBYTES, check_address
 from fedq.text import clean
 from fedq.waiting import Wait, speaking
@@ -60,10 +60,10 @@ class Service(grpc.GenericRpcHandler):
     """Serves a hub, from `__enter__` to `__exit__`, in a thread of its own.
 
     Args:
-        hub: The clients' seats; used in the service's thread alone.
+        hub: What is known of every client, and the open round; used in the service's thread alone.
         bind: Host and port; port 0 takes a free one.
-        identity: The server's certificate; None: plaintext.
-        revoked: Certificates that are refused, with an identity.
+        identity: The server's certificate and key; None: plaintext.
+        revoked: Certificates that are refused, where there is an identity.
     """
 
     def __init__(self, hub: Hub, bind: str, identity: Identity | None, revoked: Revoked | None = None) -> None:
@@ -123,14 +123,14 @@ class Service(grpc.GenericRpcHandler):
         """Tell all clients the result with the final model, and wait until those that are here have it.
 
         Args:
-            result: What they are told.
-            timeout_s: Longest wait: a model takes its time through a slow link.
-            beat: Called as a sign of life.
+            result: Result that clients are told, as a note's fields.
+            timeout_s: Longest wait in seconds: a model takes its time through a slow link.
+            beat: Function that is called as a sign of life while it waits.
         """
 
         async def goodbye() -> None:
             self.hub.finish(result)
-            followers = [follower for seat in self.hub.seats.values() for follower in seat.followers]
+            followers = [follower for record in self.hub.records.values() for follower in record.followers]
             if followers:
                 await asyncio.wait(followers, timeout=timeout_s)
 
@@ -152,30 +152,30 @@ class Service(grpc.GenericRpcHandler):
 
     async def _describe(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            seat = self.hub.knock(self._number(context))
+            record = self.hub.knock(self._number(context))
         except Refused as refusal:
             return await _refuse(context, refusal)
-        return bytes(self.hub.description(seat).pack())
+        return bytes(self.hub.description(record).pack())
 
     async def _follow(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
             number = self._number(context)
-            seat = self.hub.admit(number, self._heard(number, request), clean(unquote(context.peer())))
+            record = self.hub.admit(number, self._heard(number, request), clean(unquote(context.peer())))
         except Refused as refusal:
             return await _refuse(context, refusal)
         follower = asyncio.current_task()
         assert follower is not None
         try:
-            with self._following(seat, follower):
-                await self._tell(seat, context)
+            with self._following(record, follower):
+                await self._tell(record, context)
         except asyncio.CancelledError:
-            if follower not in seat.why_ended:
+            if follower not in record.why_ended:
                 raise
-            await _refuse(context, Refused(seat.why_ended[follower], is_final=False))
+            await _refuse(context, Refused(record.why_ended[follower], is_final=False))
         except Refused as refusal:
             await _refuse(context, refusal)
         finally:
-            seat.why_ended.pop(follower, None)
+            record.why_ended.pop(follower, None)
 
     def _heard(self, number: int, request: bytes) -> dict[str, Any]:
         """Return what a greeting says.
@@ -188,26 +188,28 @@ class Service(grpc.GenericRpcHandler):
         except FieldError as error:
             raise self.hub.misgreeted(self.hub.knock(number), error) from None
 
-    async def _tell(self, seat: Seat, context: grpc.aio.ServicerContext) -> None:
+    async def _tell(self, record: ClientRecord, context: grpc.aio.ServicerContext) -> None:
         """Tell a client what it is asked, until the end."""
         hub, asked = self.hub, -1
-        await self._write(seat, context, [hub.welcome(seat)])
+        await self._write(record, context, [hub.welcome(record)])
         while hub.result is None:
-            seat.news.clear()
-            assignment = hub.assignment(seat)
+            record.news.clear()
+            assignment = hub.assignment(record)
             if assignment is not None and assignment.task is not None and assignment.task.sequence != asked:
                 self._number(context)  # it may have been revoked since it came
                 asked = assignment.task.sequence
-                await self._assign(seat, context, assignment)
+                await self._assign(record, context, assignment)
             elif hub.result is None:
-                await seat.news.wait()
-        await self._assign(seat, context, hub.farewell(seat))
+                await record.news.wait()
+        await self._assign(record, context, hub.farewell(record))
 
-    async def _assign(self, seat: Seat, context: grpc.aio.ServicerContext, assignment: Assignment) -> None:
-        await self._write(seat, context, [*assignment.models, assignment.note])
-        self.hub.caught_up(seat, assignment.version)
+    async def _assign(self, record: ClientRecord, context: grpc.aio.ServicerContext, assignment: Assignment) -> None:
+        await self._write(record, context, [*assignment.models, assignment.note])
+        self.hub.caught_up(record, assignment.version)
 
-    async def _write(self, seat: Seat, context: grpc.aio.ServicerContext, messages: Sequence[Message]) -> None:
+    async def _write(
+        self, record: ClientRecord, context: grpc.aio.ServicerContext, messages: Sequence[Message]
+    ) -> None:
         """Send messages in pieces, at the client's pace, and note what was sent."""
         done = 0
         try:
@@ -215,33 +217,35 @@ class Service(grpc.GenericRpcHandler):
                 await context.write(piece)
                 done += len(piece)
         except BaseException:
-            self.hub.cut_short(seat, done, "downlink")
+            self.hub.cut_short(record, done, "downlink")
             raise
         with_payloads = [message for message in messages if message.layout is not None]
         for message in messages:
-            self.hub.sent(seat, message, is_newest=message in with_payloads[-1:])
+            self.hub.sent(record, message, is_newest=message in with_payloads[-1:])
 
     async def _send(self, pieces: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         metadata = dict(context.invocation_metadata() or ())
         try:
-            seat = self.hub.seat_of(self._number(context), str(metadata.get(SESSION, "")))
-            self.hub.begins(seat)
+            record = self.hub.record_in_session(self._number(context), str(metadata.get(SESSION, "")))
+            self.hub.begins(record)
         except Refused as refusal:
             return await _refuse(context, refusal)
-        if seat.uploads:
-            return await _refuse(context, Refused(f"client {seat.number} is sending already", is_final=False))
+        if record.uploads:
+            return await _refuse(context, Refused(f"client {record.number} is sending already", is_final=False))
         upload = asyncio.current_task()
         assert upload is not None
-        seat.uploads.add(upload)
+        record.uploads.add(upload)
         try:
-            return await self._receive(seat, pieces, context)
+            return await self._receive(record, pieces, context)
         finally:
-            seat.uploads.discard(upload)
+            record.uploads.discard(upload)
 
-    async def _receive(self, seat: Seat, pieces: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+    async def _receive(
+        self, record: ClientRecord, pieces: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+    ) -> bytes:
         """Take one message of a client."""
         assembler = Assembler(self.hub.terms.limits)
-        task, done = seat.task, 0
+        task, done = record.task, 0
         try:
             messages: list[Message] = []
             async for piece in pieces:
@@ -251,15 +255,15 @@ class Service(grpc.GenericRpcHandler):
                     raise FieldError("messages", len(messages) + 1, "one for each answer")
             if not messages:
                 raise FieldError("message", f"{assembler.pending} bytes", "a whole one")
-            self.hub.accept(seat, messages[0])
+            self.hub.accept(record, messages[0])
             done = 0
         except FieldError as error:
-            self.hub.offend(seat, error)
+            self.hub.offend(record, error)
             return await _refuse(context, Refused(str(error)), grpc.StatusCode.INVALID_ARGUMENT)
         except Refused as refusal:
             return await _refuse(context, refusal)
         finally:
-            self.hub.cut_short(seat, done, "uplink")
+            self.hub.cut_short(record, done, "uplink")
         return _ack(task)
 
     def _number(self, context: grpc.aio.ServicerContext) -> int:
@@ -282,14 +286,14 @@ class Service(grpc.GenericRpcHandler):
         return number
 
     @contextmanager
-    def _following(self, seat: Seat, follower: asyncio.Task[None]) -> Iterator[None]:
-        seat.followers.add(follower)
-        self.hub.arrived(seat)
+    def _following(self, record: ClientRecord, follower: asyncio.Task[None]) -> Iterator[None]:
+        record.followers.add(follower)
+        self.hub.arrived(record)
         try:
             yield
         finally:
-            seat.followers.discard(follower)
-            self.hub.left(seat)
+            record.followers.discard(follower)
+            self.hub.left(record)
 
     # ---- beginning and end -------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class InterfaceTraffic:
         What arrives was sent by a client's interface; on loopback it is the server's own and counts once.
 
         Args:
-            counted: Bytes of messages, sent and received, since this was made.
+            counted: Number of bytes of messages, sent and received, since this was made.
         """
         used = interfaces_used(self._before, interface_bytes())
         total = sum(one["sent"] + (name != _LOOPBACK) * one["received"] for name, one in used.items())

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq.engines import TorchEngine
+from fedq.engines.optimizers import lean
 from fedq.federated.image_training import LocalTraining
-from fedq.federated.lean_optim import lean
 from fedq.federated.training import Start, Trained, counters_restored, seeded
 from fedq.personalize.methods import Method, Tally
 from fedq.personalize.own_models import Network, OwnModels

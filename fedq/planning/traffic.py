@@ -20,7 +20,7 @@ from fedq.collectives import Segment
 from fedq.collectives.mean import Leg
 from fedq.collectives.peers import Peers
 from fedq.hooks import PowerSGDExchange, StepExchange, StepState, make_exchange
-from fedq.hooks.flat import RUN_BYTES
+from fedq.hooks.gradients import RUN_BYTES
 from fedq.models import build_model, check_model
 
 FIRST_BUCKET_BYTES = 1 << 20

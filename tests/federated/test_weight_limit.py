@@ -114,9 +114,9 @@ def test_the_model_moves_as_the_honest_want(fed: Federation) -> None:
     steps = [(50, 0.001), (50, 0.001), (50, 0.001), (1 << 20, -0.001)]
     models: list[torch.Tensor] = []
 
-    def act(link, member, message, text) -> None:
-        models.append(member.replica.clone())
-        answer_properly(link, member, message, text)
+    def act(connection, state, message, text) -> None:
+        models.append(state.replica.clone())
+        answer_properly(connection, state, message, text)
 
     puppets = [
         Puppet(fed, number, None if number else act, examples=num, step=step)

@@ -18,8 +18,8 @@ from warm import Command
 from fedq.federated.training import Trained
 from fedq.layout import Layout, LayoutSchedule
 from fedq.models import build_model
-from fedq.network.link import Link
-from fedq.network.member import Member, Memory
+from fedq.network.client_state import ClientState, VersionsOnDisk
+from fedq.network.connection import Connection
 from fedq.wire import Message, read_note
 
 # Digits come with scikit-learn; one thread, so that sums have one order wherever the job runs.
@@ -130,7 +130,7 @@ class AddOne:
         return Trained(start + self.step, 1.0, 0.5, 1)
 
 
-Act = Callable[[Link, Member, Message, dict[str, Any]], None]
+Act = Callable[[Connection, ClientState, Message, dict[str, Any]], None]
 
 
 class Puppet(threading.Thread):
@@ -165,35 +165,35 @@ class Puppet(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        link = Link(self.fed.address, None, self.number)
+        connection = Connection(self.fed.address, None, self.number)
         try:
-            self.outcome = self._take_part(link)
+            self.outcome = self._take_part(connection)
         except Exception as error:
             self.outcome = error
         finally:
-            link.close()
+            connection.close()
 
-    def _take_part(self, link: Link) -> dict[str, Any]:
-        described = link.describe()
+    def _take_part(self, connection: Connection) -> dict[str, Any]:
+        described = connection.describe()
         training = AddOne(self.model, self.step)
         schedule = LayoutSchedule.of(self.model, self.uplink, feedback=False)
         client = client_on(self.number, torch.arange(self.examples), training, schedule)
-        memory = Memory(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
-        member = Member(client, memory, run=described["run"], uplink=self.uplink)
-        for message in link.follow(member.hello()):
+        on_disk = VersionsOnDisk(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
+        state = ClientState(client, on_disk, run=described["run"], uplink=self.uplink)
+        for message in connection.follow(state.hello()):
             if message.frame.kind.has_payloads:
-                member.take(message)
+                state.take(message)
                 continue
             text = read_note(message)
             if text["kind"] == "welcome":
-                link.opened(text["session"])
+                connection.opened(text["session"])
             elif text["kind"] == "task":
-                member.arrive(text)
-                self.act(link, member, message, text)
+                state.arrive(text)
+                self.act(connection, state, message, text)
             else:
                 return text
         return {}
 
 
-def answer_properly(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    link.send(member.answer(text, message.sequence), timeout=60)
+def answer_properly(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    connection.send(state.answer(text, message.sequence), timeout=60)

@@ -100,6 +100,7 @@ def _run(arguments: list[str], files: tuple[str, str], env: dict[str, str], cwd:
     """Become the command, and end as an interpreter does: threads are awaited, then what was registered is called."""
     multiprocessing.current_process()._config["daemon"] = False  # it may start processes of its own
     gc.freeze()  # what was imported is not looked through again
+    atexit._clear()  # what the process it came from is to do at its own end
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

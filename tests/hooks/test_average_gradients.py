@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fedq import hooks
-from fedq.hooks.flat import gradient_runs
+from fedq.hooks.gradients import gradient_runs
 
 STEPS = 4
 

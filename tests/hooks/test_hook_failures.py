@@ -56,14 +56,14 @@ class Network(nn.Module):
 model = nn.parallel.DistributedDataParallel(Network(), bucket_cap_mb=0.1)
 state = hooks.register(model, spec)
 average = state._unscaled
-state._unscaled = lambda *args: fail("lane") or average(*args)
+state._unscaled = lambda *args: fail("background") or average(*args)
 for step in range(5):
     model.zero_grad()
     model(torch.randn(8, 200)).square().mean().backward()
 """
 
 
-PLACES = [("backward", "int4"), ("forward", "int4"), ("lane", "powersgd:start=2")]
+PLACES = [("backward", "int4"), ("forward", "int4"), ("background", "powersgd:start=2")]
 
 
 @pytest.mark.parametrize(("where", "spec"), few(PLACES, 1))

@@ -20,7 +20,7 @@ from fedq import hooks
 from fedq.collectives.mean import Residuals, encode, encode_unless_zero
 from fedq.collectives.segments import SEGMENT, cut
 from fedq.errors import FieldError
-from fedq.hooks.flat import gradient_runs
+from fedq.hooks.gradients import gradient_runs
 from fedq.hooks.parameters import Parameters, check_bucket
 
 POWERSGD = "powersgd:rank=2,start=2"

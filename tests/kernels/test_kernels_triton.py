@@ -173,14 +173,14 @@ def test_any_scale_of_a_message(plan: BlockPlan) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("num", [1, NUM])
-@pytest.mark.parametrize("plan", few(CASTS + BLOCKS, 5), ids=str)
+@pytest.mark.parametrize("plan", few(CASTS + BLOCKS, 9), ids=str)
 def test_casts_and_blocks(plan: Plan, num: int) -> None:
     check(plan, values(num))
 
 
 @runs_kernels
 @pytest.mark.parametrize("num", [1, SPARSE_NUM])
-@pytest.mark.parametrize("plan", few(SPARSE, 4), ids=str)
+@pytest.mark.parametrize("plan", few(SPARSE, 6), ids=str)
 def test_sparse(plan: Plan, num: int) -> None:
     check(plan, values(num))
 

@@ -14,7 +14,7 @@ from federation import Federation, federation
 
 from fedq.errors import FieldError
 from fedq.network.certs import Identity, Revoked, client_number, load_identity, main, make_certs
-from fedq.network.link import Link, Lost
+from fedq.network.connection import Connection, Lost
 
 
 @pytest.fixture
@@ -183,9 +183,9 @@ def test_a_server_refuses_whom_it_does_not_know(tmp_path: Path) -> None:
         server = fed.server("--clients", "2", "--rounds", "1", trust=("--certs", str(certs / "server")))
         server.until_it_says("listening")
         _check_refusals(fed, certs, ours, theirs)
-        link = Link(fed.address, ours, 1)
-        assert link.describe()["number"] == 1  # and this one it knows, by its certificate
-        link.close()
+        connection = Connection(fed.address, ours, 1)
+        assert connection.describe()["number"] == 1  # and this one it knows, by its certificate
+        connection.close()
         server.kill()
 
 
@@ -207,8 +207,8 @@ def _check_refusals(fed: Federation, certs: Path, ours: Identity, theirs: Identi
 
 
 def _describe(fed: Federation, identity: Identity) -> None:
-    link = Link(fed.address, identity, 0)
+    connection = Connection(fed.address, identity, 0)
     try:
-        link.describe()
+        connection.describe()
     finally:
-        link.close()
+        connection.close()

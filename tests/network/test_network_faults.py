@@ -20,8 +20,8 @@ from launched import summary, until
 from fedq.errors import FieldError
 from fedq.layout import Layout
 from fedq.models import build_model
-from fedq.network.link import Link, Lost, NotWanted
-from fedq.network.member import Member
+from fedq.network.client_state import ClientState
+from fedq.network.connection import Connection, Lost, NotWanted
 from fedq.network.service import FOLLOW, NUMBER, SEND, SESSION
 from fedq.wire import Frame, Kind, Message, join_payloads, note, read_note
 
@@ -32,81 +32,81 @@ def fed(tmp_path: Path):
         yield fed
 
 
-def _raw(link: Link, data: bytes, piece: int = 1 << 20) -> None:
+def _raw(connection: Connection, data: bytes, piece: int = 1 << 20) -> None:
     """Send bytes as an answer, whatever they are."""
     pieces = (data[at : at + piece] for at in range(0, len(data), piece))
     try:
-        link._send(pieces, metadata=(*link._metadata, (SESSION, link._session)), timeout=30)
+        connection._send(pieces, metadata=(*connection._metadata, (SESSION, connection._session)), timeout=30)
     except grpc.RpcError as error:
         raise NotWanted(error.details()) from None
 
 
-def _update(member: Member, text: dict[str, Any], message: Message, **changed: Any) -> Message:
+def _update(state: ClientState, text: dict[str, Any], message: Message, **changed: Any) -> Message:
     """Return the proper answer with some of its frame changed."""
-    good = member.answer(text, message.sequence)
+    good = state.answer(text, message.sequence)
     return replace(good, frame=replace(good.frame, **changed))
 
 
-def _garbage(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    _raw(link, b"\x80\x04\x95 this would be a pickle" * 100)
+def _garbage(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    _raw(connection, b"\x80\x04\x95 this would be a pickle" * 100)
 
 
-def _truncated(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    _raw(link, member.answer(text, message.sequence).pack()[:-100])
+def _truncated(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    _raw(connection, state.answer(text, message.sequence).pack()[:-100])
 
 
-def _damaged(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    data = bytearray(member.answer(text, message.sequence).pack())
+def _damaged(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    data = bytearray(state.answer(text, message.sequence).pack())
     data[len(data) // 2] ^= 1
-    _raw(link, bytes(data))
+    _raw(connection, bytes(data))
 
 
-def _oversized(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
+def _oversized(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
     model = build_model("cnn1m")
     layout = Layout.of(model, "fp32")
     flat = layout.flatten(model)
     body = join_payloads(layout, layout.encode(flat, seed=0))
-    frame = Frame(Kind.UPDATE, int(text["round"]), member.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
-    _raw(link, Message(frame, layout, message.sequence).pack())
+    frame = Frame(Kind.UPDATE, int(text["round"]), state.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
+    _raw(connection, Message(frame, layout, message.sequence).pack())
 
 
-def _nan(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    body = member.answer(text, message.sequence).frame.body.clone()
+def _nan(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    body = state.answer(text, message.sequence).frame.body.clone()
     body[:4].view(torch.float32)[0] = math.nan
-    link.send(_update(member, text, message, body=body), 30)
+    connection.send(_update(state, text, message, body=body), 30)
 
 
-def _says_nan(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    member.client.training.training.step = math.nan  # type: ignore[attr-defined]
-    link.send(member.answer(text, message.sequence), 30)
+def _says_nan(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    state.client.training.training.step = math.nan  # type: ignore[attr-defined]
+    connection.send(state.answer(text, message.sequence), 30)
 
 
-def _stale(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    link.send(_update(member, text, message, round=int(text["round"]) + 7), 30)
+def _stale(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    connection.send(_update(state, text, message, round=int(text["round"]) + 7), 30)
 
 
-def _replayed(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    old = getattr(member, "old", None)
+def _replayed(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    old = getattr(state, "old", None)
     if old is None:
-        member.old = old = member.answer(text, message.sequence)  # type: ignore[attr-defined]
-    link.send(old, 30)
+        state.old = old = state.answer(text, message.sequence)  # type: ignore[attr-defined]
+    connection.send(old, 30)
 
 
-def _as_another(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    link.send(_update(member, text, message, client=0), 30)
+def _as_another(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    connection.send(_update(state, text, message, client=0), 30)
 
 
-def _heavy(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    link.send(_update(member, text, message, weight=1e30), 30)
+def _heavy(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    connection.send(_update(state, text, message, weight=1e30), 30)
 
 
-def _silent(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
+def _silent(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
     """Say nothing."""
 
 
-def _slow(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
+def _slow(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
     """Send a byte at a time, so that it is not done when the round is over."""
-    data = member.answer(text, message.sequence).pack()
+    data = state.answer(text, message.sequence).pack()
 
     def pieces():
         for at in range(len(data)):
@@ -114,21 +114,21 @@ def _slow(link: Link, member: Member, message: Message, text: dict[str, Any]) ->
             yield data[at : at + 1]
 
     try:
-        link._send(pieces(), metadata=(*link._metadata, (SESSION, link._session)), timeout=60)
+        connection._send(pieces(), metadata=(*connection._metadata, (SESSION, connection._session)), timeout=60)
     except grpc.RpcError:
         return
 
 
-def _other_shapes(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
+def _other_shapes(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
     layout = Layout.of(torch.nn.Linear(10, 10), "fp32")
     body = torch.zeros(4 * layout.numel, dtype=torch.uint8)
-    frame = Frame(Kind.UPDATE, int(text["round"]), member.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
-    link.send(Message(frame, layout, message.sequence), 30)
+    frame = Frame(Kind.UPDATE, int(text["round"]), state.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
+    connection.send(Message(frame, layout, message.sequence), 30)
 
 
-def _a_note(link: Link, member: Member, message: Message, text: dict[str, Any]) -> None:
-    number = member.client.number
-    link.send(note({"kind": "hello"}, round=int(text["round"]), client=number, sequence=message.sequence), 30)
+def _a_note(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+    number = state.client.number
+    connection.send(note({"kind": "hello"}, round=int(text["round"]), client=number, sequence=message.sequence), 30)
 
 
 _WHOLE_ROUND, _NOT_AWAITED = "no answer within 6 s", "no answer; since it was silent for a whole round"
@@ -193,17 +193,17 @@ class _SlowReader(threading.Thread):
 
     def __init__(self, fed: Federation, number: int) -> None:
         super().__init__(daemon=True)
-        self.link = Link(fed.address, None, number)
+        self.connection = Connection(fed.address, None, number)
         self.done = threading.Event()
         self.start()
 
     def run(self) -> None:
         hello = {"kind": "hello", "run": "", "uplink": "fp32", "feedback": False, "num_examples": 50, "own_data": True}
-        call = self.link._follow(bytes(note(hello).pack()), metadata=self.link._metadata)
+        call = self.connection._follow(bytes(note(hello).pack()), metadata=self.connection._metadata)
         next(call)  # the welcome; the model, of several megabytes, stays where it is
         self.done.wait(100)
         call.cancel()
-        self.link.close()
+        self.connection.close()
 
 
 @pytest.mark.slow
@@ -242,12 +242,12 @@ def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
     server = fed.server("--clients", "2", "--rounds", "2", "--join-timeout", "600", "--max-offences", "99")
     server.until_it_says("listening")
     for number, words in ((2, "has no seat"), (99, "has no seat")):
-        link = Link(fed.address, None, number)
+        connection = Connection(fed.address, None, number)
         with pytest.raises(FieldError, match=words):
-            link.describe()
-        link.close()
-    link = Link(fed.address, None, 0)
-    described = link.describe()
+            connection.describe()
+        connection.close()
+    connection = Connection(fed.address, None, 0)
+    described = connection.describe()
     for hello, words in (
         ({"uplink": "int99", "feedback": True, "num_examples": 5}, "int99"),
         ({"uplink": "int8:block=" + "9" * 300, "feedback": True, "num_examples": 5}, "uplink="),
@@ -258,7 +258,7 @@ def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
         ({"uplink": "int8", "feedback": True, "num_examples": 5}, "100, its share"),
     ):
         with pytest.raises(FieldError, match=words):
-            next(iter(link.follow({"kind": "hello", "run": described["run"], **hello})))
+            next(iter(connection.follow({"kind": "hello", "run": described["run"], **hello})))
     channel = grpc.insecure_channel(fed.address)
     for metadata, method, code in (
         ((), FOLLOW, grpc.StatusCode.PERMISSION_DENIED),
@@ -272,7 +272,7 @@ def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
         assert caught.value.code() == code, (method, caught.value)
     channel.close()
     # Whoever knocks all the time is asked to wait, and the others do not notice.
-    patient = Link(fed.address, None, 1)
+    patient = Connection(fed.address, None, 1)
     refusals = 0
     for _ in range(20):
         try:
@@ -281,7 +281,7 @@ def test_who_may_not_take_part_is_told_why(fed: Federation) -> None:
             refusals += "too often" in str(error)
     assert refusals > 5
     patient.close()
-    link.close()
+    connection.close()
     server.kill()
 
 
@@ -333,17 +333,17 @@ def test_a_process_that_joins_again_takes_its_own_place_and_the_old_call_is_told
     server.until_it_says("listening")
     hello = {"kind": "hello", "run": "", "uplink": "fp32", "feedback": False, "num_examples": 50, "own_data": True}
     hello |= {"instance": "one process"}
-    links = [Link(fed.address, None, 0) for _ in range(2)]
-    calls = [link.follow(hello) for link in links]
+    connections = [Connection(fed.address, None, 0) for _ in range(2)]
+    calls = [connection.follow(hello) for connection in connections]
     assert read_note(next(calls[0]))["kind"] == "welcome"
     for _ in range(15):  # somebody knocks in its name
         with pytest.raises(Lost, match=r"here already|too often"):
-            next(links[1].follow(hello | {"instance": "another"}))
+            next(connections[1].follow(hello | {"instance": "another"}))
     assert read_note(next(calls[1]))["kind"] == "welcome"
     with pytest.raises(Lost, match="client 0 has joined again, from"):
         next(calls[0])
-    for link in links:
-        link.close()
+    for connection in connections:
+        connection.close()
     server.kill()
 
 

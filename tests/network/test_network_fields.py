@@ -22,11 +22,11 @@ from fedq.federated.training import RoundContext
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network import client
 from fedq.network.client import settings_of
+from fedq.network.client_record import RateLimit, Task
+from fedq.network.connection import NotWanted
 from fedq.network.fields import MOST_EXAMPLES, NOTES, SETTINGS, check_answer, check_note
 from fedq.network.hub import Hub, Refused
 from fedq.network.hub import Terms as Job
-from fedq.network.link import NotWanted
-from fedq.network.seat import RateLimit, Task
 from fedq.network.server import run_server, shared_settings
 from fedq.network.settings import SERVER_DEFAULTS, ClientConfig, NetworkConfig
 from fedq.runfolder.tables import ParquetRows, client_schema
@@ -117,29 +117,29 @@ def _hub() -> Hub:
         network=NetworkConfig(max_offences=10**9, accept_own_data=True),
     )
     hub = Hub(job)
-    hub.offers.publish(0, LAYOUT.flatten(MODEL))
+    hub.catch_up.publish(0, LAYOUT.flatten(MODEL))
     return hub
 
 
 def test_a_greeting_that_breaks_the_rules_is_an_offence_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     hub = _hub()
-    seat = hub.admit(0, HELLO)
-    before = (seat.uplink, seat.num_examples, seat.session, hub.own_data)
+    record = hub.admit(0, HELLO)
+    before = (record.uplink, record.num_examples, record.session, hub.own_data)
     odd = [{name: value} for name in NOTES["hello"] for value in ODD]
     reasons = []
     for changed in odd:
-        seat.joins = RateLimit()
+        record.joins = RateLimit()
         try:
             hub.admit(0, {"own_data": True, **HELLO, **changed})
         except Refused as refusal:
             reasons.append(refusal.reason)
-            assert (seat.uplink, seat.num_examples, seat.session, hub.own_data) == before
+            assert (record.uplink, record.num_examples, record.session, hub.own_data) == before
         else:
-            seat = hub.admit(0, HELLO)
-            before = (seat.uplink, seat.num_examples, seat.session, hub.own_data)
+            record = hub.admit(0, HELLO)
+            before = (record.uplink, record.num_examples, record.session, hub.own_data)
     assert len(reasons) > len(odd) // 2
     assert all(map(str.isprintable, reasons))
-    assert seat.offences > len(odd) // 2
+    assert record.offences > len(odd) // 2
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
@@ -147,10 +147,10 @@ def test_a_share_that_is_not_the_one_dealt_is_told_and_no_offence() -> None:
     hub = _hub()
     with pytest.raises(Refused, match="5, its share"):
         hub.admit(0, HELLO | {"num_examples": 6})
-    assert hub.seats[0].offences == 0
+    assert hub.records[0].offences == 0
     with pytest.raises(Refused, match="num_examples"):
         hub.admit(0, HELLO | {"num_examples": MOST_EXAMPLES + 1, "own_data": True})
-    assert hub.seats[0].offences == 1
+    assert hub.records[0].offences == 1
 
 
 def _answer(kind: Kind = Kind.UPDATE, **changed: Any) -> Message:
@@ -176,16 +176,16 @@ EXTREMES: dict[str, tuple[Any, ...]] = {
 def test_an_answer_with_an_odd_field_is_refused_by_name(kind: Kind, name: str) -> None:
     hub = _hub()
     hub.admit(0, HELLO | {"uplink": "fp32", "feedback": False})
-    seat = hub.seats[0]
+    record = hub.records[0]
     hub.context = RoundContext(3, 0.1, 0)
     for value in EXTREMES[name]:
-        seat.task = Task(3, 1)
+        record.task = Task(3, 1)
         with pytest.raises(FieldError) as caught:
-            hub.accept(seat, unpack(_answer(kind, **{name: value}).pack()))
+            hub.accept(record, unpack(_answer(kind, **{name: value}).pack()))
         assert name in caught.value.field
-        assert seat.task.answer is None
+        assert record.task.answer is None
     assert hub.take_moved() == []
-    hub.accept(seat, unpack(_answer(kind).pack()))
+    hub.accept(record, unpack(_answer(kind).pack()))
     assert hub.received > 0
 
 
@@ -206,14 +206,14 @@ def test_other_kinds_and_exact_tensors_are_no_answer() -> None:
 
 def test_a_task_takes_ten_tries() -> None:
     hub = _hub()
-    seat = hub.admit(0, HELLO)
-    hub.context, seat.task = RoundContext(3, 0.1, 0), Task(3, 1)
+    record = hub.admit(0, HELLO)
+    hub.context, record.task = RoundContext(3, 0.1, 0), Task(3, 1)
     for _ in range(10):
-        hub.begins(seat)
+        hub.begins(record)
     with pytest.raises(Refused, match="10 times"):
-        hub.begins(seat)
-    seat.task = Task(3, 2)
-    hub.begins(seat)
+        hub.begins(record)
+    record.task = Task(3, 2)
+    hub.begins(record)
 
 
 def test_the_text_of_an_answer_is_cleaned() -> None:
@@ -256,23 +256,23 @@ def test_a_row_that_cannot_be_stored_costs_the_row(tmp_path: Path, caplog: pytes
 
 
 def _left_out(weight: float, accuracy: float = 0.5):
-    def act(link, member, message, text) -> None:
+    def act(connection, state, message, text) -> None:
         empty = torch.empty(0, dtype=torch.uint8)
-        frame = Frame(Kind.LEFT_OUT, text["round"], member.client.number, 0, 0, weight, 1.0, accuracy, empty)
-        _send(link, Message(frame, sequence=message.sequence))
+        frame = Frame(Kind.LEFT_OUT, text["round"], state.client.number, 0, 0, weight, 1.0, accuracy, empty)
+        _send(connection, Message(frame, sequence=message.sequence))
 
     return act
 
 
-def _fails(link, member, message, text) -> None:
+def _fails(connection, state, message, text) -> None:
     body = torch.frombuffer(bytearray(EVIL.encode()), dtype=torch.uint8)
-    frame = Frame(Kind.FAILED, text["round"], member.client.number, 0, 0, 50.0, math.nan, math.nan, body)
-    _send(link, Message(frame, sequence=message.sequence))
+    frame = Frame(Kind.FAILED, text["round"], state.client.number, 0, 0, 50.0, math.nan, math.nan, body)
+    _send(connection, Message(frame, sequence=message.sequence))
 
 
-def _send(link, message: Message) -> None:
+def _send(connection, message: Message) -> None:
     try:
-        link.send(message, 30)
+        connection.send(message, 30)
     except NotWanted:
         return
 

@@ -21,10 +21,10 @@ from fedq.federated.server import Server
 from fedq.federated.training import RoundContext, Trained
 from fedq.feedback import ErrorFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
+from fedq.network.catch_up import CatchUp, checksum, whole_model
+from fedq.network.client_record import RateLimit
+from fedq.network.client_state import ClientState, Diverged, VersionsOnDisk, check_same_model
 from fedq.network.hub import Hub, Refused, Terms
-from fedq.network.member import Diverged, Member, Memory, check_same_model
-from fedq.network.offer import Offers, checksum, whole_model
-from fedq.network.seat import RateLimit
 from fedq.network.settings import (
     SERVER_DEFAULTS,
     ClientConfig,
@@ -51,20 +51,20 @@ INT8 = Layout.of(_model(), "int8")
 # ---- what is offered -------------------------------------------------------------------------------------------------
 
 
-def _served(rounds: int) -> tuple[Offers, list[Tensor]]:
-    """Return offers after some rounds of a server, and the replica of every version."""
+def _served(rounds: int) -> tuple[CatchUp, list[Tensor]]:
+    """Return what leads to the newest model after some rounds of a server, and the replica of every version."""
     model = _model()
     replica = FP32.flatten(model)
     server = Server(replica, INT8, lambda params: torch.optim.SGD(params, lr=1.0))
-    offers, versions = Offers(FP32), [replica.clone()]
-    offers.publish(0, replica)
+    catch_up, versions = CatchUp(FP32), [replica.clone()]
+    catch_up.publish(0, replica)
     for number in range(rounds):
         server.step(0.1 * torch.randn(FP32.numel, generator=torch.Generator().manual_seed(number)))
         change = server.change(replica, RoundContext(number, 0.1, 0))
         apply_change(INT8, change, replica)
         versions.append(replica.clone())
-        offers.publish(number + 1, replica, Message(change, INT8))
-    return offers, versions
+        catch_up.publish(number + 1, replica, Message(change, INT8))
+    return catch_up, versions
 
 
 def _caught_up(held: Tensor | None, messages: list[Message]) -> Tensor:
@@ -80,30 +80,30 @@ def _caught_up(held: Tensor | None, messages: list[Message]) -> Tensor:
 
 @pytest.mark.parametrize("held", [None, 0, 1, 2, 3, 4])
 def test_whoever_held_any_version_holds_the_newest_after_what_is_offered(held: int | None) -> None:
-    offers, versions = _served(4)
-    messages = offers.lacking(held)
+    catch_up, versions = _served(4)
+    messages = catch_up.lacking(held)
     assert torch.equal(_caught_up(None if held is None else versions[held], messages), versions[4])
     kinds = [message.frame.kind for message in messages]
     # Three changes of a byte an element are less than a model of four; one that everybody has cost nothing.
     wanted = {4: [], 3: [Kind.CHANGE], 2: [Kind.CHANGE] * 2}
     assert kinds == wanted.get(-1 if held is None else held, [Kind.MODEL] if held in (None, 0) else kinds)
-    assert sum(message.nbytes for message in messages) <= offers.lacking(None)[0].nbytes
+    assert sum(message.nbytes for message in messages) <= catch_up.lacking(None)[0].nbytes
 
 
 def test_a_version_counts_only_with_the_right_checksum() -> None:
-    offers, versions = _served(2)
-    assert offers.recognise(1, checksum(versions[1])) == 1
-    assert offers.recognise(2, checksum(versions[1])) is None
-    assert offers.recognise(9, checksum(versions[1])) is None
+    catch_up, versions = _served(2)
+    assert catch_up.recognise(1, checksum(versions[1])) == 1
+    assert catch_up.recognise(2, checksum(versions[1])) is None
+    assert catch_up.recognise(9, checksum(versions[1])) is None
     for odd in (None, "2", True, [2], 2.0, {}):
-        assert offers.recognise(odd, checksum(versions[2])) is None or odd == 2.0
+        assert catch_up.recognise(odd, checksum(versions[2])) is None or odd == 2.0
 
 
 def test_a_round_without_a_change_costs_nothing() -> None:
-    offers, versions = _served(1)
-    offers.publish(2, versions[1], None)
-    assert offers.lacking(1) == []
-    assert [message.frame.kind for message in offers.lacking(0)] == [Kind.CHANGE]
+    catch_up, versions = _served(1)
+    catch_up.publish(2, versions[1], None)
+    assert catch_up.lacking(1) == []
+    assert [message.frame.kind for message in catch_up.lacking(0)] == [Kind.CHANGE]
 
 
 # ---- who is admitted, and what is taken ------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ HELLO = {"kind": "hello", "run": "a run", "uplink": "int8", "feedback": True, "n
 
 def _hub(**network: Any) -> Hub:
     hub = Hub(_terms(**network))
-    hub.offers.publish(0, FP32.flatten(_model()))
+    hub.catch_up.publish(0, FP32.flatten(_model()))
     return hub
 
 
@@ -172,36 +172,36 @@ def test_a_rate_limit_gives_tokens_back(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_session_is_not_guessed_and_not_another_ones() -> None:
     hub = _hub()
-    seat = hub.admit(0, HELLO)
-    assert hub.seat_of(0, seat.session) is seat
-    for number, session in ((0, ""), (0, "guess"), (1, seat.session)):
+    record = hub.admit(0, HELLO)
+    assert hub.record_in_session(0, record.session) is record
+    for number, session in ((0, ""), (0, "guess"), (1, record.session)):
         with pytest.raises(Refused):
-            hub.seat_of(number, session)
+            hub.record_in_session(number, session)
 
 
 def test_a_round_closes_with_those_who_answered() -> None:
     hub = _hub()
 
     async def play() -> list[Message]:
-        seats = [hub.admit(number, {**HELLO, "own_data": True}) for number in range(3)]
-        for seat in seats:
-            hub.arrived(seat)
+        records = [hub.admit(number, {**HELLO, "own_data": True}) for number in range(3)]
+        for record in records:
+            hub.arrived(record)
         running = asyncio.create_task(hub.run_round(RoundContext(0, 0.1, 0)))
         await asyncio.sleep(0.05)
-        assignment = hub.assignment(seats[0])
+        assignment = hub.assignment(records[0])
         assert assignment is not None
         text = read_note(unpack(assignment.note.pack()))
         assert [message.frame.kind for message in assignment.models] == [Kind.MODEL]
-        member = _member(Path("unused"), _model(), number=0, feedback=False)
+        state = _client_state(Path("unused"), _model(), number=0, feedback=False)
         for message in assignment.models:
-            member.take(message)
-        member.arrive(text)
-        answer = member.answer(text, assignment.note.sequence)
-        hub.accept(seats[0], answer)
+            state.take(message)
+        state.arrive(text)
+        answer = state.answer(text, assignment.note.sequence)
+        hub.accept(records[0], answer)
         with pytest.raises(Refused, match="no answer"):  # once is enough
-            hub.accept(seats[0], answer)
-        seats[1].followers.clear()
-        hub.left(seats[1])
+            hub.accept(records[0], answer)
+        records[1].followers.clear()
+        hub.left(records[1])
         return await running
 
     messages = asyncio.run(play())
@@ -238,7 +238,7 @@ def test_the_mean_of_mixed_codecs_is_that_of_what_each_decodes_to() -> None:
     torch.testing.assert_close(outcome.mean.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-# ---- a member --------------------------------------------------------------------------------------------------------
+# ---- a client's state ------------------------------------------------------------------------------------------------
 
 
 class _Noise:
@@ -253,41 +253,43 @@ class _Noise:
         return Trained(start + lr * noise, 1.0, 0.5, 1)
 
 
-def _member(folder: Path, model: nn.Module, *, number: int = 0, feedback: bool = True, run: str = "a run") -> Member:
-    memory = Memory(folder, number, has_feedback=feedback)
+def _client_state(
+    folder: Path, model: nn.Module, *, number: int = 0, feedback: bool = True, run: str = "a run"
+) -> ClientState:
+    on_disk = VersionsOnDisk(folder, number, has_feedback=feedback)
     schedule = LayoutSchedule.of(model, "sign" if feedback else "int8", feedback=feedback)
-    client = client_on(number, torch.arange(5), _Noise(model), schedule, memory.feedback)
+    client = client_on(number, torch.arange(5), _Noise(model), schedule, on_disk.feedback)
     if not feedback:
-        memory.begin = lambda run, uplink: None  # type: ignore[method-assign]
-    return Member(client, memory, run=run, uplink="sign")
+        on_disk.begin = lambda run, uplink: None  # type: ignore[method-assign]
+    return ClientState(client, on_disk, run=run, uplink="sign")
 
 
 def _task(round: int, replica: Tensor) -> dict[str, Any]:
     return {"round": round, "lr": 0.1, "seed": 3, "version": round, "checksum": checksum(replica), "timeout": 5}
 
 
-def _with_model(member: Member) -> Tensor:
-    offers = Offers(FP32)
+def _with_model(state: ClientState) -> Tensor:
+    catch_up = CatchUp(FP32)
     replica = FP32.flatten(_model())
-    offers.publish(0, replica)
-    for message in offers.lacking(None):
-        member.take(message)
+    catch_up.publish(0, replica)
+    for message in catch_up.lacking(None):
+        state.take(message)
     return replica
 
 
 def test_a_round_that_is_asked_again_is_answered_the_same(tmp_path: Path) -> None:
-    member = _member(tmp_path, _model())
-    replica = _with_model(member)
+    state = _client_state(tmp_path, _model())
+    replica = _with_model(state)
     answers = []
     for sequence, round in enumerate((0, 1, 2)):
-        member.arrive(_task(round, replica))
-        answers.append(member.answer(_task(round, replica), sequence).pack())
+        state.arrive(_task(round, replica))
+        answers.append(state.answer(_task(round, replica), sequence).pack())
     # A server that was restarted asks for round 1 again, then 2, under other numbers.
     for sequence, round in ((10, 1), (11, 2)):
-        again = member.answer(_task(round, replica), sequence)
+        again = state.answer(_task(round, replica), sequence)
         assert torch.equal(again.frame.body, unpack(answers[round]).frame.body)
     # So does a client that was restarted.
-    other = _member(tmp_path, _model())
+    other = _client_state(tmp_path, _model())
     _with_model(other)
     again = other.answer(_task(2, replica), 12)
     assert torch.equal(again.frame.body, unpack(answers[2]).frame.body)
@@ -295,52 +297,52 @@ def test_a_round_that_is_asked_again_is_answered_the_same(tmp_path: Path) -> Non
 
 
 def test_an_answer_that_did_not_count_leaves_no_residual(tmp_path: Path) -> None:
-    member, untouched = _member(tmp_path / "a", _model()), _member(tmp_path / "b", _model())
-    replica = _with_model(member)
+    state, untouched = _client_state(tmp_path / "a", _model()), _client_state(tmp_path / "b", _model())
+    replica = _with_model(state)
     _with_model(untouched)
-    for one in (member, untouched):
+    for one in (state, untouched):
         one.answer(_task(0, replica), 0)
-    member.answer(_task(1, replica), 1)
-    member.undo()
-    after = [one.answer(_task(2, replica), 2) for one in (member, untouched)]
+    state.answer(_task(1, replica), 1)
+    state.undo()
+    after = [one.answer(_task(2, replica), 2) for one in (state, untouched)]
     assert torch.equal(after[0].frame.body, after[1].frame.body)
 
 
 def test_the_residual_of_another_run_or_codec_is_forgotten(tmp_path: Path) -> None:
-    first = _member(tmp_path, _model())
+    first = _client_state(tmp_path, _model())
     replica = _with_model(first)
     first.answer(_task(0, replica), 0)
     assert list((tmp_path / "residuals").glob("*.f32"))
-    _member(tmp_path, _model(), run="another run")
+    _client_state(tmp_path, _model(), run="another run")
     assert not list((tmp_path / "residuals").glob("*.f32"))
 
 
 def test_residuals_are_those_of_error_feedback(tmp_path: Path) -> None:
-    member = _member(tmp_path, _model())
-    replica = _with_model(member)
+    state = _client_state(tmp_path, _model())
+    replica = _with_model(state)
     plain = ErrorFeedback(ResidualStore())
     for round in range(3):
         context = RoundContext(round, 0.1, 3)
-        answer = member.answer(_task(round, replica), round)
-        trained = member.client.train(replica, context)
-        layout = member.client.layouts.at(round)
+        answer = state.answer(_task(round, replica), round)
+        trained = state.client.train(replica, context)
+        layout = state.client.layouts.at(round)
         update = layout.to_sent_(trained.flat, replica)
         payloads = plain.encode(0, layout, update, seed=context.uplink_seed(0))
         assert torch.equal(answer.frame.body, torch.cat([payload.data for payload in payloads]))
 
 
 def test_a_model_that_is_not_the_servers_is_noticed(tmp_path: Path) -> None:
-    member = _member(tmp_path, _model())
+    state = _client_state(tmp_path, _model())
     with pytest.raises(Diverged):
-        member.arrive(_task(0, torch.zeros(FP32.numel)))
-    replica = _with_model(member)
-    member.replica[3] += 1e-3  # type: ignore[index]
+        state.arrive(_task(0, torch.zeros(FP32.numel)))
+    replica = _with_model(state)
+    state.replica[3] += 1e-3  # type: ignore[index]
     with pytest.raises(Diverged):
-        member.arrive(_task(0, replica))
-    assert member.hello().get("version") is None
-    offers, _ = _served(2)
+        state.arrive(_task(0, replica))
+    assert state.hello().get("version") is None
+    catch_up, _ = _served(2)
     with pytest.raises(Diverged):
-        member.take(offers.lacking(1)[0])
+        state.take(catch_up.lacking(1)[0])
 
 
 def test_another_model_is_refused_by_name() -> None:
@@ -351,7 +353,7 @@ def test_another_model_is_refused_by_name() -> None:
 
 
 def test_a_message_that_is_larger_than_the_model_is_refused_by_its_head(tmp_path: Path) -> None:
-    limits = _member(tmp_path, _model()).limits
+    limits = _client_state(tmp_path, _model()).limits
     model = whole_model(FP32, FP32.flatten(_model()), 0)
     assert Assembler(limits).add(model.pack())[0].nbytes == model.nbytes
     other = nn.Linear(400, 100)
@@ -364,14 +366,14 @@ def test_a_message_that_is_larger_than_the_model_is_refused_by_its_head(tmp_path
 
 
 def test_training_that_fails_is_told(tmp_path: Path) -> None:
-    member = _member(tmp_path, _model())
-    replica = _with_model(member)
+    state = _client_state(tmp_path, _model())
+    replica = _with_model(state)
 
     def fail(*args: object, **kwargs: object) -> Trained:
         raise OSError("the disk is full")
 
-    member.client.training.training.run = fail  # type: ignore
-    answer = unpack(member.answer(_task(0, replica), 0).pack())
+    state.client.training.training.run = fail  # type: ignore
+    answer = unpack(state.answer(_task(0, replica), 0).pack())
     assert answer.frame.kind == Kind.FAILED
     assert b"the disk is full" in bytes(answer.frame.body.tolist())
 

@@ -38,19 +38,19 @@ def _hub(num_clients: int = 3, **network: float) -> Hub:
         network=NetworkConfig(**{"round_timeout": 0.4, "join_timeout": 0.2, **network}),  # type: ignore[arg-type]
     )
     hub = Hub(federation)
-    hub.offers.publish(0, LAYOUT.flatten(MODEL))
+    hub.catch_up.publish(0, LAYOUT.flatten(MODEL))
     for number in range(num_clients):
         hub.arrived(hub.admit(number, HELLO))
     return hub
 
 
 def _answer(hub: Hub, number: int) -> None:
-    seat = hub.seats[number]
-    if seat.task is None:
+    record = hub.records[number]
+    if record.task is None:
         raise Refused("the round is over")
     body = torch.zeros(4 * LAYOUT.numel, dtype=torch.uint8)
-    frame = Frame(Kind.UPDATE, seat.task.round, number, LAYOUT.hash, 0, 5.0, 1.0, 0.5, body)
-    hub.accept(seat, Message(frame, LAYOUT, seat.task.sequence))
+    frame = Frame(Kind.UPDATE, record.task.round, number, LAYOUT.hash, 0, 5.0, 1.0, 0.5, body)
+    hub.accept(record, Message(frame, LAYOUT, record.task.sequence))
 
 
 async def _round(hub: Hub, number: int, answers: Sequence[int], breaks: Sequence[int] = ()) -> Mapping[int, str]:
@@ -58,7 +58,7 @@ async def _round(hub: Hub, number: int, answers: Sequence[int], breaks: Sequence
     running = asyncio.create_task(hub.run_round(RoundContext(number, 0.1, 0)))
     await asyncio.sleep(0.01)
     for one in breaks:
-        hub.offend(hub.seats[one], ValueError("odd"))
+        hub.offend(hub.records[one], ValueError("odd"))
     for one in answers:
         try:
             _answer(hub, one)
@@ -109,7 +109,7 @@ def test_a_silent_client_that_answers_soon_after_the_others_is_taken() -> None:
         return {message.frame.client: message.frame.kind.name for message in await running}
 
     assert asyncio.run(play()) == {0: "UPDATE", 1: "UPDATE"}
-    assert not hub.seats[1].is_silent
+    assert not hub.records[1].is_silent
 
 
 @pytest.mark.parametrize(("quorum", "needed"), [(0.5, 2), (0.75, 3), (0.2, 1)])
@@ -118,7 +118,7 @@ def test_a_quorum_closes_a_round(quorum: float, needed: int) -> None:
     end = asyncio.run(_round(hub, 0, [3, 2, 1, 0]))
     words = f"no answer before the quorum of {needed} had answered"
     assert end == {number: "ok" if number > 3 - needed else words for number in range(4)}
-    assert not any(seat.is_silent for seat in hub.seats.values())
+    assert not any(record.is_silent for record in hub.records.values())
     assert needed == math.ceil(4 * quorum)
 
 
@@ -135,7 +135,7 @@ def test_a_server_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, caplog
     caplog.set_level(logging.INFO, "fedq.network.hub")
     hub = _hub(4, join_timeout=0.25, round_timeout=0.4)
     for number in (1, 3):
-        hub.seats[number].is_connected, hub.seats[number].lost_at = False, -math.inf
+        hub.records[number].is_connected, hub.records[number].lost_at = False, -math.inf
 
     async def play() -> None:
         running = asyncio.create_task(hub.run_round(RoundContext(0, 0.1, 0)))

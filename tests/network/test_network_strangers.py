@@ -12,8 +12,7 @@ from federation import Federation, Puppet, answer_properly, federation
 from launched import summary, until
 
 from fedq.errors import FieldError
-from fedq.network import connections
-from fedq.network.connections import connection_limit
+from fedq.network.connection_limit import connection_limit
 
 resource = pytest.importorskip("resource")
 
@@ -31,7 +30,7 @@ class _Limits:
         self.now = (soft, hard)
         monkeypatch.setattr(resource, "getrlimit", lambda which: self.now)
         monkeypatch.setattr(resource, "setrlimit", self.set)
-        monkeypatch.setattr(connections.os, "listdir", lambda path: ["0"] * used)
+        monkeypatch.setattr(os, "listdir", lambda path: ["0"] * used)
 
     def set(self, which: int, now: tuple[int, int]) -> None:
         assert which == resource.RLIMIT_NOFILE
@@ -60,7 +59,7 @@ def test_how_many_connections_are_taken(
 
 def test_each_address_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(None, None, None, "", (address, 0)) for address in ("127.0.0.1", "::1", "127.0.0.1")]
-    monkeypatch.setattr(connections.socket, "getaddrinfo", lambda host, port, type: found)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, type: found)
     _Limits(monkeypatch, 128, 128)
     assert connection_limit(10, "localhost") == 25
     limits = _Limits(monkeypatch, 1024, 4096)

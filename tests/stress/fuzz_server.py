@@ -30,7 +30,7 @@ import torch
 
 from fedq.layout import Layout, LayoutSchedule
 from fedq.models import build_model
-from fedq.network.link import Link, NotWanted
+from fedq.network.connection import Connection, NotWanted
 from fedq.report.encoding import make_readable
 from fedq.wire import Frame, Kind, Message, join_payloads, read_note
 
@@ -121,7 +121,7 @@ class Fuzzer(threading.Thread):
 
     def __init__(self, address: str, number: int, seed: int, layout: Layout) -> None:
         super().__init__(daemon=True)
-        self.link = Link(address, None, number)
+        self.connection = Connection(address, None, number)
         self.number, self.layout, self.rng = number, layout, random.Random(f"{seed} {number}")
         self.outcomes: Counter[str] = Counter()
         self.start()
@@ -132,16 +132,16 @@ class Fuzzer(threading.Thread):
         except Exception as error:  # counted; what matters is how the server ends
             self.outcomes[f"{type(error).__name__}: {error}"] += 1
         finally:
-            self.link.close()
+            self.connection.close()
 
     def _take_part(self) -> None:
         hello = {"kind": "hello", "run": "", "uplink": SPEC, "feedback": False}
-        for message in self.link.follow(hello | {"num_examples": NUM_EXAMPLES, "own_data": True}):
+        for message in self.connection.follow(hello | {"num_examples": NUM_EXAMPLES, "own_data": True}):
             if message.frame.kind.has_payloads:
                 continue
             text = read_note(message)
             if text["kind"] == "welcome":
-                self.link.opened(text["session"])
+                self.connection.opened(text["session"])
             elif text["kind"] == "task":
                 self._answer(int(text["round"]), message.sequence)
 
@@ -150,7 +150,7 @@ class Fuzzer(threading.Thread):
             self.rng, self.layout, round=round, sequence=sequence, client=self.number, num_examples=NUM_EXAMPLES
         )
         try:
-            self.link.send(answer, timeout=60)
+            self.connection.send(answer, timeout=60)
             self.outcomes["taken"] += 1
         except NotWanted as error:
             self.outcomes["refused: " + str(error).partition("=")[0]] += 1

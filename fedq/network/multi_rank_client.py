@@ -1,7 +1,7 @@
-"""A site of several ranks that is one client: how they train together, in every step or in a round of their own.
+"""One client of several ranks: how they train together, in every step or in a round of their own.
 
 Rank 0 speaks with the server; the others wait for what it is asked. What moves between the ranks moves by the
-collectives of every other job and is not the server's business: it is counted for the site alone.
+collectives of every other job and is not the server's business: it is counted for this client alone.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fedq.trainers.steps import share_statistics, share_weights
 
 @dataclass(frozen=True)
 class Order:
-    """What all ranks of a site do next: train the client's examples from a model that rank 0 has."""
+    """What all ranks of a client do next: train the client's examples from a model that rank 0 has."""
 
     lr: float
     seed: int
 
 
-class Site:
+class MultiRankClient:
     """The ranks of one client; stands where `LocalTraining` does on rank 0.
 
     Args:
-        runtime: This rank.
-        training: How this rank trains alone.
-        indices: The client's examples; each rank takes its share of them.
+        runtime: Runtime of this rank: its device, and its place among the ranks.
+        training: The training of this rank alone.
+        indices: Indices of the client's examples, int64; each rank takes its share of them.
         config: Settings of the federation.
-        exchange: ``step``: gradients are averaged in every step. ``round``: each rank trains on its share, and the
-            models are averaged, weighted by examples, at the end.
+        exchange: When ranks average. ``step``: gradients, in every step. ``round``: each rank trains on its share, and
+            the models are averaged, weighted by examples, at the end.
         uplink: Codec towards the average.
         downlink: Codec from the average.
 

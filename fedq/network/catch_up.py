@@ -17,9 +17,9 @@ class Model:
     """The replica after some rounds.
 
     Args:
-        version: Rounds that it has seen.
-        checksum: CRC32C of its float32 bytes, in the layout's order.
-        message: It, whole, in float32.
+        version: Number of rounds that the model has seen.
+        checksum: CRC32C of the model's float32 bytes, in the layout's order.
+        message: The whole model as a message, in float32.
     """
 
     version: int
@@ -27,14 +27,14 @@ class Model:
     message: Message
 
 
-class Offers:
-    """The newest model, and what leads to it.
+class CatchUp:
+    """What leads a client from the version that it holds to the newest: the changes since, or the whole model.
 
     A client that holds an older version gets every change since, or the whole model where that is smaller; one whose
     version is unknown, or was of another run, gets the whole model.
 
     Args:
-        layout: Of the model in float32.
+        layout: Layout of the model in float32.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -47,9 +47,9 @@ class Offers:
         """Offer the replica of a version, and the change that made it of the one before.
 
         Args:
-            version: Rounds that it has seen.
-            replica: Flat float32; copied.
-            change: What the round's server step sent; None if the round changed nothing.
+            version: Number of rounds that the replica has seen.
+            replica: The model as one flat float32 tensor; it is copied.
+            change: The message that the round's server step sent; None if the round changed nothing.
         """
         follows = self.model is not None and self.model.version == version - 1
         self.model = Model(version, checksum(replica), whole_model(self.layout, replica, version))

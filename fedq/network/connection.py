@@ -36,13 +36,13 @@ class Backoff:
     """Waits twice as long each time, up to a limit, with a random part so that clients do not come back in step.
 
     Args:
-        link: Who is waited for.
+        connection: The connection whose server is waited for.
         give_up_after: Seconds without success after which there are no more tries.
-        say: Told who is waited for, how long still, and what may be in the way.
+        say: Function that takes a line: who is waited for, how long still, and what may be in the way.
     """
 
-    def __init__(self, link: Link, give_up_after: float, say: Say = to_stderr) -> None:
-        self.link = link
+    def __init__(self, connection: Connection, give_up_after: float, say: Say = to_stderr) -> None:
+        self.connection = connection
         self.give_up_after = give_up_after
         self.say = say
         self.succeed()
@@ -50,14 +50,14 @@ class Backoff:
     def succeed(self) -> None:
         """Start over."""
         self._waiting: Wait | None = None
-        self._reason = self.link.where
+        self._reason = self.connection.where
         self._plan(_FIRST_S)
 
     def begin(self, first_s: float | None = None) -> Wait:
         """Return the wait for the server, from now on if there was none."""
         if self._waiting is None:
             whom = lambda: f"the server ({self._reason})"  # noqa: E731
-            self._waiting = Wait(whom, self.give_up_after, hints=self.link.hints, say=self.say, first_s=first_s)
+            self._waiting = Wait(whom, self.give_up_after, hints=self.connection.hints, say=self.say, first_s=first_s)
         return self._waiting
 
     def wait(self, reason: str) -> None:
@@ -70,7 +70,7 @@ class Backoff:
         waiting = self.begin(first_s=0.0)
         if not waiting.left_s:
             allowed = f"a server that answers within {self.give_up_after:g} s"
-            raise FieldError("connect", reason, "; ".join([allowed, *self.link.hints]))
+            raise FieldError("connect", reason, "; ".join([allowed, *self.connection.hints]))
         waiting.look()
         time.sleep(min(self.next_s, waiting.left_s))
         self._plan(min(_LONGEST_S, 2 * self._usual_s))
@@ -80,15 +80,15 @@ class Backoff:
         self.next_s = seconds * random.uniform(0.5, 1.5)
 
 
-class Link:
+class Connection:
     """Calls one server.
 
     Args:
-        address: Host and port.
-        identity: This client's certificate; None: plaintext.
+        address: Host and port of the server.
+        identity: This client's certificate and key; None: plaintext.
         number: This client's number; in plaintext the server believes it.
         server_name: Name in the server's certificate, if it is not the host.
-        limits: What a message of the server may be.
+        limits: Largest sizes that a message of the server may have.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Link:
         self.where = f"{address}, {'without' if identity is None else 'by'} TLS"
         """The address, and how it is called, for a person."""
         self.hints = tuple(filter(None, [why_grpc_proxy(host, os.environ)]))
-        """What of the environment stands in between."""
+        """Lines on what in the environment stands in between, such as a proxy."""
         self.limits = limits or Limits()
         self.received = self.sent = 0
         """Bytes of messages so far."""

@@ -17,8 +17,8 @@ class RateLimit:
     """A token bucket: so many at once, so many a second.
 
     Args:
-        burst: Most tokens.
-        per_s: Tokens that come back each second.
+        burst: Number of tokens in a full bucket.
+        per_s: Number of tokens that come back each second.
     """
 
     def __init__(self, burst: float = _BURST, per_s: float = _PER_S) -> None:
@@ -41,17 +41,17 @@ class Task:
     """What a client was asked in a round, and what became of it.
 
     Args:
-        round: Number, from 0.
-        sequence: Number that its answer repeats; no two tasks of a run have the same.
+        round: Number of the round, from 0.
+        sequence: Number that the answer repeats; no two tasks of a run have the same.
     """
 
     round: int
     sequence: int
     answer: Message | None = None
     reason: str | None = None
-    """Why there is no answer."""
+    """Reason why there is no answer, in words."""
     tries: int = 0
-    """Times that the client has begun to send one."""
+    """Number of times that the client has begun to send an answer."""
 
     @property
     def is_open(self) -> bool:
@@ -60,11 +60,11 @@ class Task:
 
 
 @dataclass
-class Seat:
-    """A client's place.
+class ClientRecord:
+    """What the server knows of one client of the federation.
 
     Args:
-        number: From 0.
+        number: The client's number, from 0.
     """
 
     number: int
@@ -74,27 +74,27 @@ class Seat:
     """Layouts of its updates."""
     num_examples: int = 0
     version: int | None = None
-    """Rounds that the model it holds has seen; None: it has none, or one that is not ours."""
+    """Number of rounds that the client's model has seen; None: it has none, or one that is not ours."""
     is_connected: bool = False
     lost_at: float = 0.0
-    """When its connection was lost."""
+    """Time at which its connection was lost, by `time.monotonic`."""
     task: Task | None = None
     is_silent: bool = False
     """Whether it was here and has let a whole round pass, and has not answered since."""
     offences: int = 0
     instance: str = ""
-    """Word that the process which has this seat says whenever it joins; nobody else knows it."""
+    """Word that the process which is this client says whenever it joins; nobody else knows it."""
     peer: str = ""
-    """Address that it came from."""
+    """Address that the client came from."""
     joins: RateLimit = field(default_factory=RateLimit)
     returns: RateLimit = field(default_factory=RateLimit)
-    """Of the process that has the seat: no other that knocks in its name takes its calls."""
+    """Limit on the joins of the process that is this client: no other that knocks in its name takes its calls."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there is something to tell it."""
     followers: set[asyncio.Task[None]] = field(default_factory=set)
-    """What is telling it; one, or two for a moment while it reconnects."""
+    """Tasks that tell the client what it is asked; one, or two for a moment while it reconnects."""
     why_ended: dict[asyncio.Task[None], str] = field(default_factory=dict)
-    """What those that were ended say to their caller."""
+    """Reason that each follower which was ended tells its caller."""
     uploads: set[asyncio.Task[None]] = field(default_factory=set)
     moved: list[tuple[str, MessageParts]] = field(default_factory=list)
     """Direction and make-up of what crossed since it was last booked."""

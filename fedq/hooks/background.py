@@ -22,7 +22,7 @@ class Promise:
     """A result to come, or the error instead.
 
     Args:
-        device: Of the result.
+        device: Device of the result.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,15 +46,15 @@ class Promise:
         return done.value()
 
 
-class Lane:
+class BackgroundThread:
     """One thread that does what it is given, in order; a failure reaches whoever waits for a result.
 
     After a failure nothing more is done and everything fails with the same error: the ranks no longer agree on which
     message is which.
 
     Args:
-        group: Which the work waits for; it is aborted if the process ends before the work has, so that no thread is
-            left in it while the interpreter is taken down.
+        group: Process group that the work waits for; it is aborted if the process ends before the work has, so that no
+            thread is left in it while the interpreter is taken down.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:

@@ -13,7 +13,7 @@ from properties import few
 from torch import nn
 from torch.optim import Optimizer
 
-from fedq.federated.lean_optim import lean
+from fedq.engines.optimizers import lean
 from fedq.federated.optim import FedAdam
 
 OPTIONS = [

@@ -13,7 +13,7 @@ from fedq.engines import Precision
 from fedq.federated.image_training import LocalTraining
 from fedq.kernels import derive_seed
 from fedq.layout import Layout
-from fedq.network.site import Site
+from fedq.network.multi_rank_client import MultiRankClient
 from fedq.runtime import distributed
 
 INDICES = torch.arange(3, 19)
@@ -49,14 +49,14 @@ def _run(rank: int, exchange: str, uplink: str, times: int) -> list[list[float]]
     """Train on this rank; rank 0 returns the models of each time it was asked."""
     training = _training(8, 1 if exchange == "step" else 2)
     with distributed("cpu", 1) as runtime:
-        site = Site(
+        client = MultiRankClient(
             runtime, training, INDICES, Config(), exchange=exchange, uplink=uplink, downlink=uplink
         )  # the same on both ranks
         if rank:
-            site.follow()
+            client.follow()
             return []
-        trained = [site.run(_start(), INDICES, lr=LR, seed=SEED) for _ in range(times)]
-        site.dismiss()
+        trained = [client.run(_start(), INDICES, lr=LR, seed=SEED) for _ in range(times)]
+        client.dismiss()
         assert all(one.loss > 0 and 0 <= one.accuracy <= 1 for one in trained)
         return [one.flat.tolist() for one in trained]
 

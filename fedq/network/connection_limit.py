@@ -17,8 +17,8 @@ def connection_limit(num_clients: int, host: str = "127.0.0.1") -> int:
     Where the process may have too few files open for that, its soft limit rises as far as the hard one allows.
 
     Args:
-        num_clients: Clients of the federation.
-        host: Where they arrive; gRPC counts the connections to each of its addresses for itself.
+        num_clients: Number of clients in the federation.
+        host: Host name or address where they arrive; gRPC counts the connections to each of its addresses for itself.
 
     Raises:
         FieldError: There would not be one for each client.

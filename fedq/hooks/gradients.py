@@ -22,10 +22,10 @@ class GradientRun:
     parts, in turn.
 
     Args:
-        numbers: Of the parameters in their model.
-        params: The parameters.
-        buffer: Flat, as many real numbers as the parameters have together; None: the one parameter's gradient is
-            averaged in place where it is contiguous.
+        numbers: Numbers of the parameters in their model.
+        params: The parameters, one for each number.
+        buffer: Flat tensor of as many real numbers as the parameters have together; None: the one parameter's
+            gradient is averaged in place where it is contiguous.
         keep_strides: Whether a parameter's elements lie in the order in which they lie in memory, as in DDP's buckets,
             or in row-major order.
     """

@@ -1,4 +1,4 @@
-"""A client's side of the federation: it takes models and changes, and answers tasks. No connection is known here."""
+"""A client's side of the federation: its model, and what is on its disk. No connection is known here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedq.federated.training import RoundContext
 from fedq.feedback import ErrorFeedback, NoFeedback, ResidualStore
 from fedq.files import replace_file
 from fedq.layout import Layout
-from fedq.network.offer import checksum
+from fedq.network.catch_up import checksum
 from fedq.wire import Kind, Limits, Message
 
 _KEPT = 3
@@ -34,15 +34,15 @@ class Diverged(Exception):
     """The model is not the server's: only a whole one helps."""
 
 
-class Memory:
+class VersionsOnDisk:
     """What a client keeps on disk: its residual and its state, one version for each round that it took part in.
 
     A round that is asked again starts from what the first time started from, so it ends the same.
 
     Args:
-        folder: Where it is kept.
-        number: The client's.
-        has_feedback: Whether there is a residual at all.
+        folder: Folder for the residuals, the client's own states, and the run and codec that they belong to.
+        number: The client's number, from 0.
+        has_feedback: Whether the client has a residual at all.
     """
 
     def __init__(self, folder: Path, number: int, *, has_feedback: bool) -> None:
@@ -108,27 +108,29 @@ class Memory:
         return found
 
     def _forget(self, versions: Iterable[int]) -> None:
-        on_disk = self._versions()
-        for path in [path for version in versions for path in on_disk.get(version, [])]:
+        files = self._versions()
+        for path in [path for version in versions for path in files.get(version, [])]:
             path.unlink(missing_ok=True)
 
 
-class Member:
-    """Takes part in a federation.
+class ClientState:
+    """What a client of a federation holds; it takes models and changes, and answers tasks.
+
+    (A `fedq.Client` may have a state of its own, such as an optimizer's: `fedq.federated.client_states`.)
 
     Args:
-        client: Who trains, and encodes its updates.
-        memory: Its residual and its state.
-        run: The federation's run.
-        uplink: The codecs of its updates, as it announces them.
-        has_own_data: Whether its examples are no share of a data set that the server knows.
+        client: The client that trains, and encodes its updates.
+        on_disk: Versions of its residual and its own state, one for each round.
+        run: Name of the federation's run.
+        uplink: Spec of the codecs of its updates, as it announces them.
+        has_own_data: Whether the client's examples are no share of a data set that the server knows.
         has_start: Whether the module is the federation's first model already, drawn from its seed.
     """
 
     def __init__(
         self,
         client: Client,
-        memory: Memory,
+        on_disk: VersionsOnDisk,
         *,
         run: str,
         uplink: str,
@@ -136,7 +138,7 @@ class Member:
         has_start: bool = False,
     ) -> None:
         self.client = client
-        self.memory = memory
+        self.on_disk = on_disk
         self.run = run
         self.uplink = uplink
         self.parts = Part()
@@ -147,8 +149,8 @@ class Member:
         self.instance = secrets.token_hex(16)
         """By this the server knows that it is this process which joins again, and no other with its certificate."""
         self._answer: Message | None = None
-        memory.begin(run, uplink)
-        memory.follow(client)
+        on_disk.begin(run, uplink)
+        on_disk.follow(client)
 
     def hello(self) -> dict[str, Any]:
         """Return what the server must know of this client."""
@@ -157,7 +159,7 @@ class Member:
             "kind": "hello",
             "run": self.run,
             "uplink": self.uplink,
-            "feedback": self.memory.store is not None,
+            "feedback": self.on_disk.store is not None,
             "num_examples": int(self.client.num_examples),
             "own_data": self.has_own_data,
             "instance": self.instance,
@@ -208,17 +210,17 @@ class Member:
     def undo(self) -> None:
         """Take the last answer back: it did not count."""
         if self._answer is not None:
-            self.memory.undo(self._answer.frame.round)
+            self.on_disk.undo(self._answer.frame.round)
             self._answer = None
 
     def _train(self, context: RoundContext, sequence: int) -> Message:
         assert self.replica is not None
-        last, client = self.memory.before(context.round), self.client
+        last, client = self.on_disk.before(context.round), self.client
         missed = 0 if last is None else context.round - last - 1
         frame = client.answer(self.replica, context, parts=self.parts, missed=missed)
         if math.isinf(c_float(frame.loss).value):  # a server knows finite losses, and those that are not known
             frame = replace(frame, loss=math.nan)
-        self.memory.after(context.round)
+        self.on_disk.after(context.round)
         assert client.layouts is not None
         return Message(frame, client.layouts.at(context.round) if frame.kind.has_payloads else None, sequence)
 
