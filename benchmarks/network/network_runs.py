@@ -438,11 +438,11 @@ def parts_of_rounds(phases: Path, works: Sequence[float]) -> list[dict[str, floa
 def idle_client(file: Path) -> None:
     """Take part in an exchange with a training that returns at once; note when each task came, and what it cost here.
 
-    The client's own work is what `ClientState` does: decode and apply, compare models, write it into the module and
+    The client's own work is what `Participant` does: decode and apply, compare models, write it into the module and
     read it, encode. Bytes and their checksums are not in it.
     """
     from fedq.network import join
-    from fedq.network.client_state import ClientState
+    from fedq.network.participant import Participant
 
     told = json.loads(file.read_text())
     tasks: list[float] = []
@@ -466,7 +466,7 @@ def idle_client(file: Path) -> None:
         return call
 
     for name in ("take", "arrive", "answer"):
-        setattr(ClientState, name, timed(getattr(ClientState, name)))
+        setattr(Participant, name, timed(getattr(Participant, name)))
     out = Path(told["out"])
     join(told["connect"], model=build_model(told["model"]), train=train, num_examples=100, certs=told["certs"], out=out)
     (out / "tasks.json").write_text(json.dumps({"tasks": tasks, "work": work[: len(tasks)]}))

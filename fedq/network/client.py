@@ -29,10 +29,10 @@ from fedq.files import replace_file
 from fedq.layout import Layout, frozen_parameters
 from fedq.models import is_own
 from fedq.network.certs import Identity, client_number, load_identity
-from fedq.network.client_state import ClientState, Diverged, VersionsOnDisk
 from fedq.network.connection import Backoff, Connection, Lost, NotWanted
 from fedq.network.fields import FOLDER, check_note, check_settings
 from fedq.network.multi_rank_client import MultiRankClient
+from fedq.network.participant import Diverged, Participant, VersionsOnDisk
 from fedq.network.settings import ClientConfig, check_client
 from fedq.report import human_bytes, human_seconds, print_header
 from fedq.runtime import Runtime, distributed, from_root
@@ -130,10 +130,10 @@ def join(
     try:
         federation = _describe(connection, give_up_after)
         settings = settings_of(federation, config, has_own_model=True)
-        state = _client_state(config, federation, settings, client, model, own=True)
-        result = follow(connection, state, Backoff(connection, give_up_after, say), say)
-        if state.replica is not None:
-            state.layout.unflatten_(state.replica, model)
+        participant = _participant(config, federation, settings, client, model, own=True)
+        result = follow(connection, participant, Backoff(connection, give_up_after, say), say)
+        if participant.replica is not None:
+            participant.layout.unflatten_(participant.replica, model)
         return result
     finally:
         connection.close()
@@ -158,20 +158,20 @@ def _own_client(client: Client | None, train: Callable[[float], Any] | None, num
     return client
 
 
-def follow(connection: Connection, state: ClientState, backoff: Backoff, say: Say) -> dict[str, Any]:
+def follow(connection: Connection, participant: Participant, backoff: Backoff, say: Say) -> dict[str, Any]:
     """Hear the server and answer it until it says that it is over, through lost connections.
 
     Raises:
         FieldError: The server refuses this client, or could not be reached for too long.
     """
     result: dict[str, Any] | None = None
-    connection.limits = state.limits
+    connection.limits = participant.limits
     while True:
         try:
             # To the end also after the last words, so that the server knows that they were heard.
-            for message in _followed(connection, state, say):
+            for message in _followed(connection, participant, say):
                 backoff.succeed()
-                result = _hear(connection, state, message, say) or result
+                result = _hear(connection, participant, message, say) or result
             if result is not None:
                 return result
             raise Lost("the server ended the connection")
@@ -183,9 +183,9 @@ def follow(connection: Connection, state: ClientState, backoff: Backoff, say: Sa
             backoff.wait(str(error))
 
 
-def _followed(connection: Connection, state: ClientState, say: Say) -> Iterator[Message]:
+def _followed(connection: Connection, participant: Participant, say: Say) -> Iterator[Message]:
     """Yield the server's messages; a person hears of the wait for its welcome, and for the first round."""
-    messages = connection.follow(state.hello())
+    messages = connection.follow(participant.hello())
     for deed in ("to take this client", "to begin a round"):
         whom = f"the server ({connection.where}) {deed}"
         with speaking(Wait(whom.__str__, hints=connection.hints, say=say)):
@@ -256,7 +256,7 @@ def _take_part(
     number = int(federation["number"])
     data, training, indices = _prepare(config, settings, runtime, federation)
     client = Client(OnExamples(training, indices), num_examples=len(indices))
-    state = _client_state(config, federation, settings, client, training.model, own=False)
+    participant = _participant(config, federation, settings, client, training.model, own=False)
     codec, where = settings.exchange.uplink, "TLS" if config.certs is not None else "no TLS"
     ranks = f", {runtime.world_size} ranks by {config.exchange}" if runtime.world_size > 1 else ""
     print_header(
@@ -268,11 +268,11 @@ def _take_part(
     )
     say: Say = lambda line: print_header([line])  # noqa: E731
     try:
-        result = follow(connection, state, Backoff(connection, config.give_up_after, say), say)
+        result = follow(connection, participant, Backoff(connection, config.give_up_after, say), say)
     finally:
         if isinstance(training, MultiRankClient):
             training.dismiss()
-    path = _save(state, state.on_disk.folder)
+    path = _save(participant, participant.on_disk.folder)
     accuracy = result.get("test_accuracy")
     words = "" if accuracy is None else f", test accuracy {100 * accuracy:.2f} %"
     end = f"the server has stopped: {result['stopped']};" if "stopped" in result else "finished"
@@ -335,9 +335,9 @@ def _check_size(settings: Config, data: Dataset, limit_mb: float) -> None:
         raise FieldError("max_model_mb", limit_mb, f"{mb:.0f} or more for the server's model, {name} at {size}x{size}")
 
 
-def _client_state(
+def _participant(
     config: ClientConfig, federation: dict[str, Any], settings: Config, client: Client, model: nn.Module, *, own: bool
-) -> ClientState:
+) -> Participant:
     """Return this client's side of the federation.
 
     Args:
@@ -353,7 +353,7 @@ def _client_state(
     rule, has_feedback = feedback_rule(exchange.feedback), wants_feedback(exchange.feedback, exchange.uplink)
     on_disk = VersionsOnDisk(config.out or Path("clients") / str(number), number, has_feedback=has_feedback)
     layouts = round_settings(settings, model).uplink_layouts(model, feedback=has_feedback)
-    return ClientState(
+    return Participant(
         client.seated(number, layouts, on_disk.feedback, model=model, residual_memory=rule.memory),
         on_disk,
         run=federation["run"],
@@ -363,14 +363,14 @@ def _client_state(
     )
 
 
-def _save(state: ClientState, folder: Path) -> Path:
+def _save(participant: Participant, folder: Path) -> Path:
     """Write the model as the client holds it."""
     path = folder / "model.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    model = state.client.training.model
-    if state.replica is not None:
-        state.layout.unflatten_(state.replica, model)
-    tensors = state.layout.named_tensors(model)
+    model = participant.client.training.model
+    if participant.replica is not None:
+        participant.layout.unflatten_(participant.replica, model)
+    tensors = participant.layout.named_tensors(model)
     tensors |= {name: param.detach() for name, param in frozen_parameters(model).items()}
     replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     return path
@@ -379,7 +379,7 @@ def _save(state: ClientState, folder: Path) -> Path:
 # ---- what the server says --------------------------------------------------------------------------------------------
 
 
-def _hear(connection: Connection, state: ClientState, message: Message, say: Say) -> dict[str, Any] | None:
+def _hear(connection: Connection, participant: Participant, message: Message, say: Say) -> dict[str, Any] | None:
     """Do what a message of the server asks; return its last words.
 
     Raises:
@@ -387,27 +387,27 @@ def _hear(connection: Connection, state: ClientState, message: Message, say: Say
         FieldError: A message that this version does not know.
     """
     if message.frame.kind in (Kind.MODEL, Kind.CHANGE):
-        state.take(message)
+        participant.take(message)
         return None
     text = check_note(read_note(message), "welcome", "task", "finished")
     if text["kind"] == "welcome":
         connection.opened(text["session"])
         return None
-    state.arrive(text)
+    participant.arrive(text)
     if text["kind"] == "finished":
         return text
-    _answer(connection, state, message, text, say)
+    _answer(connection, participant, message, text, say)
     return None
 
 
-def _answer(connection: Connection, state: ClientState, message: Message, text: dict[str, Any], say: Say) -> None:
+def _answer(connection: Connection, participant: Participant, message: Message, text: dict[str, Any], say: Say) -> None:
     began = time.perf_counter()
-    answer = state.answer(text, message.sequence)
+    answer = participant.answer(text, message.sequence)
     trained = time.perf_counter()
     try:
         connection.send(answer, timeout=float(text["timeout"]))
     except NotWanted as error:
-        state.undo()
+        participant.undo()
         say(f"round {text['round'] + 1}: the server did not take the answer: {error}")
         return
     words = _outcome(answer)

@@ -29,7 +29,7 @@ from fedq.federated.training import RoundContext
 from fedq.feedback import ErrorFeedback, ResidualStore, read_residual
 from fedq.kernels import derive_seed
 from fedq.layout import Layout, LayoutSchedule
-from fedq.network.client_state import ClientState, VersionsOnDisk
+from fedq.network.participant import Participant, VersionsOnDisk
 from fedq.trainers.run import run_job
 from fedq.wire import Kind
 
@@ -164,18 +164,18 @@ def test_a_client_that_does_not_train_sends_zeros(tmp_path: Path, dtype: torch.d
     if sends == "values":
         uplink = uplink.with_values({"weight": Layout.of(model, "int8")["weight"].codec})
     store = ResidualStore(folder=tmp_path)
-    state = ClientState(
+    participant = Participant(
         nothing.seated(0, uplink, ErrorFeedback(store), model=model),
         VersionsOnDisk(tmp_path, 0, has_feedback=True),
         run="r",
         uplink="int8",
     )
-    state.replica = torch.randn(state.layout.numel)
-    answer = state.answer({"round": 0, "lr": 0.1, "seed": 1}, 1)
+    participant.replica = torch.randn(participant.layout.numel)
+    answer = participant.answer({"round": 0, "lr": 0.1, "seed": 1}, 1)
     tensors = answer.tensors()
     assert not tensors["bias"].any()
     assert tensors["weight"].any() == (sends == "values")
-    assert not store.get(0, state.layout.num_params)[64 * 64 * (sends == "values") :].any()
+    assert not store.get(0, participant.layout.num_params)[64 * 64 * (sends == "values") :].any()
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])

@@ -18,8 +18,8 @@ from warm import Command
 from fedq.federated.training import Trained
 from fedq.layout import Layout, LayoutSchedule
 from fedq.models import build_model
-from fedq.network.client_state import ClientState, VersionsOnDisk
 from fedq.network.connection import Connection
+from fedq.network.participant import Participant, VersionsOnDisk
 from fedq.wire import Message, read_note
 
 # Digits come with scikit-learn; one thread, so that sums have one order wherever the job runs.
@@ -130,7 +130,7 @@ class AddOne:
         return Trained(start + self.step, 1.0, 0.5, 1)
 
 
-Act = Callable[[Connection, ClientState, Message, dict[str, Any]], None]
+Act = Callable[[Connection, Participant, Message, dict[str, Any]], None]
 
 
 class Puppet(threading.Thread):
@@ -179,21 +179,21 @@ class Puppet(threading.Thread):
         schedule = LayoutSchedule.of(self.model, self.uplink, feedback=False)
         client = client_on(self.number, torch.arange(self.examples), training, schedule)
         on_disk = VersionsOnDisk(self.fed.folder / f"puppet{self.number}", self.number, has_feedback=False)
-        state = ClientState(client, on_disk, run=described["run"], uplink=self.uplink)
-        for message in connection.follow(state.hello()):
+        participant = Participant(client, on_disk, run=described["run"], uplink=self.uplink)
+        for message in connection.follow(participant.hello()):
             if message.frame.kind.has_payloads:
-                state.take(message)
+                participant.take(message)
                 continue
             text = read_note(message)
             if text["kind"] == "welcome":
                 connection.opened(text["session"])
             elif text["kind"] == "task":
-                state.arrive(text)
-                self.act(connection, state, message, text)
+                participant.arrive(text)
+                self.act(connection, participant, message, text)
             else:
                 return text
         return {}
 
 
-def answer_properly(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    connection.send(state.answer(text, message.sequence), timeout=60)
+def answer_properly(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    connection.send(participant.answer(text, message.sequence), timeout=60)

@@ -20,8 +20,8 @@ from launched import summary, until
 from fedq.errors import FieldError
 from fedq.layout import Layout
 from fedq.models import build_model
-from fedq.network.client_state import ClientState
 from fedq.network.connection import Connection, Lost, NotWanted
+from fedq.network.participant import Participant
 from fedq.network.service import FOLLOW, NUMBER, SEND, SESSION
 from fedq.wire import Frame, Kind, Message, join_payloads, note, read_note
 
@@ -41,72 +41,72 @@ def _raw(connection: Connection, data: bytes, piece: int = 1 << 20) -> None:
         raise NotWanted(error.details()) from None
 
 
-def _update(state: ClientState, text: dict[str, Any], message: Message, **changed: Any) -> Message:
+def _update(participant: Participant, text: dict[str, Any], message: Message, **changed: Any) -> Message:
     """Return the proper answer with some of its frame changed."""
-    good = state.answer(text, message.sequence)
+    good = participant.answer(text, message.sequence)
     return replace(good, frame=replace(good.frame, **changed))
 
 
-def _garbage(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+def _garbage(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
     _raw(connection, b"\x80\x04\x95 this would be a pickle" * 100)
 
 
-def _truncated(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    _raw(connection, state.answer(text, message.sequence).pack()[:-100])
+def _truncated(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    _raw(connection, participant.answer(text, message.sequence).pack()[:-100])
 
 
-def _damaged(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    data = bytearray(state.answer(text, message.sequence).pack())
+def _damaged(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    data = bytearray(participant.answer(text, message.sequence).pack())
     data[len(data) // 2] ^= 1
     _raw(connection, bytes(data))
 
 
-def _oversized(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+def _oversized(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
     model = build_model("cnn1m")
     layout = Layout.of(model, "fp32")
     flat = layout.flatten(model)
     body = join_payloads(layout, layout.encode(flat, seed=0))
-    frame = Frame(Kind.UPDATE, int(text["round"]), state.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
+    frame = Frame(Kind.UPDATE, int(text["round"]), participant.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
     _raw(connection, Message(frame, layout, message.sequence).pack())
 
 
-def _nan(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    body = state.answer(text, message.sequence).frame.body.clone()
+def _nan(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    body = participant.answer(text, message.sequence).frame.body.clone()
     body[:4].view(torch.float32)[0] = math.nan
-    connection.send(_update(state, text, message, body=body), 30)
+    connection.send(_update(participant, text, message, body=body), 30)
 
 
-def _says_nan(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    state.client.training.training.step = math.nan  # type: ignore[attr-defined]
-    connection.send(state.answer(text, message.sequence), 30)
+def _says_nan(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    participant.client.training.training.step = math.nan  # type: ignore[attr-defined]
+    connection.send(participant.answer(text, message.sequence), 30)
 
 
-def _stale(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    connection.send(_update(state, text, message, round=int(text["round"]) + 7), 30)
+def _stale(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    connection.send(_update(participant, text, message, round=int(text["round"]) + 7), 30)
 
 
-def _replayed(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    old = getattr(state, "old", None)
+def _replayed(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    old = getattr(participant, "old", None)
     if old is None:
-        state.old = old = state.answer(text, message.sequence)  # type: ignore[attr-defined]
+        participant.old = old = participant.answer(text, message.sequence)  # type: ignore[attr-defined]
     connection.send(old, 30)
 
 
-def _as_another(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    connection.send(_update(state, text, message, client=0), 30)
+def _as_another(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    connection.send(_update(participant, text, message, client=0), 30)
 
 
-def _heavy(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    connection.send(_update(state, text, message, weight=1e30), 30)
+def _heavy(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    connection.send(_update(participant, text, message, weight=1e30), 30)
 
 
-def _silent(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+def _silent(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
     """Say nothing."""
 
 
-def _slow(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+def _slow(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
     """Send a byte at a time, so that it is not done when the round is over."""
-    data = state.answer(text, message.sequence).pack()
+    data = participant.answer(text, message.sequence).pack()
 
     def pieces():
         for at in range(len(data)):
@@ -119,15 +119,15 @@ def _slow(connection: Connection, state: ClientState, message: Message, text: di
         return
 
 
-def _other_shapes(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
+def _other_shapes(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
     layout = Layout.of(torch.nn.Linear(10, 10), "fp32")
     body = torch.zeros(4 * layout.numel, dtype=torch.uint8)
-    frame = Frame(Kind.UPDATE, int(text["round"]), state.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
+    frame = Frame(Kind.UPDATE, int(text["round"]), participant.client.number, layout.hash, 0, 50.0, 1.0, 0.5, body)
     connection.send(Message(frame, layout, message.sequence), 30)
 
 
-def _a_note(connection: Connection, state: ClientState, message: Message, text: dict[str, Any]) -> None:
-    number = state.client.number
+def _a_note(connection: Connection, participant: Participant, message: Message, text: dict[str, Any]) -> None:
+    number = participant.client.number
     connection.send(note({"kind": "hello"}, round=int(text["round"]), client=number, sequence=message.sequence), 30)
 
 

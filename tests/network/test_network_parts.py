@@ -23,8 +23,8 @@ from fedq.feedback import ErrorFeedback, ResidualStore
 from fedq.layout import Layout, LayoutSchedule
 from fedq.network.catch_up import CatchUp, checksum, whole_model
 from fedq.network.client_record import RateLimit
-from fedq.network.client_state import ClientState, Diverged, VersionsOnDisk, check_same_model
 from fedq.network.hub import Hub, Refused, Terms
+from fedq.network.participant import Diverged, Participant, VersionsOnDisk, check_same_model
 from fedq.network.settings import (
     SERVER_DEFAULTS,
     ClientConfig,
@@ -192,11 +192,11 @@ def test_a_round_closes_with_those_who_answered() -> None:
         assert assignment is not None
         text = read_note(unpack(assignment.note.pack()))
         assert [message.frame.kind for message in assignment.models] == [Kind.MODEL]
-        state = _client_state(Path("unused"), _model(), number=0, feedback=False)
+        participant = _participant(Path("unused"), _model(), number=0, feedback=False)
         for message in assignment.models:
-            state.take(message)
-        state.arrive(text)
-        answer = state.answer(text, assignment.note.sequence)
+            participant.take(message)
+        participant.arrive(text)
+        answer = participant.answer(text, assignment.note.sequence)
         hub.accept(records[0], answer)
         with pytest.raises(Refused, match="no answer"):  # once is enough
             hub.accept(records[0], answer)
@@ -238,7 +238,7 @@ def test_the_mean_of_mixed_codecs_is_that_of_what_each_decodes_to() -> None:
     torch.testing.assert_close(outcome.mean.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-# ---- a client's state ------------------------------------------------------------------------------------------------
+# ---- a participant --------------------------------------------------------------------------------------------------
 
 
 class _Noise:
@@ -253,43 +253,43 @@ class _Noise:
         return Trained(start + lr * noise, 1.0, 0.5, 1)
 
 
-def _client_state(
+def _participant(
     folder: Path, model: nn.Module, *, number: int = 0, feedback: bool = True, run: str = "a run"
-) -> ClientState:
+) -> Participant:
     on_disk = VersionsOnDisk(folder, number, has_feedback=feedback)
     schedule = LayoutSchedule.of(model, "sign" if feedback else "int8", feedback=feedback)
     client = client_on(number, torch.arange(5), _Noise(model), schedule, on_disk.feedback)
     if not feedback:
         on_disk.begin = lambda run, uplink: None  # type: ignore[method-assign]
-    return ClientState(client, on_disk, run=run, uplink="sign")
+    return Participant(client, on_disk, run=run, uplink="sign")
 
 
 def _task(round: int, replica: Tensor) -> dict[str, Any]:
     return {"round": round, "lr": 0.1, "seed": 3, "version": round, "checksum": checksum(replica), "timeout": 5}
 
 
-def _with_model(state: ClientState) -> Tensor:
+def _with_model(participant: Participant) -> Tensor:
     catch_up = CatchUp(FP32)
     replica = FP32.flatten(_model())
     catch_up.publish(0, replica)
     for message in catch_up.lacking(None):
-        state.take(message)
+        participant.take(message)
     return replica
 
 
 def test_a_round_that_is_asked_again_is_answered_the_same(tmp_path: Path) -> None:
-    state = _client_state(tmp_path, _model())
-    replica = _with_model(state)
+    participant = _participant(tmp_path, _model())
+    replica = _with_model(participant)
     answers = []
     for sequence, round in enumerate((0, 1, 2)):
-        state.arrive(_task(round, replica))
-        answers.append(state.answer(_task(round, replica), sequence).pack())
+        participant.arrive(_task(round, replica))
+        answers.append(participant.answer(_task(round, replica), sequence).pack())
     # A server that was restarted asks for round 1 again, then 2, under other numbers.
     for sequence, round in ((10, 1), (11, 2)):
-        again = state.answer(_task(round, replica), sequence)
+        again = participant.answer(_task(round, replica), sequence)
         assert torch.equal(again.frame.body, unpack(answers[round]).frame.body)
     # So does a client that was restarted.
-    other = _client_state(tmp_path, _model())
+    other = _participant(tmp_path, _model())
     _with_model(other)
     again = other.answer(_task(2, replica), 12)
     assert torch.equal(again.frame.body, unpack(answers[2]).frame.body)
@@ -297,52 +297,52 @@ def test_a_round_that_is_asked_again_is_answered_the_same(tmp_path: Path) -> Non
 
 
 def test_an_answer_that_did_not_count_leaves_no_residual(tmp_path: Path) -> None:
-    state, untouched = _client_state(tmp_path / "a", _model()), _client_state(tmp_path / "b", _model())
-    replica = _with_model(state)
+    participant, untouched = _participant(tmp_path / "a", _model()), _participant(tmp_path / "b", _model())
+    replica = _with_model(participant)
     _with_model(untouched)
-    for one in (state, untouched):
+    for one in (participant, untouched):
         one.answer(_task(0, replica), 0)
-    state.answer(_task(1, replica), 1)
-    state.undo()
-    after = [one.answer(_task(2, replica), 2) for one in (state, untouched)]
+    participant.answer(_task(1, replica), 1)
+    participant.undo()
+    after = [one.answer(_task(2, replica), 2) for one in (participant, untouched)]
     assert torch.equal(after[0].frame.body, after[1].frame.body)
 
 
 def test_the_residual_of_another_run_or_codec_is_forgotten(tmp_path: Path) -> None:
-    first = _client_state(tmp_path, _model())
+    first = _participant(tmp_path, _model())
     replica = _with_model(first)
     first.answer(_task(0, replica), 0)
     assert list((tmp_path / "residuals").glob("*.f32"))
-    _client_state(tmp_path, _model(), run="another run")
+    _participant(tmp_path, _model(), run="another run")
     assert not list((tmp_path / "residuals").glob("*.f32"))
 
 
 def test_residuals_are_those_of_error_feedback(tmp_path: Path) -> None:
-    state = _client_state(tmp_path, _model())
-    replica = _with_model(state)
+    participant = _participant(tmp_path, _model())
+    replica = _with_model(participant)
     plain = ErrorFeedback(ResidualStore())
     for round in range(3):
         context = RoundContext(round, 0.1, 3)
-        answer = state.answer(_task(round, replica), round)
-        trained = state.client.train(replica, context)
-        layout = state.client.layouts.at(round)
+        answer = participant.answer(_task(round, replica), round)
+        trained = participant.client.train(replica, context)
+        layout = participant.client.layouts.at(round)
         update = layout.to_sent_(trained.flat, replica)
         payloads = plain.encode(0, layout, update, seed=context.uplink_seed(0))
         assert torch.equal(answer.frame.body, torch.cat([payload.data for payload in payloads]))
 
 
 def test_a_model_that_is_not_the_servers_is_noticed(tmp_path: Path) -> None:
-    state = _client_state(tmp_path, _model())
+    participant = _participant(tmp_path, _model())
     with pytest.raises(Diverged):
-        state.arrive(_task(0, torch.zeros(FP32.numel)))
-    replica = _with_model(state)
-    state.replica[3] += 1e-3  # type: ignore[index]
+        participant.arrive(_task(0, torch.zeros(FP32.numel)))
+    replica = _with_model(participant)
+    participant.replica[3] += 1e-3  # type: ignore[index]
     with pytest.raises(Diverged):
-        state.arrive(_task(0, replica))
-    assert state.hello().get("version") is None
+        participant.arrive(_task(0, replica))
+    assert participant.hello().get("version") is None
     catch_up, _ = _served(2)
     with pytest.raises(Diverged):
-        state.take(catch_up.lacking(1)[0])
+        participant.take(catch_up.lacking(1)[0])
 
 
 def test_another_model_is_refused_by_name() -> None:
@@ -353,7 +353,7 @@ def test_another_model_is_refused_by_name() -> None:
 
 
 def test_a_message_that_is_larger_than_the_model_is_refused_by_its_head(tmp_path: Path) -> None:
-    limits = _client_state(tmp_path, _model()).limits
+    limits = _participant(tmp_path, _model()).limits
     model = whole_model(FP32, FP32.flatten(_model()), 0)
     assert Assembler(limits).add(model.pack())[0].nbytes == model.nbytes
     other = nn.Linear(400, 100)
@@ -366,14 +366,14 @@ def test_a_message_that_is_larger_than_the_model_is_refused_by_its_head(tmp_path
 
 
 def test_training_that_fails_is_told(tmp_path: Path) -> None:
-    state = _client_state(tmp_path, _model())
-    replica = _with_model(state)
+    participant = _participant(tmp_path, _model())
+    replica = _with_model(participant)
 
     def fail(*args: object, **kwargs: object) -> Trained:
         raise OSError("the disk is full")
 
-    state.client.training.training.run = fail  # type: ignore
-    answer = unpack(state.answer(_task(0, replica), 0).pack())
+    participant.client.training.training.run = fail  # type: ignore
+    answer = unpack(participant.answer(_task(0, replica), 0).pack())
     assert answer.frame.kind == Kind.FAILED
     assert b"the disk is full" in bytes(answer.frame.body.tolist())
 

@@ -113,7 +113,7 @@ class VersionsOnDisk:
             path.unlink(missing_ok=True)
 
 
-class ClientState:
+class Participant:
     """What a client of a federation holds; it takes models and changes, and answers tasks.
 
     (A `fedq.Client` may have a state of its own, such as an optimizer's: `fedq.federated.client_states`.)
