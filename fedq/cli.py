@@ -34,6 +34,18 @@ from fedq.runtime import Ranks, check_lone_process, detect, lasting_streams, wit
 _DEFAULTS = Config()
 _DEEPSPEED_CONFIG = Path("deepspeed_config.json")
 
+_FIRST_FLAGS = {
+    "--dataset": "cifar10, mnist, digits, or a folder of images or Parquet",
+    "--model": "resnet18, resnet50, cnn62k, ..., or package.module:function",
+    "--num-clients": "clients that the images are dealt to",
+    "--rounds": "how often clients train and the server averages",
+    "--lr": "learning rate of the clients",
+    "--uplink": "codec of what clients send: fp32, int8, int4, sign, topk:density=0.01, ...",
+    "--downlink": "codec of what the server sends back",
+    "--out": "folder of the run: model, metrics, counted bytes",
+}
+"""What a newcomer needs; help begins with it."""
+
 # A launcher ends all ranks when one fails; a silent rank that is early waits this long, so that the other can speak.
 _GRACE_S = 5.0
 
@@ -90,9 +102,16 @@ def parse_args(
         marks = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction)
         kind: Any = _Arguments.__class_getitem__(type(defaults))  # type: ignore[attr-defined]
         both: _Arguments[C] = tyro.cli(
-            kind, prog=program, description=words, args=argv, default=_Arguments(path, job), config=marks
+            kind, prog=program, description=_introduction(words), args=argv, default=_Arguments(path, job), config=marks
         )
         return with_old_flags(both.job, old)
+
+
+def _introduction(words: str | None) -> str:
+    """Return what help begins with: what the program is for, and the flags to begin with."""
+    width = max(map(len, _FIRST_FLAGS))
+    first = [f"  {flag:<{width}}  {what}" for flag, what in _FIRST_FLAGS.items()]
+    return "\n".join([words or str(_Arguments.__doc__), "", "To begin with:", *first, "", "All flags:"])
 
 
 def _old_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import few
 
-from fedq.cli import main, parse_args
+from fedq.cli import _FIRST_FLAGS, main, parse_args
 from fedq.config import (
     ClientsConfig,
     Config,
@@ -356,3 +357,14 @@ def test_the_scripts_differ_in_their_model(script: str, model: str) -> None:
     )
     assert f"usage: {script}" in done.stdout
     assert f"default: {model})" in done.stdout
+
+
+def test_help_begins_with_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"], defaults=Config())
+    head = capsys.readouterr().out.partition("All flags:")[0]
+    named = re.findall(r"^  (--[a-z-]+)  ", head, re.MULTILINE)
+    assert named == list(_FIRST_FLAGS)
+    assert len(named) == 8
+    flags = {item.name for group in fields(Config) for item in fields(getattr(Config(), group.name))}
+    assert {name.removeprefix("--").replace("-", "_") for name in named} < flags
