@@ -60,7 +60,6 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 def _replace_job(monkeypatch: pytest.MonkeyPatch, job: Any) -> None:
     module = ModuleType("fedq.trainers.run")
     module.run_job = job  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fedq.trainers", ModuleType("fedq.trainers"))
     monkeypatch.setitem(sys.modules, "fedq.trainers.run", module)
 
 

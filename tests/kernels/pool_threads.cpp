@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "../fedq/kernels/csrc/pool.h"
+#include "../../fedq/kernels/csrc/pool.h"
 
 namespace {
 
