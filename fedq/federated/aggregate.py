@@ -29,9 +29,9 @@ class Aggregate:
     Args:
         mean: Weighted mean update, flat float32; None if no client remained.
         left_out: Clients whose update was not used, with the reason.
-        clipped: Clients whose update was scaled down, with the words for it.
-        cut: Weights of clients that counted for less than they said.
-        skipped: Those left out only because the round had too few updates.
+        clipped: How updates were scaled down, in words, by client.
+        cut: Lowered weights, by client, of those that counted for less than they said.
+        skipped: Clients left out only because the round had too few updates.
     """
 
     mean: Tensor | None
@@ -56,7 +56,7 @@ class Facts:
         """Return where something holds for every server.
 
         Args:
-            holds: bool, of the same shape on all.
+            holds: Whether it holds for this server, bool; all servers give the same shape.
         """
         return holds
 
@@ -117,10 +117,10 @@ class Updates:
     """A round's updates at a server, those that are left out and those that are scaled down.
 
     Args:
-        layouts: What they may be laid out by.
+        layouts: Layouts of the updates: the round's, and those of clients with codecs of their own.
         frames: The messages, in client order.
-        device: Where to decode.
-        facts: What the other servers know.
+        device: Device that updates are decoded on.
+        facts: Questions about whole updates, answered by all servers together.
     """
 
     def __init__(self, layouts: _Layouts, frames: Sequence[Frame], device: torch.device, facts: Facts) -> None:
@@ -133,7 +133,7 @@ class Updates:
         self.scales: dict[int, float] = {}
         """Factors of updates that are scaled down, by client."""
         self.clipped: dict[int, str] = {}
-        """The words for it."""
+        """How each update is scaled down, in words, by client."""
 
     @property
     def layout(self) -> Layout:
@@ -211,17 +211,17 @@ def aggregate(
     With fewer than ``min_cohort`` updates there is no mean, and those that there are are named too.
 
     Args:
-        layout: Of the updates, or of this server's part of them.
+        layout: Layout of the updates, or of this server's part of them.
         frames: The updates, or this server's part of each; headers are the same on all servers.
-        device: Where to decode.
+        device: Device that updates are decoded on.
         min_cohort: Fewest updates that make a mean.
-        parts: Told before and after the mean.
+        parts: What takes part in the round; told before and after the mean.
         context: The round.
-        facts: What the other servers know; by them all servers decide the same.
+        facts: Questions about whole updates, answered by all servers together, so that all decide the same.
         others: Layouts, by hash, of clients that use codecs of their own.
 
     Raises:
-        FieldError: A frame of another model, or of a wrong size.
+        FieldError: A frame belongs to another model, or has a wrong size.
     """
     in_order = sorted(frames, key=lambda frame: frame.client)
     updates = Updates(_Layouts(layout, others), in_order, device, facts)

@@ -38,7 +38,7 @@ class RoundSettings:
         server: The server's optimizer.
         cohort: Clients a round; None: all.
         feedback: Which clients keep what their codec loses, and how long, as `feedback_rule` reads it.
-        aggregate: Who averages: rank 0, or every rank the tensors that it owns.
+        aggregate: Who averages: rank 0 (``rooted``), or every rank the tensors that it owns (``two_phase``).
         min_cohort: Fewest usable updates a round needs.
         norm_limit: What happens to updates far larger than the others, as `norm_limit` of `limits` reads it.
         start: Whether the first model is sent to those who join, or drawn by everyone from the seed.
@@ -73,7 +73,7 @@ class RoundSettings:
         """Return the layouts of a client's updates, by round.
 
         Args:
-            model: What is trained.
+            model: Module that is trained.
             feedback: Whether the client keeps a residual.
             uplink: The client's own codecs; None: the federation's.
         """
@@ -92,7 +92,7 @@ class RoundSettings:
         """Check what can be known before any work starts.
 
         Raises:
-            FieldError: The first setting that cannot be used.
+            FieldError: A setting cannot be used; the error names the first one.
         """
         codec_schedule(self.uplink)
         codec(self.downlink)
@@ -113,7 +113,7 @@ class RoundSettings:
         """Check a client's own codec.
 
         Raises:
-            FieldError: It cannot be used, or not here.
+            FieldError: The codec cannot be used, or ``aggregate`` is ``two_phase``, which has one codec for all.
         """
         if uplink is None:
             return
@@ -131,12 +131,12 @@ class Seats(Mapping[int, Client]):
     """The clients of a federation by number, each made and given its place when it is first asked for.
 
     Args:
-        num: How many there are.
-        make: From a number to the client, as its user made it.
-        model: What functions train.
-        settings: How they exchange.
-        store: Of this rank's clients' residuals; None: none is kept.
-        seated: Told of each that was made.
+        num: Number of clients.
+        make: Returns the client of a number, as its user made it.
+        model: Module that clients' training functions train.
+        settings: How clients exchange what they learn.
+        store: Residuals of this rank's clients; None: no residual is kept.
+        seated: Function that is called with each client once it has its place.
     """
 
     def __init__(
@@ -209,11 +209,11 @@ def make_rounds(
     """Put a server and its rounds together.
 
     Args:
-        model: What everybody begins with.
+        model: Module that holds the model that everybody begins with.
         settings: How clients exchange.
         delivery: What brings tasks to clients and their answers back.
-        parts: What else takes part.
-        transport: Whose timer is told what the server takes.
+        parts: What else takes part in rounds, after the limit of norms.
+        transport: Transport whose timer measures the server's work; None: a new timer does.
     """
     downlink = settings.downlink_layout(model)
     replica, server = downlink.flatten(model), None
@@ -244,11 +244,11 @@ def over_ranks(
     """Return the delivery in which ranks train the clients, each its share of them.
 
     Args:
-        model: What everybody begins with.
+        model: Module that holds the model that everybody begins with.
         settings: How clients exchange.
         seats: The clients.
-        transport: How buffers move.
-        ledger: Where rank 0 books.
+        transport: What moves buffers between ranks.
+        ledger: Ledger in which rank 0 books bytes.
         sticky: Whether clients keep to one rank, because they keep something there.
         own_codecs: Whether there may be clients with codecs of their own.
     """

@@ -13,14 +13,14 @@ class ChangeLog(Generic[C]):
     """Keeps the newest changes while they weigh less together than the whole model: nobody would fetch more.
 
     Args:
-        nbytes: From a change to its bytes.
-        version: Of the model, to begin with.
-        fewest: Changes that stay whatever they weigh.
+        nbytes: Returns the size of a change in bytes.
+        version: Version of the model at the beginning.
+        fewest: Number of newest changes that are kept whatever they weigh.
     """
 
     def __init__(self, nbytes: Callable[[C], int], version: int = 0, *, fewest: int = 0) -> None:
         self.newest = version
-        """Version that the changes lead to."""
+        """Version of the model that the changes lead to."""
         self._nbytes = nbytes
         self._fewest = fewest
         self._changes: deque[C | None] = deque()
@@ -33,7 +33,7 @@ class ChangeLog(Generic[C]):
 
     @property
     def changes(self) -> list[C]:
-        """All that are kept, oldest first."""
+        """The changes that are kept, oldest first."""
         return [change for change in self._changes if change is not None]
 
     def restart(self, version: int) -> None:
@@ -46,7 +46,7 @@ class ChangeLog(Generic[C]):
         """Add the change to the next version, and forget those that nobody would fetch.
 
         Args:
-            change: None if the two versions are the same model.
+            change: The change; None if the two versions are the same model.
             whole_nbytes: Bytes of the whole model.
         """
         self._changes.append(change)

@@ -32,11 +32,11 @@ class Chaos(Part):
     """How often what goes wrong; each is a probability from 0 to 1.
 
     Args:
-        kill: A rank kills itself (SIGKILL) at a moment of the round.
-        nan: A client's update has a NaN.
-        fail: A client's training raises.
-        slow: A client takes ``slow_s`` longer.
-        slow_s: Seconds.
+        kill: Probability that a rank kills itself (SIGKILL) in a round, before updates are exchanged.
+        nan: Probability that a client's update has a NaN.
+        fail: Probability that a client's training raises.
+        slow: Probability that a client takes ``slow_s`` longer.
+        slow_s: Delay of a slow client, in seconds.
         seed: Seed of all draws.
         start: How often the run was started before.
     """

@@ -44,16 +44,16 @@ class Client:
     What a closure keeps between rounds is lost when a run is resumed; what ``state`` keeps is saved with the run.
 
     Args:
-        train: The function; or a `fedq.federated.training.Training`.
-        num_examples: Its weight in the mean; above 0.
+        train: The training function; or a `fedq.federated.training.Training`.
+        num_examples: Weight of the client's update in the mean; above 0.
         state: What lives between rounds: something with `state_dict` and `load_state_dict` (an optimizer, a scheduler,
             a data loader), or several by name.
-        uplink: Codec of its updates; default: the federation's.
-        name: Its name, which stands beside its number where a person reads of it.
+        uplink: Codec of the client's updates; default: the federation's.
+        name: Client's name, which stands beside its number where a person reads of it.
 
     Raises:
-        FieldError: A weight that is not above 0, a ``train`` that cannot be called so, a ``state`` that is none, or a
-            codec that does not exist.
+        FieldError: The weight is not above 0, ``train`` cannot be called so, ``state`` has not the two methods, or the
+            codec does not exist.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Client:
     # ---- its place in a federation -----------------------------------------------------------------------------------
 
     number: int
-    """From 0."""
+    """Client's number, from 0."""
     training: Training
     layouts: LayoutSchedule | None
-    """Layouts of its updates, by round; None: it sends none."""
+    """Layouts of the client's updates, by round; None: it sends no updates."""
     feedback: Feedback
     residual_memory: float
 
@@ -102,11 +102,11 @@ class Client:
         """Return the client with its place in a federation.
 
         Args:
-            number: From 0.
-            layouts: Layouts of its updates, by round; None: nothing is sent.
-            feedback: What encodes its updates; default: without memory.
-            model: What a function trains.
-            residual_memory: Share of its residual that is left after each round in which it was not asked.
+            number: Client's number, from 0.
+            layouts: Layouts of the client's updates, by round; None: nothing is sent.
+            feedback: Feedback that encodes the client's updates; default: one that keeps no residual.
+            model: Module that a training function trains; None only where the client has a `Training`.
+            residual_memory: Share of the residual that is left after each round in which the client was not asked.
         """
         seated = copy.copy(self)
         seated.number = number
@@ -136,7 +136,7 @@ class Client:
         """Go on from what `state_dict` returned.
 
         Raises:
-            FieldError: It keeps something else now.
+            FieldError: The client now keeps states of other names.
         """
         if state["states"].keys() != self.states.keys():
             raise FieldError(
@@ -164,10 +164,10 @@ class Client:
         Args:
             replica: The model that everybody holds, flat float32.
             context: The round.
-            parts: Told before and after training, and before and after encoding.
-            trained: What training has left, where it was done with others'.
-            missed: Rounds since it was last asked.
-            timer: Told what training and encoding take.
+            parts: What takes part in the round; told before and after training, and before and after encoding.
+            trained: Result of training, where it was done together with other clients'; None: train now.
+            missed: Rounds right before this one in which the client was not asked.
+            timer: What measures the time of training and encoding; default: a new one.
         """
         timer = timer or PhaseTimer()
         parts.alive(f"training client {self.number} in round {context.round}")

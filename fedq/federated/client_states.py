@@ -21,7 +21,7 @@ class ClientStates:
     changed under a new number, so an older checkpoint stays whole until `prune`.
 
     Args:
-        folder: Where files go; None: nothing is saved.
+        folder: Folder of the files; None: nothing is saved.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -49,7 +49,7 @@ class ClientStates:
         """Write the states that changed since the last `save` as version ``number``; return their owners.
 
         Raises:
-            FieldError: A state that could not be read again; looked at when it is first written.
+            FieldError: A state could not be read again; checked when it is first written.
         """
         saved = sorted(self._changed)
         self._changed.clear()
@@ -91,7 +91,7 @@ class ClientStates:
         """Read a saved version.
 
         Raises:
-            FieldError: It is missing or damaged.
+            FieldError: The saved version is missing or damaged.
         """
         self._read(owner, number)
 

@@ -29,7 +29,7 @@ class Answers:
 
     Args:
         ranked: The clients' messages, or this server's share of each.
-        layout: Of their bodies.
+        layout: Layout of the messages' bodies.
         others: Layouts, by hash, of clients that use codecs of their own.
     """
 
@@ -74,14 +74,14 @@ class Delivery(ABC):
         """Compare what does not travel of the participants' models, where they are at hand.
 
         Raises:
-            FieldError: They differ.
+            FieldError: The participants' models differ.
         """
 
     def share(self, replica: Tensor, layout: Layout) -> None:
         """Bring everybody to the first model, flat float32, or compare what each has drawn from the seed.
 
         Raises:
-            FieldError: They have drawn different ones.
+            FieldError: The participants have drawn different models.
         """
 
     def begin(self, change: Frame, layout: Layout) -> None:
@@ -94,7 +94,7 @@ class Delivery(ABC):
         Args:
             replica: The model that everybody holds, flat float32.
             context: The round.
-            parts: Told what goes on.
+            parts: What takes part in the round; told what goes on.
         """
 
     @abstractmethod
@@ -102,8 +102,8 @@ class Delivery(ABC):
         """Give the whole change to everybody; None if there is none.
 
         Args:
-            change: This server's part of it, where there is a server.
-            layout: Of changes.
+            change: This server's part of the change; None: there is no server here, or no change.
+            layout: Layout of changes.
             context: The round.
         """
 
@@ -114,7 +114,7 @@ class Delivery(ABC):
         Args:
             change: The whole change, applied; None if there was none.
             replica: The model, flat float32.
-            layout: Of changes.
+            layout: Layout of changes.
             context: The round.
         """
 

@@ -30,10 +30,10 @@ class DownlinkCost:
     Where the server sends values instead of changes, every message is a whole model, and the newest is all one needs.
 
     Args:
-        ledger: Where to book.
+        ledger: Ledger in which downloads are booked.
         layout: The downlink's layout.
         rule: ``cohort``, ``all`` or ``none``.
-        num_clients: Clients of the federation.
+        num_clients: Number of clients of the federation.
         has_start: Whether every client has the first model without a download, because it draws it from a seed.
     """
 

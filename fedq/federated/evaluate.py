@@ -22,8 +22,8 @@ class Scores:
     Args:
         loss: Mean cross-entropy.
         accuracy: Share of the images that are classified correctly.
-        balanced_accuracy: Mean over the split's classes of the share of each that is (Brodersen et al. 2010, "The
-            balanced accuracy and its posterior distribution"); NaN where it was not asked for.
+        balanced_accuracy: Mean over the split's classes of the share of each class that is classified correctly
+            (Brodersen et al. 2010, "The balanced accuracy and its posterior distribution"); NaN where not asked for.
     """
 
     loss: float
@@ -39,8 +39,8 @@ class Evaluator:
         mean: Channel means of pixels in 0..1.
         std: Channel standard deviations.
         precision: Arithmetic of the forward pass.
-        transport: Where the batches are shared out; None: all of them run here.
-        batch_size: Images a batch; part of the result's last digits, so fixed.
+        transport: Transport between the ranks that share the batches; None: all of them run here.
+        batch_size: Images a batch; fixed, because the result's last digits depend on it.
     """
 
     mean: tuple[float, ...]
@@ -56,9 +56,9 @@ class Evaluator:
         added up in batch order. What is counted by class are whole numbers, which add up in any order.
 
         Args:
-            model: What is evaluated.
+            model: Module that is evaluated.
             split: Images and labels.
-            num_classes: Classes to count one by one, for the balanced accuracy; 0: it is not asked for.
+            num_classes: Number of classes, needed for the balanced accuracy; 0: that is not asked for.
         """
         index_batches = list(batches(len(split), self.batch_size))
         rank, world_size = (self.transport.rank, self.transport.world_size) if self.transport else (0, 1)

@@ -28,8 +28,8 @@ class Exchange(Facts, ABC):
     """The same three acts on every rank; a rank with a server aggregates between `collect` and `spread`.
 
     Args:
-        transport: How buffers move.
-        ledger: Where rank 0 books.
+        transport: What moves buffers between ranks.
+        ledger: Ledger in which rank 0 books bytes.
     """
 
     is_spread: ClassVar[bool] = False
@@ -60,10 +60,10 @@ class Exchange(Facts, ABC):
         """Send this rank's messages to where they are averaged; return those that are averaged here.
 
         Args:
-            frames: This rank's.
-            counts: Messages of each rank, known to all.
-            layout: Of the updates.
-            round: Number, from 0.
+            frames: Messages of this rank's clients.
+            counts: Number of messages of each rank, known to all.
+            layout: Layout of the updates.
+            round: Number of the round, from 0.
             others: Layouts, by hash, of clients that use codecs of their own; known to rank 0.
         """
 
@@ -72,8 +72,8 @@ class Exchange(Facts, ABC):
         """Give the whole change to every rank; None if there is none.
 
         Args:
-            change: This rank's part of it, where it has a server.
-            layout: Of changes.
+            change: This rank's part of the change; None: there is no server here, or no change.
+            layout: Layout of changes.
             context: The round.
         """
 
@@ -85,7 +85,7 @@ class Exchange(Facts, ABC):
         """Compare the ranks' models, which each has drawn from the same seed, by a checksum.
 
         Raises:
-            FieldError: They differ.
+            FieldError: The ranks' models differ.
         """
         mine = zlib.crc32(replica.cpu().numpy().data)
         gathered, moved = self.transport.all_gather(torch.tensor([float(mine)], dtype=torch.float64))

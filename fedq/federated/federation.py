@@ -70,11 +70,11 @@ class Federation:
     ``on_round``. They are called on every rank. If ``on_round`` returns True on rank 0, the training stops there.
 
     Args:
-        model: What is trained, in place; it holds the newest model between rounds. What travels is its trained
+        model: Module that is trained in place; it holds the newest model between rounds. What travels is its trained
             parameters and its float statistics. DDP's wrapper is taken off; a compiled model stays compiled.
         clients: All clients; a function from a number to the client, which is called for those of this rank when they
             are first needed; or how many there are, where they come across a network (`fedq.network.serve`).
-        num_clients: How many there are, where ``clients`` is a function.
+        num_clients: Number of clients, where ``clients`` is a function.
         uplink: Codec of the clients' updates: ``int4``, ``sign``, ``"int4 sign@7"``, or any of `fedq.codec_names`.
         downlink: Codec of the server's change to the model.
         server: The server's optimizer: ``fedavg``, ``fedadam:lr=0.01``, or one of torch's.
@@ -87,14 +87,14 @@ class Federation:
         evaluate: ``evaluate(model)`` returns a number or numbers by name, on rank 0, without gradients, in eval mode.
             One that also names ``rank`` and ``ranks`` is called on every rank, and returns a pair (sum, count) by name.
         metrics: What is measured, with its unit and which way is better; the first one decides what is best.
-        callbacks: Told of the start, every round and the end.
+        callbacks: Functions or objects, as above, that are told of the start, every round and the end.
         parts: What takes part in every round; see `fedq.federated.parts.Part`.
-        seed: Of everything random.
+        seed: Seed of everything random.
         out: The run's folder, with configuration, metrics, ledger, model and checkpoints; default: nothing is written.
         resume: Go on with the run in ``out``, if it has finished a round.
 
     Raises:
-        FieldError: Something that cannot be used, on every rank.
+        FieldError: An argument cannot be used; raised on every rank.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Federation:
             lr: Local learning rate, or a function from the round's number to it.
 
         Yields:
-            Each round, the same on every rank, once it is on disk.
+            Each round's result, the same on every rank, once it is on disk.
         """
         rate = lr if callable(lr) else lambda number: lr
         if self._num_rounds >= num:
@@ -205,7 +205,7 @@ class Federation:
         """Evaluate the model as it is; the same numbers on every rank.
 
         Raises:
-            FieldError: There is nothing to evaluate with, or it has returned no numbers.
+            FieldError: No evaluation function was given, or it has returned no numbers.
         """
         if self._evaluation is None:
             raise FieldError("evaluate", None, "a function of the model, given when the federation is made")
@@ -382,12 +382,12 @@ class Federation:
         """Begin, or go on, with what brings tasks to clients and their answers back.
 
         Args:
-            delivery: It.
-            store: This rank's clients' residuals.
-            parts: What takes part beside the federation's own.
+            delivery: What brings tasks to clients and their answers back.
+            store: Residuals of this rank's clients; None: none is kept here.
+            parts: What takes part in rounds beside the federation's own parts.
 
         Returns:
-            The rounds that were run before.
+            Number of rounds that were run before.
 
         Raises:
             FieldError: The run in the folder cannot be gone on with, or the ranks' models do not agree.
@@ -417,7 +417,7 @@ class Federation:
         """Compare the settings with those of the run that is resumed, as its newest readable checkpoint has them.
 
         Raises:
-            FieldError: They differ, or it is a run of another kind.
+            FieldError: The settings differ, or the folder holds a run of another kind.
         """
         before: dict[str, Any] | None = {}
         for number in reversed(checkpoints.numbers()):

@@ -28,12 +28,12 @@ def check_frozen(own: Mapping[str, int], theirs: Mapping[str, int], whose: str) 
     """Compare the checksums of two participants' frozen parameters.
 
     Args:
-        own: Of the one here.
-        theirs: Of the other one.
-        whose: The other one, in words.
+        own: Checksums of the participant here, by name of the parameter.
+        theirs: Checksums of the other participant, by name of the parameter.
+        whose: The other participant, in words for the error.
 
     Raises:
-        FieldError: They differ; the text names the first parameter that does.
+        FieldError: Checksums differ; the text names the first such parameter.
     """
     for name in sorted({*own, *theirs}):
         mine, wanted = (_words(checksums.get(name)) for checksums in (own, theirs))
@@ -49,10 +49,10 @@ def check_ranks(module: nn.Module, transport: Transport) -> int:
     """Compare the ranks' models: what they are made of, and the values of frozen parameters, which do not travel.
 
     Returns:
-        The bytes that crossed.
+        Payload bytes that crossed between the ranks.
 
     Raises:
-        FieldError: They differ, on every rank; the text names the first frozen parameter that does.
+        FieldError: The ranks' models differ, raised on every rank; the text names the first frozen parameter that does.
     """
     if transport.world_size == 1:
         return 0

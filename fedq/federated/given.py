@@ -23,7 +23,7 @@ def trained_module(model: nn.Module) -> nn.Module:
     """Return the module that is trained, without DDP's wrapper.
 
     Raises:
-        FieldError: It is none, or has nothing to train.
+        FieldError: ``model`` is no module, or has nothing to train.
     """
     if not isinstance(model, nn.Module):
         raise FieldError("model", type(model).__name__, "a torch.nn.Module")
@@ -37,7 +37,7 @@ def checked_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     """Return the metrics.
 
     Raises:
-        FieldError: There is none, one is no metric, or two have one name.
+        FieldError: There is no metric, one is no `Metric`, or two have one name.
     """
     chosen = (metrics,) if isinstance(metrics, Metric) else tuple(metrics)
     if not chosen:
@@ -54,7 +54,7 @@ def checked_callbacks(callbacks: Sequence[Any]) -> tuple[Any, ...]:
     """Return the callbacks.
 
     Raises:
-        FieldError: One would never be called.
+        FieldError: A callback would never be called.
     """
     if not isinstance(callbacks, Iterable):
         callbacks = (callbacks,)
@@ -71,7 +71,7 @@ def counted_clients(clients: Clients, num_clients: int | None) -> tuple[Callable
     """Return how to make a client, how many there are, and whether one may have a codec of its own.
 
     Raises:
-        FieldError: There is none, or two share a state.
+        FieldError: There is no client, ``num_clients`` does not fit, one is no `Client`, or two share a state.
     """
     if isinstance(clients, int) or callable(clients):
         num = clients if isinstance(clients, int) else num_clients
@@ -98,7 +98,7 @@ def place_among_ranks(stack: ExitStack, device: torch.device) -> Runtime:
     """Return this process's place among the ranks, with a process group that the stack closes if it is new.
 
     Raises:
-        FieldError: Under NCCL, a model that is on another rank's GPU.
+        FieldError: The model is on another rank's GPU, under NCCL.
     """
     if dist.is_available() and dist.is_initialized():
         return existing_group(device)

@@ -23,8 +23,8 @@ class Passed:
     Args:
         loss_sum: Sum of the training loss over the examples seen.
         num_correct: How many of them were classified correctly while training.
-        num_seen: Examples.
-        num_steps: Optimizer steps.
+        num_seen: Number of examples seen.
+        num_steps: Number of optimizer steps.
     """
 
     loss_sum: float
@@ -56,16 +56,16 @@ class LocalTraining:
         split: Training images and labels of all clients, on the model's device or mapped from disk.
         mean: Channel means of pixels in 0..1.
         std: Channel standard deviations.
-        make_optimizer: From parameters and learning rate to an optimizer.
+        make_optimizer: Returns an optimizer for parameters and a learning rate.
         precision: Arithmetic of forward and backward.
         batch_size: Images a step; a smaller client uses a smaller batch.
         epochs: Passes over the client's images.
-        steps: Optimizer steps instead of ``epochs``.
-        prox_mu: FedProx (Li et al. 2020): adds ``prox_mu · (w - w_0)`` to the gradient.
-        augment: Random crop with padding 4.
-        flip: Random horizontal flip too.
-        beat: Called after every step, as a sign of life.
-        engine: What takes the steps; default: plain PyTorch, with ``make_optimizer`` and ``precision``.
+        steps: Optimizer steps a round, instead of ``epochs``; None: whole epochs.
+        prox_mu: Factor of FedProx (Li et al. 2020), which adds ``prox_mu · (w - w_0)`` to the gradient.
+        augment: Whether images are cropped at random, with padding 4.
+        flip: Whether augmentation also flips images horizontally at random.
+        beat: Function that is called after every step, as a sign of life.
+        engine: Engine that takes the steps; default: plain PyTorch, with ``make_optimizer`` and ``precision``.
     """
 
     model: nn.Module
@@ -106,9 +106,9 @@ class LocalTraining:
         """Take a step for each batch, with an engine that was started.
 
         Args:
-            indices: The examples that may be used.
-            index_batches: For each step, places in ``indices``.
-            generator: Of the augmentation.
+            indices: Places in the split of the examples that may be used.
+            index_batches: Places in ``indices``, a tensor for each step.
+            generator: Random generator of the augmentation.
         """
         engine, device, where = self.steps_by, next(self.model.parameters()).device, self.split.images.device
         params = [p for p in self.model.parameters() if p.requires_grad]

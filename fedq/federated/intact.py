@@ -23,7 +23,7 @@ def kept_intact(model: nn.Module) -> Iterator[None]:
     get the values that they had, without a word: they are never averaged, so no client's may stay.
 
     Raises:
-        FieldError: The body has changed what it may not; the text names the first by name.
+        FieldError: The body has changed what it may not; the text names the first such tensor or module.
     """
     held = [_Held.of(module, path) for path, module in model.named_modules()]
     try:
@@ -73,7 +73,7 @@ class _Held:
     params: dict[str, _Parameter | None]
     buffers: dict[str, Tensor | None]
     values: dict[str, Tensor]
-    """Of the buffers that are never averaged."""
+    """Values of the buffers that are never averaged, by name."""
 
     @classmethod
     def of(cls, module: nn.Module, path: str) -> _Held:

@@ -44,7 +44,7 @@ def norm_limit(spec: str) -> NormLimit | None:
     """Return the limit that a spec names: ``clip:3`` or ``drop:3``, or None for ``none``.
 
     Raises:
-        FieldError: Naming ``norm_limit``: another rule, or no multiple above 0.
+        FieldError: The spec has another rule, or no multiple above 0; the error names ``norm_limit``.
     """
     rule, _, text = spec.strip().lower().partition(":")
     if rule == "none" and not text:
@@ -66,8 +66,8 @@ class WeightLimit(Part):
     a mean would be its own, and it could take back what all the others want.
 
     Args:
-        share: The most, of a mean of three updates or more; of fewer nobody's weight is cut.
-        clients: Those whose weight nobody else knows.
+        share: Largest share of a mean of three updates or more that a client may have; of fewer no weight is cut.
+        clients: Clients whose weight nobody else knows.
     """
 
     share: float
@@ -84,7 +84,7 @@ class WeightLimit(Part):
         none is. Where that cannot be (three updates, a limit below a third), those cut weigh as much as the lightest.
 
         Args:
-            weights: Of the updates that are averaged, by client.
+            weights: Weights of the updates that are averaged, by client.
         """
         if len(weights) < 3:
             return {}

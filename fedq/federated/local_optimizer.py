@@ -81,6 +81,6 @@ def local_optimizer(spec: str) -> LocalOptimizer:
     """Return the local optimizer that a spec names.
 
     Raises:
-        FieldError: Naming ``optimizer``: an unknown one, or an option that it does not have or that is out of range.
+        FieldError: The optimizer or an option is unknown, or a value is out of range; the error names ``optimizer``.
     """
     return parse("optimizer", spec, LOCAL_OPTIMIZERS)

@@ -37,10 +37,10 @@ class _PseudoGradientOptimizer(Optimizer):
         """Move every parameter that has a gradient, the negative mean client update, by one server step.
 
         Args:
-            closure: Called first, with gradients enabled, where given.
+            closure: Function that is called first, with gradients enabled; None: nothing is called.
 
         Returns:
-            What ``closure`` returned, or None.
+            The loss that ``closure`` returned; None without a closure.
         """
         loss = None
         if closure is not None:
@@ -87,8 +87,8 @@ class FedAvgM(_PseudoGradientOptimizer):
     Args:
         params: Float32 parameters.
         lr: Server learning rate, at least 0.
-        momentum: From 0 to below 1.
-        nesterov: Step by ``D + momentum * V`` instead of V.
+        momentum: Server momentum, from 0 to below 1.
+        nesterov: Whether to step by ``D + momentum * V`` instead of V.
 
     Raises:
         FieldError: An option outside its range.
@@ -238,8 +238,8 @@ def server_optimizer(spec: str, params: ParamsT) -> Optimizer:
         The optimizer; ``step`` applies the round.
 
     Raises:
-        FieldError: Naming ``server``: an unknown optimizer or option, a value of a wrong type or out of range, or an
-            optimizer that cannot be used so.
+        FieldError: The optimizer or an option is unknown, a value is of a wrong type or out of range, or the optimizer
+            cannot be used on a server; the error names ``server``.
     """
     name, colon, text = spec.partition(":")
     cls = _optimizer_class(spec, name.strip().lower())

@@ -24,8 +24,8 @@ class OwnEvaluation:
 
     Args:
         evaluate: The function.
-        name: What a number without a name is called.
-        transport: Between the ranks.
+        name: Name of a number that the function returns without one.
+        transport: Transport between the ranks.
 
     Raises:
         FieldError: The function cannot be called.
@@ -47,7 +47,7 @@ class OwnEvaluation:
 
         Raises:
             FieldError: The function has returned no numbers.
-            RuntimeError: It has raised, on whichever rank; the text says what.
+            RuntimeError: The function has raised, on whichever rank; the text says what.
         """
         transport, messages = self._transport, list[Tensor]()
         if self._is_shared or transport.rank == 0:

@@ -23,7 +23,7 @@ TrainFunction = Callable[..., "float | Mapping[str, float] | Sequence[float] | N
 """``train(model, lr)``: trains the model in place; returns its mean loss, means by name, or nothing."""
 STEPS = "first_step"
 _NAMED = ("round", "seed", STEPS, "client")
-"""What a training function gets beside model and learning rate, if it names it."""
+"""Arguments that a training function gets beside model and learning rate, if it names them."""
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -45,7 +45,7 @@ def states_of(state: State | None) -> dict[str, Stateful]:
     """Return what a client keeps between rounds, by name; what has none is called ``state``.
 
     Raises:
-        FieldError: Something cannot be saved.
+        FieldError: A state lacks `state_dict` or `load_state_dict`.
     """
     named: Mapping[str, Any] = state if isinstance(state, Mapping) else {} if state is None else {"state": state}
     for name, one in named.items():
@@ -58,7 +58,7 @@ def check_function(train: TrainFunction) -> None:
     """Check that a function can be called as ``train(model, lr)``, with what it names besides.
 
     Raises:
-        FieldError: It needs something that it will not get.
+        FieldError: The function needs an argument that it will not get.
     """
     signature = signature_of(train)
     if signature is None:
@@ -89,15 +89,15 @@ class OwnTraining:
     """Trains by a function of the user's.
 
     Args:
-        model: What the function trains.
-        train: The function.
+        model: Module that the function trains.
+        train: The training function.
     """
 
     def __init__(self, model: nn.Module, train: TrainFunction) -> None:
         self.model = model
         self.train = train
         self.num_steps = 0
-        """Optimizer steps so far."""
+        """Optimizer steps that the function has taken so far."""
         self._named = named_by(train)
 
     @cached_property
@@ -149,7 +149,7 @@ def _measures(told: float | Mapping[str, float] | Sequence[float] | None) -> tup
     """Return loss, accuracy and all means of what a training function has returned.
 
     Raises:
-        FieldError: It is nothing of the kind.
+        FieldError: The function has returned something else, or an accuracy outside 0 to 1.
     """
     if told is None:
         return math.nan, math.nan, {}

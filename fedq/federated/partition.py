@@ -34,10 +34,10 @@ def partition(labels: Tensor, num_clients: int, spec: str, *, seed: int, min_exa
     time, from the client that is the largest at that moment.
 
     Args:
-        labels: int64 (N,), on any device.
-        num_clients: Clients, 1 or more.
-        spec: Scheme with its option.
-        seed: Decides the parts, together with the other arguments and nothing else.
+        labels: Labels of the examples, int64 (N,), on any device.
+        num_clients: Number of clients, 1 or more.
+        spec: Scheme with its option, as above.
+        seed: Random seed, 0 or more; with the other arguments it alone decides the parts.
         min_examples: Fewest examples a client may hold, 1 or more.
 
     Returns:

@@ -26,7 +26,7 @@ class Part:
         """Hear what comes next, or that a wait goes on: a sign of life.
 
         Args:
-            doing: In words.
+            doing: What this process does next, or waits for, in words.
         """
 
     def before_training(self, context: RoundContext, client: Client) -> None:
@@ -52,7 +52,7 @@ class Part:
 
         Args:
             context: The round.
-            weights: Of the updates that are averaged, by client.
+            weights: Weights of the updates that are averaged, by client.
         """
         return {}
 
@@ -61,8 +61,8 @@ class Part:
 
         Args:
             context: The round.
-            updates: Those to be averaged.
-            weights: What each of them counts for, by client.
+            updates: The updates to be averaged.
+            weights: Weight of each update in the mean, by client.
         """
         return None
 
@@ -74,7 +74,7 @@ class Parts(Part):
     """Several parts, told one after another.
 
     Args:
-        parts: In this order.
+        parts: The parts, told in this order.
     """
 
     def __init__(self, parts: Iterable[Part] = ()) -> None:

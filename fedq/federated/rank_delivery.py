@@ -35,7 +35,7 @@ class RankDelivery(Delivery):
     """Every rank trains its share of the clients.
 
     Args:
-        exchange: How messages reach the server and its change all ranks.
+        exchange: What brings messages to the server, and its change to all ranks.
         clients: Every client by number; a rank uses those of its share.
         uplink: Layouts of updates, by round.
         downlink_cost: How rank 0 charges clients for downloads.
@@ -43,8 +43,8 @@ class RankDelivery(Delivery):
         sticky: Whether clients keep to one rank (they keep something there).
         side_by_side: Clients that a rank trains at a time, as one stacked model.
         has_start: Whether every rank has drawn the first model from the seed.
-        timer: Told what training and encoding take; default: the transport's.
-        own_codecs: From a client's own codec to its layouts, where clients may have one; None: none has.
+        timer: What measures the time of training and encoding; default: the transport's.
+        own_codecs: Returns the layouts for a client's own codec; None: no client has one.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class RankDelivery(Delivery):
         """Compare the ranks' models: what they are made of, and frozen parameters, which are not sent.
 
         Raises:
-            FieldError: They differ.
+            FieldError: The ranks' models differ.
         """
         self.exchange.book_peer(0, "metrics", check_ranks(model, self.transport))
 

@@ -25,7 +25,7 @@ class Record:
     """The run's folder, written on rank 0, and the sums of its rounds, known on every rank.
 
     Args:
-        path: The folder; None: nothing is written.
+        path: The run's folder; None: nothing is written.
         metrics: What is measured; the first one decides what is best.
     """
 
@@ -34,7 +34,7 @@ class Record:
         self.metrics = metrics
         self.checkpoints = None if path is None else Checkpoints(path / "checkpoints")
         self.total = Summary(0)
-        """What the rounds so far have come to."""
+        """Summary of the rounds so far."""
         self._folder: RunFolder | NullRunFolder = NullRunFolder()
         self._left_out: list[dict[str, Any]] = []
 
@@ -42,7 +42,7 @@ class Record:
         """Make the folder this process's own, on rank 0.
 
         Raises:
-            FieldError: It cannot be written, another process works in it, or it holds a run that is not gone on with.
+            FieldError: The folder cannot be written, is another process's, or holds a run that is not resumed.
         """
         if self.path is None:
             return
@@ -62,10 +62,10 @@ class Record:
         """Take a round: on rank 0 write its rows.
 
         Args:
-            result: The round, known to every rank.
-            lr: Its learning rate.
-            outcome: What rank 0 knows of it besides.
-            ledger: What was counted so far.
+            result: The round's result, known to every rank.
+            lr: The round's local learning rate.
+            outcome: What rank 0 alone knows of the round.
+            ledger: Ledger of the bytes that were counted so far.
             received: Bytes that have come to rank 0 so far.
         """
         total, values = self.total, dict(result.metrics)
@@ -114,10 +114,10 @@ class Record:
         """Write model, ledger and summary, on rank 0.
 
         Args:
-            ledger: What was counted.
-            tensors: The model's, by name.
-            settings: As `describe` has written them.
-            place: Of the summary: what was trained, and where.
+            ledger: Ledger of the bytes that were counted.
+            tensors: The model's tensors, by name.
+            settings: The run's settings, as `describe` has written them.
+            place: Fields of the summary that say what was trained, and where.
         """
         if self._folder.path is None:
             return

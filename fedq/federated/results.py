@@ -15,13 +15,13 @@ class RoundResult:
     """A round; the same on every rank.
 
     Args:
-        round: Number, from 0.
+        round: Number of the round, from 0.
         loss: Mean local loss, weighted by examples; NaN if clients tell none.
         metrics: Means of what clients have measured while training, as ``train_<name>``, and of what was evaluated
             afterwards, as ``val_<name>``.
-        clients: Those whose update was used.
+        clients: Clients whose update was used.
         left_out: Clients whose update was not used, with the reason.
-        clipped: Clients whose update was scaled down, or whose weight was cut, with the words for it.
+        clipped: How updates were scaled down, or weights cut, in words, by client.
         uplink_bytes: Payload bytes of the clients' messages.
         downlink_bytes: Payload bytes that clients were charged for.
         uplink_bytes_fp32: Bytes of the same messages in float32.
@@ -83,7 +83,7 @@ class Summary:
         rounds: Rounds that were run, those before a resume included.
         loss: Mean local loss of the last round.
         best: Best value of the first metric over the rounds; None if it was never measured.
-        metrics: Of the last round, as in `RoundResult`.
+        metrics: Metrics of the last round, as in `RoundResult`.
         uplink_bytes: Payload bytes of all clients' messages.
         downlink_bytes: Payload bytes of all downloads.
         uplink_bytes_fp32: Bytes of the same messages in float32.

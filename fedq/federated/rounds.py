@@ -29,8 +29,8 @@ class Outcome:
     Args:
         frames: The clients' messages, or rank 0's share of each, with the rank that each came from.
         left_out: Clients whose update was not used, with the reason.
-        clipped: Clients whose update was scaled down, or whose weight was cut, with the words for it.
-        skipped: Those left out only because the round had too few updates.
+        clipped: How updates were scaled down, or weights cut, in words, by client.
+        skipped: Clients left out only because the round had too few updates.
         has_change: Whether the model was changed; on every rank.
     """
 
@@ -70,12 +70,12 @@ class Rounds:
 
     Args:
         delivery: What brings tasks to clients and their answers back.
-        server: The server, or that of a part of the model, where this process has one.
+        server: This process's server, of the model or a part of it; None: it has none.
         downlink: Layout of changes.
         replica: The model that every participant holds, flat float32; updated in place.
-        parts: What else takes part, told in this order.
+        parts: What else takes part in rounds, told in this order.
         min_cohort: Fewest updates a round needs; with fewer the model stays as it is.
-        timer: Told what decoding and the server take; default: one of its own.
+        timer: What measures the time of decoding, the server's step and encoding; default: a new one.
     """
 
     def __init__(

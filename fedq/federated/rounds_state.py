@@ -31,10 +31,10 @@ class RoundsState:
     Args:
         rounds: The rounds.
         model: The module, whose frozen parameters the replica lacks.
-        transport: Between the ranks.
-        ledger: What was counted.
+        transport: Transport between the ranks.
+        ledger: Ledger of the bytes that were counted.
         path: The run's folder.
-        files: What every rank has in files of its own, by its name in a checkpoint.
+        files: Saved versions of what every rank has in files of its own, by name in a checkpoint.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class RoundsState:
         """Go on from what `state_dict` returned, on every rank.
 
         Args:
-            state: The state.
-            is_compared: Whether it was found to belong to this model and these codecs before.
+            state: What `state_dict` returned on rank 0.
+            is_compared: Whether the state was found before to belong to this model and these codecs.
 
         Raises:
-            FieldError: It belongs to another model or other codecs.
+            FieldError: The state belongs to another model or other codecs.
         """
         rounds = self.rounds
         if not is_compared and state["layouts"] != self._layouts():
@@ -100,9 +100,9 @@ class RoundsState:
         """Write a checkpoint; every rank calls it.
 
         Args:
-            number: Rounds so far.
-            checkpoints: Where rank 0 writes it.
-            state_dict: Returns what it holds, of which `state_dict` is a part; called on rank 0.
+            number: Number of rounds so far.
+            checkpoints: The run's checkpoints, which rank 0 writes.
+            state_dict: Returns what the checkpoint holds, this object's `state_dict` included; called on rank 0.
         """
         rounds, rank = self.rounds, self.transport.rank
         for files in self.files.values():
@@ -124,7 +124,7 @@ class RoundsState:
 
         Raises:
             CheckpointError: A part of the server is damaged or missing.
-            FieldError: A file is.
+            FieldError: A file that the checkpoint names is damaged or missing.
         """
         for name, files in self.files.items():
             files.check(loaded.state.get(name, {}))

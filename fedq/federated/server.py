@@ -29,7 +29,7 @@ class Server:
     Args:
         initial: The whole model that everyone starts from, flat float32; copied.
         layout: Layout of the downlink (offsets are those of the uplink too), or this server's part of it.
-        make_optimizer: From the master's parameter tensors to a `torch.optim.Optimizer`; it is fed the negative mean
+        make_optimizer: Returns a `torch.optim.Optimizer` of the master's parameter tensors; it is fed the negative mean
             update as the gradient. Statistics never go through it: their mean change is added as it is.
     """
 
@@ -98,8 +98,8 @@ def join_states(layout: Layout, states: Sequence[Mapping[str, Any]]) -> dict[str
     """Return the state of a server of the whole model, put together from those of its parts.
 
     Args:
-        layout: Of the whole model.
-        states: `Server.state_dict` of every part, with ``numbers``: which spans of the whole it holds.
+        layout: Layout of the whole model.
+        states: `Server.state_dict` of every part, with ``numbers``: which spans of the whole the part holds.
     """
     master = torch.empty(layout.numel)
     params: dict[int, Any] = {}

@@ -21,7 +21,7 @@ class ServerShards:
     """The servers' states of one run.
 
     Args:
-        folder: Where they lie.
+        folder: Folder with a folder of checkpoints for each rank.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,9 +36,9 @@ class ServerShards:
         """Return the state of the whole server.
 
         Args:
-            number: Rounds.
-            world_size: Ranks that wrote it.
-            layout: Of the whole model.
+            number: Number of rounds after which the state was written.
+            world_size: Number of ranks that wrote the state.
+            layout: Layout of the whole model.
 
         Raises:
             CheckpointError: A part is damaged or missing.

@@ -49,7 +49,7 @@ def train_stacked(
     is read out while the others go on. Dropout draws other masks than it does one by one.
 
     Args:
-        training: How each of them trains.
+        training: How each client trains.
         start: The flat model that all start from.
         parts: Indices of each client's examples.
         lr: Local learning rate.

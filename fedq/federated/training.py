@@ -23,7 +23,7 @@ class RoundContext:
     """What every participant knows of a round.
 
     Args:
-        round: Number, from 0.
+        round: Number of the round, from 0.
         lr: Local learning rate.
         seed: The run's seed.
     """
@@ -54,8 +54,8 @@ class Trained:
     Args:
         flat: The trained model in the layout's order, float32.
         loss: Mean training loss over the examples seen.
-        accuracy: Share of them that were classified correctly while training.
-        num_steps: Optimizer steps; 0 where they are not counted.
+        accuracy: Share of the examples seen that were classified correctly while training.
+        num_steps: Number of optimizer steps; 0 where they are not counted.
         changes: What training changed in the tensors that are not float32, by name: there ``flat`` less the model that
             training was given holds the rounding of that model too.
     """
@@ -75,7 +75,7 @@ class Start:
     Args:
         layout: The module's layout.
         model: The module.
-        flat: The model.
+        flat: The flat model that training starts from, float32.
 
     Raises:
         FieldError: A parameter was frozen or unfrozen since the module was laid out; the text names it.
@@ -110,7 +110,7 @@ class Training(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """Its layout."""
+        """The module's layout."""
 
     def run(self, start: Tensor, context: RoundContext, client: int) -> Trained:
         """Train client number ``client`` from a flat model in a round, with the seed `RoundContext.local_seed`."""
@@ -126,7 +126,7 @@ class ExampleTraining(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """Its layout."""
+        """The module's layout."""
 
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train from a flat model on the examples at ``indices``; everything random follows from ``seed``."""
@@ -151,7 +151,7 @@ class OnExamples:
 
     @property
     def layout(self) -> Layout:
-        """Its layout."""
+        """The module's layout."""
         return self.training.layout
 
     def run(self, start: Tensor, context: RoundContext, client: int) -> Trained:

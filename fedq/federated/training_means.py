@@ -19,7 +19,7 @@ class TrainingMeans(Part):
     """Keeps what this rank's clients have measured in a round, and whose state and residual it changed.
 
     Args:
-        states: What its clients keep.
+        states: States that this rank's clients keep between rounds.
     """
 
     def __init__(self, states: ClientStates) -> None:

@@ -53,9 +53,9 @@ class TwoPhase(Exchange):
     """Every rank has the server of the tensors that it owns.
 
     Args:
-        transport: How buffers move.
-        ledger: Where rank 0 books.
-        layout: Of the updates: their bytes decide who owns what.
+        transport: What moves buffers between ranks.
+        ledger: Ledger in which rank 0 books bytes.
+        layout: Layout of the updates, whose bytes decide who owns what.
     """
 
     is_spread = True
@@ -196,8 +196,8 @@ class TwoPhase(Exchange):
 
         Args:
             ranked: Every message's share for rank 0.
-            tables: `_section_table` of each.
-            layout: Of the updates.
+            tables: `_section_table` of each message.
+            layout: Layout of the updates.
         """
         for (rank, frame), table in sorted(zip(ranked, tables, strict=True), key=lambda row: row[0][1].client):
             payloads: list[tuple[Span, Sections]] = []
@@ -235,7 +235,7 @@ def _section_table(layout: Layout, frame: Frame) -> Tensor:
     """Return what rank 0 must be told to book a message: the sections of payloads without a fixed size.
 
     Returns:
-        uint8, an int64 for each of `_COLUMNS` of each such span; zeros if there are no payloads.
+        A uint8 buffer: an int64 for each of `_COLUMNS` of each such span; zeros if there are no payloads.
     """
     if not frame.kind.has_payloads:
         return torch.zeros(_table_nbytes(layout), dtype=torch.uint8)

@@ -37,7 +37,7 @@ class Versions:
     """The versions of one store's files.
 
     Args:
-        store: This rank's part; None: nothing is kept, and every method does nothing.
+        store: This rank's store; None: nothing is kept, and every method does nothing.
     """
 
     def __init__(self, store: OwnerStore | None) -> None:
@@ -79,7 +79,7 @@ class Versions:
         """Read the files that a checkpoint names.
 
         Raises:
-            FieldError: One is missing or damaged.
+            FieldError: A file is missing or damaged.
         """
         if self.store is not None:
             for pair in named.items():
