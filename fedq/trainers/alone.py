@@ -62,17 +62,17 @@ def train_alone(
 
     Args:
         job: The job.
-        state: Its progress.
+        state: The job's progress.
         train: Trains this rank's clients in a round.
         evaluate: Evaluates every client after a round and writes its rows; returns the mean validation accuracy, on
             every rank.
         test: Tests every client after the last round.
 
     Returns:
-        What the summary says of it.
+        The training's results, as fields of the summary.
 
     Raises:
-        DivergedError: All models have diverged.
+        DivergedError: All clients' models have diverged.
     """
 
     def run_one(number: int) -> Ran:

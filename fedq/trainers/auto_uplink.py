@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 _PROBE_S = 6.0
 _STEPS = 5
-"""Steps that are timed."""
+"""Most steps that are timed."""
 _FILE = "auto_uplink.json"
 _Schedule = Literal["auto", "reduce", "one_phase", "two_phase", "hierarchical"]
 
@@ -73,15 +73,15 @@ def choose_uplink(
     Nothing random is used up: the job goes on as one that was given the codec.
 
     Args:
-        config: With ``uplink`` as ``auto``.
-        runtime: This rank, in its process group.
-        model: What is trained; only a copy is.
-        data: Its data set.
+        config: Settings with ``uplink`` as ``auto``.
+        runtime: This rank's place in its process group.
+        model: Model of the job; only a copy of it takes steps.
+        data: Data set of the job.
         precision: Arithmetic of training.
-        path: The run's folder.
+        path: The run's folder, in which rank 0 keeps the links and the reason.
 
     Raises:
-        FieldError: A ``link`` that cannot be read, or was measured with other ranks.
+        FieldError: The ``link`` file cannot be read, or was measured with other ranks.
     """
     with torch.random.fork_rng():
         compute_s = _compute_s(config, runtime, model, data, precision)

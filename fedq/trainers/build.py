@@ -29,7 +29,7 @@ class SignsOfLife(Part):
     """Tells the watch what goes on.
 
     Args:
-        watch: The rank's.
+        watch: This rank's watch.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -45,7 +45,7 @@ def round_settings(config: Config, model: nn.Module, *, sends: bool = True) -> R
 
     Args:
         config: The job's settings.
-        model: What is trained.
+        model: Model that is trained.
         sends: Whether updates are sent at all.
     """
     exchange, members, lowbit = config.exchange, config.clients, config.lowbit
@@ -89,11 +89,11 @@ def build_rounds(
 
     Args:
         job: The job.
-        settings: How its clients exchange.
-        store: Of residuals.
-        training_of: How each client trains, where clients have something of their own; they then keep to their ranks.
+        settings: How the job's clients exchange.
+        store: Residuals of this rank's clients; None: no residual is kept.
+        training_of: Returns how a client trains, where clients keep models of their own and so keep to their ranks.
         delivery: What brings tasks to clients; default: the ranks train them.
-        parts: What takes part beside that which takes part in every job.
+        parts: What takes part in rounds, beside the parts of every job.
     """
 
     def client(number: int) -> Client:

@@ -35,8 +35,8 @@ class Divergence:
 
     Args:
         job: The job.
-        state: Its state, which has the model that everybody holds.
-        has_one_model: Whether the job's model is that one, so that its losses say how it is.
+        state: The job's state, which has the model that everybody holds.
+        has_one_model: Whether the job's model is the one that everybody holds, so that its loss says how that is.
     """
 
     def __init__(self, job: Job, state: JobState, *, has_one_model: bool) -> None:
@@ -50,8 +50,8 @@ class Divergence:
 
         Args:
             round: Number of the round, from 0.
-            is_lost: Whether no update of it could be used.
-            val_loss: Loss on the validation data; None if it was not evaluated.
+            is_lost: Whether no update of the round could be used.
+            val_loss: Loss on the validation data; None if the round was not evaluated.
 
         Raises:
             DivergedError: The model is of no use any more, or the clients cannot train it.
@@ -105,7 +105,7 @@ def check_losses(job: Job, round: int, losses: Tensor) -> None:
     """Look at the losses of clients that train each for itself.
 
     Raises:
-        DivergedError: None is finite.
+        DivergedError: No loss is finite.
     """
     if not losses.isfinite().any():
         raise _error(job, f"every model has diverged by round {round}: no loss is finite", rollbacks=0, is_final=True)
@@ -123,8 +123,8 @@ def rolling_back(config: C, run_once: Callable[[C, int], dict[str, Any]]) -> dic
     """Run a job to its end, by way of its last good checkpoint as often as its model diverges and may be rolled back.
 
     Args:
-        config: Its settings.
-        run_once: Runs it with settings, after so many rollbacks, and returns the summary.
+        config: The job's settings.
+        run_once: Runs the job with the settings, given the number of rollbacks before, and returns the summary.
 
     Returns:
         The summary, also of a run that was finished before.

@@ -36,8 +36,8 @@ def stopped_by_disk(path: Path, say: Callable[[str], str]) -> Iterator[None]:
     """Tell an error of writing to a run's folder in the words of `farewell`.
 
     Args:
-        path: The folder.
-        say: From the cause to those words.
+        path: The run's folder.
+        say: Returns the words of `farewell` for a cause.
 
     Raises:
         RunStopped: The disk is full or broken, or the folder is gone.

@@ -24,9 +24,9 @@ from fedq.old_settings import modern
 from fedq.text import clean
 
 KEY = "fingerprint"
-"""Of a checkpoint's state."""
+"""Key of the fingerprint in a checkpoint's state."""
 DATA, MODEL = "data", "model"
-"""What may be named beside settings. The model is a setting too: the name of its code."""
+"""Names that `resume_changed` may have beside settings. The model is a setting too: the name of its code."""
 _VERSION = 1
 
 _FREE = {"dataset", "data_dir", "download", "aggregate"} | {one.name for one in fields(RunConfig)} - {"seed"}
@@ -37,13 +37,13 @@ _FIXED = {
 }
 """Settings that decide what a checkpoint consists of; nothing takes their change over."""
 _FIXED_BY_STEP = {"optimizer", "uplink", "downlink", "schedule", "feedback"}
-"""With --exchange step, whose optimizer and residuals are part of the checkpoint, these as well."""
+"""Settings that are fixed too with --exchange step, whose optimizer and residuals are part of the checkpoint."""
 _DECIDE_DATA = {"image_size", "train_examples", "val_fraction", "seed"}
-"""Settings whose change is one of the data."""
+"""Settings that decide what the data are, so that their change explains a change of the data."""
 _LONGEST = 200
 
 Changes = dict[str, tuple[Any, Any]]
-"""What differs, by name: as it was, and as it is now."""
+"""Old and new value of what differs, by name."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Fingerprint:
 
     Args:
         settings: Every setting by its name, but those of a network.
-        data: By split, and of the classes, in words that any other content would change.
-        model: Shape by tensor.
-        changes: What was changed under way: `round`, `name`, `before` and `now` of each.
+        data: Words on each split and on the classes, by name, that any other content would change; None: not known.
+        model: Shapes of the model's tensors, by name; None: not known.
+        changes: Changes that were taken over under way, each with its `round`, `name`, `before` and `now`.
     """
 
     settings: dict[str, Any]
@@ -109,7 +109,7 @@ def check_names(config: Config) -> None:
     """Refuse a name in `resume_changed` that nothing has, or whose change cannot be taken over.
 
     Raises:
-        FieldError: The first such name, with those that are allowed.
+        FieldError: There is such a name; the text has the first one, and those that are allowed.
     """
     allowed = (_settings(config).keys() - _FREE - _fixed(config)) | {DATA, MODEL}
     for name in _named(config):
@@ -123,7 +123,7 @@ def changed_settings(kept: Fingerprint, config: Config, path: Path) -> Changes:
     A setting that the run does not know yet had its default.
 
     Raises:
-        FieldError: One that differs and is not to be taken over.
+        FieldError: A setting differs and is not to be taken over.
     """
     now, defaults = _settings(config), _settings(type(config)())
     free = _FREE if kept.data is not None else _FREE - {"dataset"}
@@ -137,11 +137,11 @@ def changed_content(kept: Fingerprint, own: Fingerprint, config: Config, path: P
     """Return whether data are not those of the run in a folder, and may be taken over.
 
     Args:
-        kept: The run's.
-        own: This rank's.
-        config: The settings.
-        path: The folder.
-        settings: What `changed_settings` returned.
+        kept: Fingerprint of the run in the folder.
+        own: Fingerprint of the job on this rank.
+        config: The job's settings.
+        path: The run's folder.
+        settings: Changes of settings that `changed_settings` returned.
 
     Raises:
         FieldError: Data or model differ and are not to be taken over.
@@ -158,7 +158,7 @@ def check_alike(own: Fingerprint, first: dict[str, str] | None, rank: int) -> No
     """Compare a rank's data with rank 0's: shares are dealt by number, so all must have the same.
 
     Raises:
-        FieldError: They differ.
+        FieldError: The ranks' data differ.
     """
     if own.data is not None and first is not None and own.data != first:
         theirs, ours = _what_differs(first, own.data)

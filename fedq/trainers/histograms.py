@@ -16,7 +16,7 @@ class HistogramLog(Part):
     """Writes the histograms of a round's first client on rank 0, in the first, the last and every n-th round.
 
     Args:
-        job: Whose settings say how often, and whose folder takes them.
+        job: Job whose settings say how often, and whose folder takes the histograms.
     """
 
     def __init__(self, job: Job) -> None:

@@ -19,7 +19,7 @@ class InterfaceCount:
     Everything that crosses an interface is in it: other processes' traffic, TCP's headers, the launcher's own messages.
 
     Args:
-        transport: The ranks.
+        transport: Transport between the ranks.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -34,8 +34,9 @@ class InterfaceCount:
             counted: Bytes that crossed ranks since this was made, as rank 0's ledger has them.
 
         Returns:
-            On rank 0 the hosts with the bytes of their interfaces, and in all the bytes sent, those counted, and their
-            ratio; None elsewhere, or where there is one rank or no counter. And the bytes that telling rank 0 took.
+            First, on rank 0, the hosts with the bytes of their interfaces, and in all the bytes sent, those counted
+            and their ratio; None on other ranks, with one rank alone, or without a counter. Second, the bytes that
+            telling rank 0 took.
         """
         if self._transport.world_size == 1:
             return None, 0

@@ -71,17 +71,17 @@ class Job:
     """The run's folder, known to every rank."""
     watch: Watch
     start: int
-    """How often the run was started before."""
+    """Number of times that the run was started before."""
     fingerprint: Fingerprint
-    """What the run is, for its checkpoints."""
+    """Settings, data and shapes of the model, by which checkpoints prove to be this run's."""
     timer: PhaseTimer
-    """Where this rank's time goes."""
+    """Timer of this rank's phases."""
     trace: StepTrace
-    """The profiler's, where one is wanted."""
+    """Trace of the profiler, which records only where the settings ask for it."""
     interfaces: InterfaceCount
-    """What the machines' network interfaces have sent since this start."""
+    """Count of the bytes that the machines' network interfaces have sent since this start."""
     rollbacks: int = 0
-    """How often the run has gone back to a checkpoint because its model had diverged."""
+    """Number of times that the run has gone back to a checkpoint because its model had diverged."""
 
     @property
     def is_root(self) -> bool:
@@ -148,12 +148,12 @@ def open_job(config: Config, rollbacks: int = 0) -> Iterator[Job]:
     """Set a job up and close its folder and process group afterwards.
 
     Args:
-        config: Its settings.
-        rollbacks: How often the run has gone back to a checkpoint because its model had diverged.
+        config: The job's settings.
+        rollbacks: Number of times that the run has gone back to a checkpoint because its model had diverged.
 
     Raises:
-        FieldError: A setting that cannot be used, on every rank.
-        Finished: A start of the same command before this one has finished the run, on every rank.
+        FieldError: A setting cannot be used; raised on every rank.
+        Finished: An earlier start of the same command has finished the run; raised on every rank.
     """
     given, run = config, config.run
     check_names(config)
@@ -282,7 +282,7 @@ def make_model(config: Config, name: str, data: Dataset, device: torch.device, p
     """Build a network with weights that follow from the run's seed.
 
     Raises:
-        FieldError: See `build_model`; or it does not fit the data, as `check_model` finds.
+        FieldError: `build_model` cannot build the network, or `check_model` finds that it does not fit the data.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     model = build_network(config, name, data)

@@ -24,8 +24,8 @@ class Ran:
     """A round that was run.
 
     Args:
-        log: Writes its rows.
-        is_lost: Whether nothing of it could be used; the same on every rank.
+        log: Writes the round's rows, given its metrics.
+        is_lost: Whether nothing of the round could be used; the same on every rank.
     """
 
     log: Log
@@ -42,13 +42,13 @@ def run_to_the_end(
 
     Args:
         job: The job.
-        state: What its checkpoints hold, with its progress.
+        state: State of the job, with its progress, that checkpoints hold.
         run_one: Runs the round of a number, and leaves what is to be evaluated in the job's model.
-        noun: What a round is called.
-        measure: From the validation set, or at the end the test set, and the round to the scores.
+        noun: Name of a round in the progress bar and the watch: ``round`` or ``epoch``.
+        measure: Returns the scores on a split, the validation set or at the end the test set, after a round.
 
     Returns:
-        What the summary says of it.
+        The rounds' results, as fields of the summary.
 
     Raises:
         DivergedError: The model has diverged.

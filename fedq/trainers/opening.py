@@ -46,11 +46,11 @@ class Opened:
 
     path: Path
     start: int
-    """How often the run was started before."""
+    """Number of times that the run was started before."""
     kept: Fingerprint | None = None
-    """What the run is that is gone on with."""
+    """Fingerprint of the run that is gone on with; None: this start begins a run."""
     changed: Changes | None = None
-    """Settings that are taken over."""
+    """Changes of settings that are taken over; None: this start begins a run."""
 
 
 def stop_if_finished(config: Config, runtime: Runtime) -> None:
@@ -58,7 +58,7 @@ def stop_if_finished(config: Config, runtime: Runtime) -> None:
 
     Raises:
         FieldError: The run to go on with has other settings.
-        Finished: It was finished.
+        Finished: An earlier start has finished the run.
     """
 
     def look() -> dict[str, Any] | None:
@@ -95,10 +95,10 @@ def identify(
     """Compare data and model, on every rank, with rank 0's and with those of the run that is gone on with.
 
     Returns:
-        What the run is now, as it is written down.
+        The run's fingerprint now, as checkpoints have it.
 
     Raises:
-        FieldError: Ranks have different data; or data or model are not the run's, and not to be taken over.
+        FieldError: Ranks have different data, or data or model are not the run's and not to be taken over.
     """
     own, kept, settings = Fingerprint.of(config, data, model), opened.kept, opened.changed or {}
     first = from_root(runtime, own.data)
@@ -169,7 +169,7 @@ def _resumable(config: Config, path: Path) -> tuple[Fingerprint, Changes]:
     """Refuse settings that would make another run of it; return what the run is, and the changes to take over.
 
     Raises:
-        FieldError: Another ``--out``, or a setting that has changed.
+        FieldError: ``--out`` names another folder, or a setting has changed.
     """
     stored = load_config(path / "config.yaml", type(config)()).run.out
     out = config.run.out  # the stored one may be relative to another working directory, or the run was moved

@@ -19,11 +19,11 @@ class StepTrace:
     """Records from a rank's first steps on, until it is told to stop or has seen enough.
 
     Args:
-        is_on: Whether it records at all.
-        path: Where ``trace-rank<n>.json.gz`` goes, which chrome://tracing and Perfetto open.
-        rank: This rank.
-        device: What it computes on.
-        timer: Whose phases are shown.
+        is_on: Whether anything is recorded at all.
+        path: Folder of ``trace-rank<n>.json.gz``, which chrome://tracing and Perfetto open.
+        rank: Number of this rank.
+        device: Device that this rank computes on.
+        timer: Timer whose phases are shown in the trace.
     """
 
     def __init__(self, is_on: bool, path: Path, rank: int, device: torch.device, timer: PhaseTimer) -> None:

@@ -22,10 +22,10 @@ def run_job(config: Config) -> dict[str, Any]:
     """Run the job that a config describes, on this rank.
 
     Returns:
-        The summary, on rank 0; the run's folder has everything else.
+        The run's summary on rank 0; the run's folder has everything else.
 
     Raises:
-        FieldError: A setting that cannot be used.
+        FieldError: A setting cannot be used.
         DivergedError: The model has diverged.
     """
     return rolling_back(config, _run_once)

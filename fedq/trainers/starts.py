@@ -37,14 +37,14 @@ _log = logging.getLogger(__name__)
 
 _FILE = "starts.jsonl"
 _FUTILE = 2
-"""Starts in a row that may end by an error of their own without a finished round."""
+"""Starts in a row without a finished round, each ended by an error of its own, after which a run is refused."""
 _BACKOFF_S = (1, 2, 4)
-"""Seconds before a start after one, two, and more without a finished round."""
+"""Seconds to wait before a start, after one, two, and more starts without a finished round."""
 _ERROR_LENGTH = 500
 _LONGEST_COUNT = 10
-"""Digits of the number of starts."""
+"""Number of digits from which on a count of starts is taken for damaged."""
 _OF_LOST_RANKS = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""What torch writes into a RuntimeError, which has no class of its own for it."""
+"""Words by which a RuntimeError of torch says that a rank was lost; torch has no class for that."""
 
 # Numbers this process's jobs: a script may run several, and does so in the same order when it is started again.
 _job_numbers = itertools.count()
@@ -55,7 +55,7 @@ class Finished(Exception):
     """The run that the command describes was finished by an earlier start.
 
     Args:
-        summary: Its summary, on rank 0; empty on the others.
+        summary: The run's summary on rank 0; empty on the others.
     """
 
     def __init__(self, summary: dict[str, Any]) -> None:
@@ -67,9 +67,9 @@ class Place:
     """Where this job's run lies, if an earlier start has begun it; rank 0 knows, and tells the others.
 
     Args:
-        runtime: This rank's.
-        environ: The launcher's environment; default `os.environ`.
-        is_new: Whether this is another job of the process than the one before, which may have been rolled back.
+        runtime: This rank's place among the ranks.
+        environ: Environment that the launcher has set; default: `os.environ`.
+        is_new: Whether this is a new job of the process; False: the job before, which was rolled back, goes on.
     """
 
     def __init__(self, runtime: Runtime, environ: Mapping[str, str] | None = None, *, is_new: bool = True) -> None:
@@ -242,9 +242,9 @@ def note_repeated(path: Path, start: int, before: Mapping[int, int], kept: int) 
 
     Args:
         path: The run's folder.
-        start: The start.
-        before: What `wire_after_rounds` returned before the start forgot anything.
-        kept: Rounds that it goes on after.
+        start: Number of the start, from 0.
+        before: Wire bytes by round, which `wire_after_rounds` returned before the start forgot anything.
+        kept: Number of finished rounds that the start goes on after.
     """
     repeated = [round for round in before if round >= kept]
     if repeated:

@@ -39,14 +39,14 @@ class Progress:
     best_val_accuracy: float = 0.0
     left_out: list[dict[str, Any]] = field(default_factory=list)
     lost_in_a_row: int = 0
-    """Rounds up to now of which no update could be used."""
+    """Number of rounds in a row, up to now, of which no update could be used."""
     rollbacks: int = 0
-    """How often the model has diverged and the run gone back; each halves the learning rate."""
+    """Number of times that the model has diverged and the run gone back; each halves the learning rate."""
     seconds: float = 0.0
     """Seconds of the job, those of stopped processes included."""
     seconds_in_rounds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
-    """Of the rounds, mean over ranks."""
+    """Seconds of the rounds so far by phase, mean over ranks."""
 
     def is_done(self, run: RunConfig) -> bool:
         """Whether the last round or the target accuracy is reached."""
@@ -59,7 +59,7 @@ class JobState(ABC):
 
     Args:
         job: The job.
-        so_far: Its progress.
+        so_far: The job's progress.
     """
 
     def __init__(self, job: Job, so_far: Progress) -> None:
@@ -85,7 +85,7 @@ class JobState(ABC):
         """Go on from a checkpoint's state, on every rank.
 
         Raises:
-            FieldError: It belongs to another model or other codecs.
+            FieldError: The state belongs to another model or other codecs.
         """
 
     @abstractmethod
@@ -117,8 +117,8 @@ class JobState(ABC):
         """Load the newest checkpoint that is whole, with all that it names.
 
         Returns:
-            Whether there was one (a run that was stopped before its first starts again from the beginning), and what
-            a user should know.
+            Whether there was a checkpoint (a run that was stopped before its first starts again from the beginning),
+            and what a user should know, in words.
 
         Raises:
             FieldError: Checkpoints exist, and all are damaged.
@@ -156,7 +156,7 @@ class Unsaved(JobState):
 
     Args:
         job: The job.
-        can_stop: Whether the target accuracy counts after so many rounds.
+        can_stop: Returns whether the target accuracy counts after a number of rounds.
     """
 
     def __init__(self, job: Job, can_stop: Callable[[int], bool] = lambda num_rounds: True) -> None:
@@ -191,10 +191,10 @@ class RunState(JobState):
 
     Args:
         job: The job.
-        rounds: Its rounds.
-        so_far: Its progress.
-        store: This rank's residuals, None without error feedback.
-        kept: What else every rank has in files of its own, by its name in a checkpoint.
+        rounds: The job's rounds.
+        so_far: The job's progress.
+        store: Residuals of this rank's clients; None without error feedback.
+        kept: Stores of what else every rank has in files of its own, by name in a checkpoint.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class RunState(JobState):
         """Go on from what `state_dict` returned, on every rank.
 
         Raises:
-            FieldError: It belongs to another model or other codecs.
+            FieldError: The state belongs to another model or other codecs.
         """
         self.rounds.load_state_dict(state, is_compared=KEY in state)
         vars(self.so_far).update(state["progress"])

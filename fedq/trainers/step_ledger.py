@@ -21,9 +21,9 @@ class StepLedger:
     the first where there is one leg only.
 
     Args:
-        ledger: Where to book, on rank 0; it stays empty elsewhere.
-        shared: Whose bytes.
-        world_size: Ranks.
+        ledger: Ledger in which bytes are booked on rank 0; it stays empty elsewhere.
+        shared: Exchange of gradients whose bytes are booked.
+        world_size: Number of ranks.
     """
 
     def __init__(self, ledger: Ledger, shared: StepExchange, world_size: int) -> None:
@@ -36,8 +36,8 @@ class StepLedger:
         """Book an epoch.
 
         Args:
-            round: Epoch.
-            num_steps: Steps of each rank.
+            round: Number of the epoch, from 0.
+            num_steps: Number of steps that each rank took in the epoch.
             sent: Bytes that each rank has sent since the job was started, by leg, (ranks, 2).
         """
         total = sent.cpu().numpy().astype(np.int64)

@@ -25,9 +25,9 @@ class StepRunState(JobState):
 
     Args:
         job: The job.
-        so_far: Its progress.
-        engine: What takes the steps.
-        shared: What averages the gradients.
+        so_far: The job's progress.
+        engine: Engine that takes the steps.
+        shared: Exchange that averages the gradients, which has the residuals.
     """
 
     def __init__(self, job: Job, so_far: Progress, engine: Engine, shared: StepExchange) -> None:

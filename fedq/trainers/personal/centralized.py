@@ -37,7 +37,7 @@ _METRICS = (
     "val_float_accuracy",
     "val_accuracy",
 )
-"""Of a client's round; `val_accuracy` is that of the quantized model."""
+"""Names of what is measured in a client's round; `val_accuracy` is that of the quantized model."""
 
 
 @dataclass

@@ -52,11 +52,11 @@ def log_centres(
 
     Args:
         job: The job.
-        round: From 0.
+        round: Number of the round, from 0.
         modules: Network of each client's model, on every rank.
-        bits: Of each client's model.
-        mine: This rank's clients.
-        load: From one of them to its model.
+        bits: Bits of each client's weights; 32: they are not quantized.
+        mine: Numbers of this rank's clients.
+        load: Returns the own model of one of this rank's clients.
     """
     places = {
         client: [(layer, index) for layer in inner_weights(modules[client]) for index in range(2**own_bits)]

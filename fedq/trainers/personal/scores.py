@@ -30,9 +30,9 @@ class PersonalScores:
 
     Args:
         job: The job.
-        method: Says which model a client is tested with.
-        rounds: Has what clients downloaded.
-        best: This rank's part of the clients' best models, as they were tested.
+        method: Method, which says what model a client is tested with.
+        rounds: The job's rounds, whose replica is what clients have downloaded.
+        best: Store of the best models of this rank's clients, as they were tested.
     """
 
     def __init__(self, job: Job, method: Method, rounds: Rounds, best: ResidualStore) -> None:

@@ -17,10 +17,10 @@ class PersonalState(RunState):
 
     Args:
         job: The job.
-        rounds: Its rounds.
-        so_far: Its progress.
-        store: This rank's residuals, None without error feedback.
-        test: Has the method with the clients' models, and their best ones.
+        rounds: The job's rounds.
+        so_far: The job's progress.
+        store: Residuals of this rank's clients; None without error feedback.
+        test: Scores of the clients, with the method that has their models, and with their best models.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PersonalState(RunState):
         """Go on from what `state_dict` returned, on every rank.
 
         Raises:
-            FieldError: It belongs to another model or other codecs.
+            FieldError: The state belongs to another model or other codecs.
         """
         super().load_state_dict(state)
         self.test.load_state_dict(state["best"])
