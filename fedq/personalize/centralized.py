@@ -40,16 +40,16 @@ def train_alone(
 
     Args:
         own: The model; its network's module is `local`'s.
-        local: Images, batches, optimizer.
-        indices: The client's images.
-        bits: Of the model.
+        local: Local training, which gives images, batches and optimizer.
+        indices: Places of the client's images in the split.
+        bits: Bits of the model's weights; 32: they are not quantized.
         quantization: How quantized models learn.
-        round: From 0.
+        round: Number of the round, from 0.
         lr: Learning rate of the weights.
-        seed: Of batches and augmentation.
+        seed: Seed of batches and augmentation.
 
     Returns:
-        What was seen of the float model and, before freezing, of the quantized one.
+        What the steps saw of the float model and, before freezing, of the quantized one.
     """
     generator, where = seeded(seed), local.split.images.device
     batches = local.index_batches(len(indices), generator)

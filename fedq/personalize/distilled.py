@@ -29,7 +29,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Args:
         student: Logits [N, classes].
         teacher: Logits [N, classes].
-        temperature: ``T``, above 0.
+        temperature: Temperature ``T``, above 0.
     """
     log_p, log_q = ((logits / temperature).log_softmax(1) for logits in (teacher, student))
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
@@ -40,8 +40,8 @@ class Distillation:
     """``(1 - weight) CE + weight T^2 KL``.
 
     Args:
-        weight: ``lambda_p``, 0 to 1.
-        temperature: ``T``.
+        weight: Weight ``lambda_p`` of the divergence, 0 to 1.
+        temperature: Temperature ``T`` of the divergence, above 0.
     """
 
     weight: float
@@ -64,9 +64,9 @@ class Mutual(Method):
 
     Args:
         local: How the global model is trained.
-        models: The clients' own.
-        lr_ratio: Their learning rate, as a multiple of the round's.
-        distillation: Weight and temperature.
+        models: The clients' own models.
+        lr_ratio: Learning rate of the own models, as a multiple of the round's.
+        distillation: Weight and temperature of the loss.
     """
 
     quantization: Quantization | None = None
@@ -103,8 +103,8 @@ class Mutual(Method):
         """Return the loss of the copy of the global model.
 
         Args:
-            logits: Its own.
-            labels: Of the batch.
+            logits: Logits of the copy of the global model.
+            labels: Labels of the batch.
             own: Logits of the client's float model, and of its quantized one if there is one.
         """
         return self.distillation.loss(logits, labels, own[0])
@@ -124,11 +124,11 @@ class QuPeD(Mutual):
 
     Args:
         local: How ``w`` is trained.
-        models: The clients' own.
+        models: The clients' own models.
         lr_ratio: Learning rate of ``x``, as a multiple of the round's.
-        distillation: ``lp`` and ``T``.
-        quantization: How centres learn.
-        global_loss: ``distill``, the gradient of ``F``, or ``mutual``, with the cross-entropy of ``w``.
+        distillation: Weight ``lp`` and temperature ``T``.
+        quantization: How quantized models learn; None: all learn as float models.
+        global_loss: Loss of ``w``: ``distill``, that of ``F``, or ``mutual``, with the cross-entropy of ``w`` as well.
     """
 
     def __init__(
@@ -163,11 +163,11 @@ class QuPeL(Method):
     the moment at which weights become centres, are those of QuPeD here.
 
     Args:
-        local: Optimizer and batches.
-        models: The clients' own.
+        local: Local training, which gives optimizer and batches.
+        models: The clients' own models.
         lr_ratio: Learning rate of ``x``, as a multiple of the round's.
-        weight: ``lp``.
-        quantization: How centres learn.
+        weight: Weight ``lp`` of the squared distance.
+        quantization: How quantized models learn; None: all learn as float models.
     """
 
     def __init__(

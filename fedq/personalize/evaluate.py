@@ -22,8 +22,8 @@ class PersonalEvaluator:
     """How clients' models are evaluated, each on one rank.
 
     Args:
-        evaluator: Arithmetic and batch size.
-        label_counts: int64 [clients, classes]: training images.
+        evaluator: Evaluator, which gives arithmetic and batch size.
+        label_counts: Number of training images of each client and class, int64 [clients, classes].
     """
 
     evaluator: Evaluator
@@ -37,9 +37,9 @@ class PersonalEvaluator:
         """Return mean loss and accuracy on each class's images, float64 [classes, 2].
 
         Args:
-            model: Evaluated in eval mode.
+            model: Model, which is put into eval mode.
             split: Images and labels.
-            classes: Which; None: all. Of the others, and of those without an image, the means are NaN.
+            classes: Classes to evaluate; None: all. Of the others, and of those without an image, the means are NaN.
         """
         device, num_classes = next(model.parameters()).device, self.label_counts.shape[1]
         wanted = torch.arange(num_classes) if classes is None else torch.tensor(classes)
@@ -57,8 +57,8 @@ class PersonalEvaluator:
         """Return a client's scores on its own classes; NaN if there is no image of them.
 
         Args:
-            client: Number.
-            class_means: Of its model, from `class_means`.
+            client: Number of the client.
+            class_means: Means of the client's model by class, from `class_means`.
         """
         counts = self.label_counts[client].double()
         known = (counts > 0) & ~class_means[:, 0].isnan()

@@ -22,7 +22,7 @@ from fedq.personalize.own_models import OwnModel
 _log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor], Tensor]
-"""From logits to a loss."""
+"""Returns the loss of logits."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Quantization:
 
     Args:
         schedule: Rates of the centres and of the pull to them by round, and when weights become centres.
-        regularizer: See `CentreStep`.
-        sign: See `CentreStep`.
-        centres: See `CentreStep`.
+        regularizer: Distance to the nearest centre that is penalised; see `CentreStep`.
+        sign: Sign of the penalty in the l1 step of the centres; see `CentreStep`.
+        centres: Whether centres are ``learned`` or ``fixed``; see `CentreStep`.
     """
 
     schedule: CentreSchedule
@@ -51,8 +51,8 @@ class Pull:
     """``weight/2 |Q(x) - w|^2`` over parameters.
 
     Args:
-        weight: Its weight.
-        anchors: ``w``, in the order of `Learner.params`.
+        weight: Weight of the squared distance.
+        anchors: Values of ``w``, in the order of `Learner.params`.
     """
 
     weight: float
@@ -63,9 +63,9 @@ class Learner:
     """Trains a client's float model.
 
     Args:
-        own: The model; `finish` writes it.
-        local: Optimizer and arithmetic.
-        lr: Learning rate.
+        own: The client's own model; `finish` writes the trained values into it.
+        local: Local training, which gives optimizer and arithmetic.
+        lr: Learning rate of the parameters.
 
     Attributes:
         params: The parameters that the model's layout has, by name: what the user has frozen is none of them.
@@ -126,12 +126,12 @@ class QuantizedLearner(Learner):
     same loss of the quantized model, the proximal step of the centres.
 
     Args:
-        own: The model, with its centres.
-        local: Optimizer and arithmetic.
-        lr: ``e_1``, of the weights.
+        own: The client's own model, with its centres.
+        local: Local training, which gives optimizer and arithmetic.
+        lr: Learning rate ``e_1`` of the weights.
         step: Options of the proximal steps.
-        centre_lr: ``e_2``, of the centres.
-        regularizer_weight: ``lambda`` of this round.
+        centre_lr: Learning rate ``e_2`` of the centres.
+        regularizer_weight: Weight ``lambda`` of the regularizer in this round.
     """
 
     def __init__(

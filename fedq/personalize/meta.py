@@ -26,9 +26,9 @@ class PerFedAvg(Method):
 
     Args:
         local: How the global model is trained.
-        models: Where tested models go.
-        rate: ``alpha``.
-        steps: From the global model to a client's.
+        models: Networks of the clients, into which the tested models are put.
+        rate: Learning rate ``alpha`` of the inner steps.
+        steps: Number of steps from the global model to a client's.
     """
 
     keeps_models = False
@@ -96,11 +96,11 @@ class PFedMe(Method):
     those of ``theta``'s passes, in both models. The paper's mixing at the server, ``beta``, is ``--server fedavg:lr=``.
 
     Args:
-        local: Optimizer and batches.
-        models: Where ``theta`` is kept.
-        rate: Of the inner steps.
-        steps: Inner steps on a batch.
-        attachment: ``lambda``.
+        local: Local training, which gives optimizer and batches.
+        models: The clients' own models, the ``theta``.
+        rate: Learning rate of the inner steps.
+        steps: Number of inner steps on a batch.
+        attachment: Weight ``lambda`` of the squared distance to the global model.
     """
 
     def __init__(self, local: LocalTraining, models: OwnModels, rate: float, steps: int, attachment: float) -> None:

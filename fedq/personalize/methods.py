@@ -44,21 +44,21 @@ class Method(ABC):
         self.local = local
         self.models = models
         self.round = 0
-        """The round that runs, from 0: schedules follow it."""
+        """Number of the round that runs, from 0; schedules follow it."""
 
     @abstractmethod
     def run(self, client: int, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
         """Train a client; keep its own model, and return the one that travels.
 
         Args:
-            client: Number.
-            start: What it downloaded, flat.
-            indices: Its examples.
+            client: Number of the client.
+            start: The model that the client downloaded, flat float32.
+            indices: Places of the client's examples in the split.
             lr: Local learning rate of the round.
-            seed: Everything random follows from it.
+            seed: Seed of everything random.
 
         Raises:
-            ArithmeticError: Its own model got values that are not finite; the one before is kept.
+            ArithmeticError: The client's own model got values that are not finite; the one before is kept.
         """
 
     def deploy(self, client: int, start: Tensor, indices: Tensor, *, seed: int) -> Network:
@@ -88,8 +88,8 @@ class ClientTraining:
     """One client's training by a method, in the place of `LocalTraining`.
 
     Args:
-        client: Number.
-        method: Trains it.
+        client: Number of the client.
+        method: Method that trains the client.
     """
 
     client: int
@@ -102,7 +102,7 @@ class ClientTraining:
 
     @property
     def layout(self) -> Layout:
-        """Its layout."""
+        """Layout of the model that travels."""
         return self.method.local.layout
 
     def run(self, start: Tensor, indices: Tensor, *, lr: float, seed: int) -> Trained:
@@ -158,8 +158,8 @@ class Local(Method):
 
     Args:
         local: How clients train.
-        models: Their models.
-        lr_ratio: Their learning rate, as a multiple of the round's.
+        models: The clients' own models.
+        lr_ratio: The clients' learning rate, as a multiple of the round's.
     """
 
     sends = False

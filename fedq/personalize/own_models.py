@@ -25,10 +25,10 @@ class Network:
     """An architecture of clients' own models: one module on a rank, which holds one client's values at a time.
 
     Args:
-        name: As `fedq.models` knows it.
-        module: The module.
-        layout: Its layout.
-        start: Values of a client's first model, flat float32; None: what the client downloads first.
+        name: Name of the architecture, as `fedq.models` knows it.
+        module: Module that holds the values of one client at a time.
+        layout: Layout of the module.
+        start: Values of a client's first model, flat float32; None: those that the client downloads first.
     """
 
     name: str
@@ -42,9 +42,9 @@ class OwnModel:
     """One client's own model.
 
     Args:
-        network: Its architecture.
+        network: Architecture of the model.
         flat: The float model, flat float32.
-        centres: Of its quantized model; None without one.
+        centres: Centres of the quantized model; None without one.
     """
 
     network: Network
@@ -63,9 +63,9 @@ class OwnModels:
     """The own models of this rank's clients.
 
     Args:
-        networks: Architecture of each client's.
-        bits: Bits of each client's, 1 to 8, or 32 for float.
-        store: Where they are kept between rounds.
+        networks: Architecture of each client's own model.
+        bits: Bits of each client's weights, 1 to 8, or 32 for a float model.
+        store: Store that keeps the models between rounds.
         outer_at_one: Whether each client's outer centres start at -1 and +1; see `Centres.of`. Default: none do.
     """
 
@@ -97,7 +97,7 @@ class OwnModels:
         """Keep the client's own model.
 
         Raises:
-            ArithmeticError: It has a value that is not finite; what was kept before stays.
+            ArithmeticError: The model has a value that is not finite; what was kept before stays.
         """
         if not is_finite(own.flat):
             raise ArithmeticError("the client's own model has values that are not finite")

@@ -34,7 +34,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "personal_steps": ("perfedavg", "pfedme"),
     "attachment": ("pfedme",),
 }
-"""Settings and the algorithms that know them."""
+"""Algorithms that know a setting, by its name."""
 
 _OF_EXCHANGE = (
     "client_models",
@@ -54,10 +54,10 @@ def parse_client_bits(spec: str, num_clients: int) -> list[int]:
 
     Args:
         spec: For example ``2`` or ``1,2,32``; 32 is a float model.
-        num_clients: Clients.
+        num_clients: Number of clients.
 
     Raises:
-        FieldError: Bits other than 1 to 8 and 32.
+        FieldError: A client's bits are not 1 to 8 or 32.
     """
     texts = [text.strip() for text in spec.split(",")]
     allowed = {str(bits): bits for bits in (*range(1, MAX_CENTRE_BITS + 1), FLOAT_BITS)}
@@ -71,7 +71,7 @@ def parse_client_models(spec: str, model: str, num_clients: int) -> list[str]:
     """Return each client's network: those of the spec, dealt in turn; an empty one is ``model`` for all.
 
     Raises:
-        FieldError: An unknown network.
+        FieldError: A network is unknown.
     """
     names = [name.strip() for name in spec.split(",")] if spec else [model]
     for name in names:
@@ -99,12 +99,12 @@ def check_personal(
     Args:
         personal: Settings of clients' own models.
         local: Settings of local training.
-        defaults: Those of `personal` that are not given.
-        exchange: The setting of that name.
-        weights: The setting of that name.
+        defaults: Default values of the settings in ``personal``.
+        exchange: Value of the setting ``exchange``.
+        weights: Value of the setting ``weights``.
 
     Raises:
-        FieldError: The first that cannot be used, or that the algorithm does not know.
+        FieldError: A setting cannot be used, or the algorithm does not know it; the error names the first one.
     """
     algorithm = personal["algorithm"]
     for name, owners in _OWNERS.items():
@@ -163,11 +163,11 @@ def check_quped(
     Args:
         personal: Settings of clients' own models.
         local: Settings of local training.
-        defaults: Those of `personal` that are not given.
-        weights: The setting of that name.
+        defaults: Default values of the settings in ``personal``.
+        weights: Value of the setting ``weights``.
 
     Raises:
-        FieldError: The first that cannot be used.
+        FieldError: A setting cannot be used; the error names the first one.
     """
     bits = set(parse_client_bits(personal["client_bits"], 1 + personal["client_bits"].count(",")))
     check_all(_checks(personal, local, bits, weights))
@@ -182,7 +182,7 @@ def check_warm_start(path: Path | None) -> None:
     """Check that the file to start from is there.
 
     Raises:
-        FieldError: It is not.
+        FieldError: The file does not exist.
     """
     if path is not None and not path.is_file():
         raise FieldError("warm_start", str(path), "a model.safetensors that exists")
