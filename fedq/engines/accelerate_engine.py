@@ -35,7 +35,7 @@ def accelerate_settings(environ: Mapping[str, str]) -> dict[str, Any]:
         environ: The environment that `accelerate launch` made.
 
     Raises:
-        FieldError: It asks for something that would be ignored.
+        FieldError: The configuration asks for something that would be ignored.
     """
     for name, way_out in _UNUSABLE.items():
         if environ.get(name, "false").lower() == "true":
@@ -53,8 +53,8 @@ class AccelerateEngine(TorchEngine):
     """Trains a module as `TorchEngine` does, with Accelerate's wrapping where gradients are shared.
 
     Args:
-        model: What is trained.
-        make_optimizer: From parameters and learning rate to an optimizer.
+        model: Module that is trained.
+        make_optimizer: Returns an optimizer for parameters and a learning rate.
         precision: Arithmetic of forward and backward; Accelerate is told of none, because autocast is the engine's.
 
     Raises:

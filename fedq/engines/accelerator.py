@@ -17,9 +17,9 @@ class Trackers:
     """Accelerate's trackers, whoever started the job; fed on rank 0, but made on every rank.
 
     Args:
-        names: Such as ``wandb,mlflow``.
-        device: Where this rank trains.
-        folder: Where trackers that write files do so.
+        names: Names of trackers, separated by commas, such as ``wandb,mlflow``.
+        device: Device that this rank trains on.
+        folder: Folder for trackers that write files.
         config: The run's settings, nested by group.
 
     Raises:
@@ -51,9 +51,9 @@ def make_accelerator(device: torch.device, trackers: Sequence[str] = (), folder:
     """Return an `Accelerator` for this device that sees the process group as it is.
 
     Args:
-        device: Where this rank trains.
+        device: Device that this rank trains on.
         trackers: Names of Accelerate's trackers, such as wandb.
-        folder: Where trackers that write files do so.
+        folder: Folder for trackers that write files; None: Accelerate is given none.
 
     Raises:
         FieldError: Accelerate is not installed, does not know a tracker, or sees another number of ranks.

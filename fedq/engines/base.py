@@ -46,7 +46,7 @@ class Engine(Protocol):
         """From now on average the gradients over all ranks between backward and step; the optimizer state is kept.
 
         Args:
-            options: Of `fedq.hooks.register`, by name.
+            options: Options of `fedq.hooks.register`, by name.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,12 +26,12 @@ def make_engine(
     """Return DeepSpeed's engine if it started the job or a file of it is given, then Accelerate's, then torch's.
 
     Args:
-        launcher: Who started the job, as `fedq.runtime.detect` names it.
-        model: What is trained, on its device.
-        make_optimizer: From parameters and learning rate to an optimizer.
+        launcher: Launcher that started the job, as `fedq.runtime.detect` names it.
+        model: Module that is trained, on its device.
+        make_optimizer: Returns an optimizer for parameters and a learning rate.
         precision: Arithmetic of forward and backward.
-        settings: Those of local training, by the names of their flags.
-        deepspeed_config: DeepSpeed's configuration file.
+        settings: Settings of local training, by the names of their flags.
+        deepspeed_config: DeepSpeed's configuration file; None: no file is given.
 
     Raises:
         FieldError: The library is missing, or a setting does nothing with this engine.

@@ -32,7 +32,7 @@ _PASSED_ON = {
     "wandb",
     "zero_optimization",
 }
-"""What DeepSpeed is told as it stands."""
+"""Keys that DeepSpeed is given as they stand."""
 
 _READ_HERE = {BATCH_SIZE, "bf16", "fedq", "fp16", "gradient_accumulation_steps", "optimizer", "torch_autocast"}
 
@@ -47,7 +47,7 @@ _LEFT_OUT = {
     "sparse_gradients": _EXCHANGE,
     "train_batch_size": f"left out; {BATCH_SIZE} is the batch of a step on one rank",
 }
-"""What DeepSpeed knows and fedq replaces, with the way out."""
+"""Keys that DeepSpeed knows and fedq replaces, with what to do instead."""
 
 _OPTIMIZER_FLAGS = ("lr", "momentum", "weight_decay")
 _DTYPES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "half": "fp16"}
@@ -62,7 +62,7 @@ class DeepSpeedFile:
 
     Args:
         path: The file, for messages; None: nothing but defaults.
-        tree: Its content, without the keys whose value is "auto", unless these are hyperparameters with a flag.
+        tree: The file's content, without keys whose value is "auto", unless these are hyperparameters with a flag.
     """
 
     path: Path | None = None
@@ -73,7 +73,7 @@ class DeepSpeedFile:
         """Read and check a file.
 
         Raises:
-            FieldError: It cannot be read, or holds a key or a value that DeepSpeed or fedq would not act on.
+            FieldError: The file cannot be read, or has a key or a value that DeepSpeed or fedq would not act on.
         """
         file = cls(path, _without_auto(_load(path)))
         file._check_keys()
@@ -119,7 +119,7 @@ class DeepSpeedFile:
         BatchNorm's statistics, which torch then refuses, so its `torch_autocast` is used for both.
 
         Args:
-            precision: fp32, bf16 or fp16.
+            precision: Name of the arithmetic: fp32, bf16 or fp16.
             settings: Batch size and, where the file has an optimizer, its hyperparameters, by the names of our flags.
         """
         # Left to itself DeepSpeed clips gradients at norm 1, which no other engine does.

@@ -29,8 +29,8 @@ class DeepSpeedEngine(TorchEngine):
     """Trains a module with `deepspeed.initialize`; weights stay float32, and so are the model's own tensors.
 
     Args:
-        model: What is trained.
-        make_optimizer: From parameters and learning rate to an optimizer; not used if the file has an optimizer.
+        model: Module that is trained.
+        make_optimizer: Returns an optimizer for parameters and a learning rate; not used if the file has an optimizer.
         precision: Arithmetic of forward and backward.
         file: DeepSpeed's configuration.
         settings: Batch size and hyperparameters, by the names of our flags; see `DeepSpeedFile.for_engine`.
@@ -89,7 +89,7 @@ class DeepSpeedEngine(TorchEngine):
         """Make the gradients readable whatever the precision.
 
         Raises:
-            FieldError: Float16 with gradient clipping, which unscales too, and once only.
+            FieldError: In float16 gradients are clipped: clipping unscales them too, and that can be done once only.
         """
         if self.scaler.is_enabled() and self.engine.gradient_clipping() > 0:
             raise FieldError("gradient_clipping", self.engine.gradient_clipping(), "0 with fp16 and --prox-mu")

@@ -16,8 +16,8 @@ class Precision:
     """How forward and backward compute.
 
     Args:
-        name: fp32, bf16 or fp16.
-        device_type: cpu or cuda.
+        name: Name of the arithmetic: fp32, bf16 or fp16.
+        device_type: Type of the device: cpu or cuda.
         channels_last: Whether images and convolution weights lie channels last.
     """
 
@@ -40,7 +40,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     Fast means a CUDA device that supports bfloat16, or a CPU with AVX-512 BF16 or AMX instructions.
 
     Raises:
-        FieldError: Unknown name.
+        FieldError: The name is unknown.
     """
     if name not in (*_DTYPES, "auto"):
         raise FieldError("precision", name, "auto, fp32, bf16, fp16")

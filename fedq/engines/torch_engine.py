@@ -17,8 +17,8 @@ class TorchEngine:
     """Trains a module with a torch optimizer.
 
     Args:
-        model: What is trained.
-        make_optimizer: From parameters and learning rate to an optimizer.
+        model: Module that is trained.
+        make_optimizer: Returns an optimizer for parameters and a learning rate.
         precision: Arithmetic of forward and backward.
     """
 
