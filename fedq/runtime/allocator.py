@@ -18,12 +18,12 @@ def keep_freed_memory(*, of_any_size: bool = False) -> bool:
     is, but for a few MB. It holds for the whole process, and does nothing where malloc is not glibc's.
 
     Args:
-        of_any_size: Also above 32 MiB, and of threads other than the first. A round of `fedq server` with a model of
-            45 MB takes and frees ten buffers of that size, and faulting them in is two thirds of its arithmetic;
-            training gains nothing by it, and its peak may grow by a twentieth.
+        of_any_size: Whether memory above 32 MiB, and that of threads other than the first, is kept too. A round of
+            `fedq server` with a model of 45 MB takes and frees ten buffers of that size, and faulting them in is two
+            thirds of its arithmetic; training gains nothing by it, and its peak may grow by a twentieth.
 
     Returns:
-        Whether all of it was accepted.
+        Whether glibc has accepted all that it was asked.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

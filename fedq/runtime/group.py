@@ -24,7 +24,7 @@ from fedq.waiting import Wait, speaking
 T = TypeVar("T")
 
 _MEETING_S = 1800.0
-"""Longest wait for ranks to come, however long they may be silent later."""
+"""Longest wait in seconds for ranks to come, however long they may be silent later."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Runtime(Ranks):
 
     device: torch.device
     backend: str | None
-    """gloo, nccl, or None for one rank."""
+    """Name of the back end: gloo or nccl; None for one rank."""
     note: str
     """One line for the user, for example "2 ranks on 1 GPU: Gloo, payloads staged through the host"."""
 
@@ -56,7 +56,7 @@ def distributed(
     group that is already there is used as it is and left alone.
 
     Args:
-        device: auto, cpu or cuda; auto is cuda where there is a GPU.
+        device: Kind of device: auto, cpu or cuda; auto is cuda where there is a GPU.
         threads: CPU threads of this process; default 1 when ranks share the machine, otherwise torch's choice.
         timeout_s: Seconds that a rank waits for the others before it fails.
         environ: The launcher's environment; default `os.environ`.
@@ -89,7 +89,7 @@ def existing_group(device: torch.device) -> Runtime:
     """Return this process's place in the default process group, which somebody else has opened.
 
     Args:
-        device: Where its tensors live.
+        device: Device that this process's tensors are on.
     """
     ranks, rank, world_size = detect(os.environ), dist.get_rank(), dist.get_world_size()
     if (ranks.rank, ranks.world_size) != (rank, world_size):  # opened without a launcher
@@ -135,7 +135,7 @@ def on_root(runtime: Runtime, action: Callable[[], T]) -> T | None:
         The action's result on rank 0, None on the others.
 
     Raises:
-        FieldError: The action raised it, on whichever rank this is.
+        FieldError: The action raised it on rank 0; every rank raises it.
     """
     result: T | None = None
     refusal: FieldError | None = None
@@ -158,7 +158,7 @@ def on_every_rank(runtime: Runtime, action: Callable[[], T]) -> T:
     """Call `action` on every rank, and refuse the first rank's FieldError on all of them.
 
     Raises:
-        FieldError: The action raised it, on whichever rank.
+        FieldError: The action raised it on some rank; every rank raises the first one's.
     """
     result: T | None = None
     refusal: FieldError | None = None

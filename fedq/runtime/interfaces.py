@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 Counts = Mapping[str, tuple[int, int]]
-"""Bytes sent and received by interface."""
+"""Bytes sent and bytes received, by interface."""
 _NET = Path("/sys/class/net")
 _INFINIBAND = Path("/sys/class/infiniband")
 _WORD = 4  # InfiniBand's data counters count words
@@ -21,8 +21,8 @@ def interface_bytes(net: Path = _NET, infiniband: Path = _INFINIBAND) -> dict[st
     memory have no counters here.
 
     Args:
-        net: Where the kernel shows network interfaces.
-        infiniband: Where it shows InfiniBand devices.
+        net: Folder in which the kernel shows network interfaces.
+        infiniband: Folder in which the kernel shows InfiniBand devices.
     """
     found = {
         path.name: (_number(path / "statistics/tx_bytes"), _number(path / "statistics/rx_bytes"))

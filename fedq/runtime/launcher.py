@@ -35,7 +35,7 @@ class Ranks:
     local_rank: int
     local_world_size: int
     launcher: str
-    """python, torchrun, deepspeed, accelerate, srun, or env (something else that sets RANK and WORLD_SIZE)."""
+    """Launcher: python (none), torchrun, deepspeed, accelerate, srun, or env (another one sets RANK and WORLD_SIZE)."""
 
 
 def detect(environ: Mapping[str, str]) -> Ranks:
@@ -45,7 +45,7 @@ def detect(environ: Mapping[str, str]) -> Ranks:
         environ: The environment, normally `os.environ`.
 
     Returns:
-        The ranks; one of one when there is no launcher.
+        The process's ranks; rank 0 of 1 when there is no launcher.
 
     Raises:
         FieldError: A variable is missing from its set, is no whole number, or is out of range; it is named. Or mpirun
@@ -106,7 +106,7 @@ def rendezvous(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and port at which the ranks meet: MASTER_ADDR and MASTER_PORT, or under srun derived.
 
     Raises:
-        FieldError: They are not set and cannot be derived.
+        FieldError: The address or the port is not set and cannot be derived.
     """
     is_srun = ranks.launcher == "srun"
     if "MASTER_ADDR" in environ or not is_srun:

@@ -23,7 +23,7 @@ from fedq.waiting import Wait, named, speaking
 
 POLL_S = 0.2
 _CONNECT_S = 5.0
-"""Longest single try to connect."""
+"""Longest single try to connect, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Meeting:
     """Who meets, where and for how long they wait for each other.
 
     Args:
-        ranks: This process's.
-        address: Of the machine that runs rank 0.
-        port: There.
+        ranks: This process's place among the ranks.
+        address: Address of the machine that runs rank 0.
+        port: Port at that address.
         timeout: Longest wait for anybody.
-        hints: What may have misled this process.
+        hints: Sentences on what may have misled this process.
     """
 
     ranks: Ranks
@@ -64,7 +64,7 @@ def open_store(meeting: Meeting, *, is_server: bool) -> dist.TCPStore:
     """Return the store at which the ranks meet; one of them serves it, the others wait until it does.
 
     Raises:
-        RendezvousError: It cannot be served, or nobody serves it in time.
+        RendezvousError: The store cannot be served, or nobody serves it in time.
     """
     last = "no answer"
     wait = meeting.wait(lambda: f"rank 0 at {meeting.where} ({last})")
@@ -85,7 +85,7 @@ def count_ranks(store: dist.Store, meeting: Meeting) -> None:
     """Wait until WORLD_SIZE ranks have come, each once and all of one mind about how many they are.
 
     Raises:
-        RendezvousError: Somebody did not come, came twice, or counts otherwise.
+        RendezvousError: A rank did not come, came twice, or has another WORLD_SIZE.
     """
     rank, world_size = meeting.ranks.rank, meeting.ranks.world_size
     first = int(store.compare_set("world_size", "", str(world_size)))
@@ -109,7 +109,7 @@ def failures_told(meeting: Meeting) -> Iterator[None]:
     """Tell what torch raises in the body, where ranks only meet, as a failure to meet.
 
     Raises:
-        RendezvousError: The body raised what is no such error yet.
+        RendezvousError: The body raised this, or another RuntimeError, which is then its cause.
     """
     try:
         yield
@@ -144,7 +144,7 @@ def _within(seconds: float, make: Callable[[], dist.TCPStore]) -> dist.TCPStore:
     """Return what a call returns that may never do so.
 
     Raises:
-        TimeoutError: It has not returned in time; its thread is left behind.
+        TimeoutError: The call has not returned in time; its thread is left behind.
     """
     made: Future[dist.TCPStore] = Future()
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 _LOST = (OSError, ValueError)
-"""What writing raises once the reader, the terminal or the stream is gone; a text that cannot be encoded is no such."""
+"""Errors of writing once the reader, the terminal or the stream is gone; UnicodeError, a ValueError, is not meant."""
 
 
 class Lasting:
     """A text stream that goes on without its reader: from the first failure on it is a silent one.
 
     Args:
-        stream: What it stands for.
+        stream: Stream that is written to while it can be.
     """
 
     def __init__(self, stream: TextIO) -> None:

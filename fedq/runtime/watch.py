@@ -22,7 +22,7 @@ from typing import TextIO
 
 _WRITE_GRACE_S = 8.0
 _ROOT_FIRST_S = 0.5
-"""How long other ranks stay, so that rank 0 can speak before it misses them."""
+"""Seconds that other ranks stay, so that rank 0 can speak before it misses them."""
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 0}
 STALLED = 1
 """Exit code of a rank that made no progress."""
@@ -32,10 +32,10 @@ class Watch:
     """Watches one rank. Use as a context manager in the thread that does the job; only the main one hears signals.
 
     Args:
-        rank: Named in what is printed.
+        rank: Number of this rank, which is named in what is printed.
         timeout_s: Seconds without `beat` after which the rank ends; None: never.
-        farewell: What rank 0 says when a signal ends the job; called in the watching thread.
-        let_go: What is done last, before the process ends.
+        farewell: Returns what rank 0 says when a signal of that name ends the job; called in the watching thread.
+        let_go: Function that is called last, before the process ends.
     """
 
     def __init__(
