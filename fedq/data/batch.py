@@ -23,11 +23,11 @@ def normalize(
     """Return (images / 255 - mean) / std, computed in float32 as images * a + b and rounded to ``dtype`` once.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: Images, uint8 (N, C, H, W).
         mean: C means of pixels in 0..1.
-        std: C standard deviations.
+        std: C standard deviations of pixels in 0..1.
         dtype: Floating type of the result.
-        channels_last: Lay the result out channels last.
+        channels_last: Whether to lay the result out channels last.
     """
     scale, shift = _affine(tuple(mean), tuple(std), images.device)
     scaled = (images * scale).add_(shift).to(dtype)
@@ -47,8 +47,8 @@ def augment(images: Tensor, *, generator: torch.Generator, flip: bool, padding: 
     ``flip``, N coins. The generator alone decides the result, whatever the device.
 
     Args:
-        images: uint8 (N, C, H, W).
-        generator: On the CPU.
+        images: Images, uint8 (N, C, H, W).
+        generator: Random generator on the CPU.
         flip: Whether to flip left-right.
         padding: Pixels on each side.
     """
@@ -70,10 +70,10 @@ def crop_and_flip(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, *,
     One gather for the batch: the column index runs backwards where an image is flipped.
 
     Args:
-        images: uint8 (N, C, H, W).
-        tops: int64 (N,), 0..2*padding.
-        lefts: int64 (N,), 0..2*padding.
-        flips: int64 (N,), 0 or 1.
+        images: Images, uint8 (N, C, H, W).
+        tops: Top row of each crop in the padded image, int64 (N,), 0..2*padding.
+        lefts: Left column of each crop in the padded image, int64 (N,), 0..2*padding.
+        flips: Whether each image is flipped, int64 (N,), 0 or 1.
         padding: Pixels on each side.
     """
     num, channels, height, width = images.shape
@@ -94,7 +94,7 @@ def batches(num_examples: int, batch_size: int, *, generator: torch.Generator | 
     out.
 
     Returns:
-        int64 index tensors on the CPU.
+        Index tensors of the batches, int64, on the CPU.
     """
     if batch_size < 1:
         raise FieldError("batch_size", batch_size, "1 or more")

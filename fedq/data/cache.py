@@ -45,13 +45,13 @@ class Examples:
     """Decoded examples.
 
     Args:
-        images: uint8 (N, C, H, W), in memory or mapped.
-        labels: int64 (N,).
-        sums: int64 (N, C, 2), each image's sum and sum of squares a channel: mean and deviation of any subset follow
+        images: Images, uint8 (N, C, H, W), in memory or mapped.
+        labels: Labels, int64 (N,).
+        sums: Each image's sum and sum of squares a channel, int64 (N, C, 2): mean and deviation of any subset follow
             exactly, without another pass over its pixels.
-        counts: Consecutive parts: (train, test), or (train, val, test) once split.
+        counts: Sizes of consecutive parts: (train, test), or (train, val, test) once split.
         class_names: One name a class.
-        notes: What a user must know of how they became what they are, a sentence each.
+        notes: What a user must know of how the examples were chosen and changed, a sentence each.
     """
 
     images: np.ndarray

@@ -13,8 +13,8 @@ class Split:
     """Images and labels of one split, on one device.
 
     Args:
-        images: uint8 (N, C, H, W); read-only, as a large split is mapped from a file that others share.
-        labels: int64 (N,).
+        images: Images, uint8 (N, C, H, W); read-only, as a large split is mapped from a file that others share.
+        labels: Labels, int64 (N,).
     """
 
     images: Tensor
@@ -40,7 +40,7 @@ class Dataset:
         test: Test split.
         class_names: One name a class.
         mean: Mean of the training split's pixels, scaled to 0..1, a channel.
-        std: Their standard deviation a channel; 1 for a constant channel.
+        std: Standard deviation of the same pixels, a channel; 1 for a constant channel.
         flip: Whether a mirrored image keeps its label: not for digits, letters, or classes without names.
         notes: What else the user must know, a sentence each: that images are resized, cropped, or grey in the files.
     """

@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 _DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})  # more than 8 bits; PIL's own conversion clips them
 _GREY = _DEEP | {"1", "L", "LA", "La"}
 _STRAIGHT = {"P": "RGBA", "PA": "RGBA", "LA": "RGBA", "RGBa": "RGBA", "La": "LA"}
-"""What images with transparency become first: PIL warns of losing it in one step, or cannot do it."""
+"""Mode in which a mode with transparency is put first: PIL warns of losing it in one step, or cannot do it."""
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _UPRIGHT = {
@@ -33,7 +33,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each orientation of EXIF."""
+"""Transposition that undoes each orientation of EXIF."""
 _FIRST_ON_ITS_SIDE = 5
 
 
@@ -179,7 +179,7 @@ def _opaque(image: Image.Image) -> Image.Image:
     """Return an image in RGB, as deep as that and without transparency.
 
     Raises:
-        ValueError: No picture follows from its values.
+        ValueError: No picture follows from the image's values.
     """
     if image.mode in _DEEP:
         image = Image.fromarray(_eight_bits(image))

@@ -65,11 +65,11 @@ def files_below(folder: Path, entered: set[str]) -> list[Path]:
     """Return every file below a folder, links followed, in no order that means anything.
 
     Args:
-        folder: Where to begin.
+        folder: Folder to begin with.
         entered: Real paths of folders that are not entered; those that are entered join them, so that links end.
 
     Raises:
-        DataError: See `sub_folders`.
+        DataError: A folder cannot be read, or a link leads nowhere: it may have been a folder.
     """
     real = os.path.realpath(folder)
     if real in entered:

@@ -89,7 +89,7 @@ def find_source(dataset: str, data_dir: Path, *, download: bool) -> Source:
     what it says.
 
     Raises:
-        FieldError: No such name, or nothing usable where it was looked for.
+        FieldError: There is no such name, or nothing usable where the data set was looked for.
         DataError: The layout is there but incomplete.
     """
     if dataset == "digits":

@@ -44,19 +44,19 @@ def load_dataset(
     Args:
         dataset: ``auto``, ``cifar10``, ``mnist``, ``digits``, or a folder (ImageFolder or Parquet), here or under
             ``data_dir``. ``auto``: CIFAR-10 if it is there, otherwise digits.
-        data_dir: Where data sets lie on disk.
-        download: Fetch CIFAR-10 or MNIST if it is missing.
+        data_dir: Folder of the data sets on disk.
+        download: Whether to fetch CIFAR-10 or MNIST if it is missing.
         image_size: Side of the square images. Default: 32 for digits, MNIST and image folders, else as they are.
         train_examples: Training images to keep, a seeded stratified subset. Default: all.
         val_fraction: Share of the training set to hold out, in [0, 1).
         seed: Seed of the splits.
-        memory_limit_bytes: Larger sets are mapped from the cache, in the order of their splits.
-        cache_dir: Where decoded images are kept. Default: ``$XDG_CACHE_HOME/fedq`` or ``~/.cache/fedq``.
-        progress: Show a progress bar on standard error while decoding.
+        memory_limit_bytes: Bytes of images above which a set is mapped from the cache, in the order of its splits.
+        cache_dir: Folder for decoded images. Default: ``$XDG_CACHE_HOME/fedq`` or ``~/.cache/fedq``.
+        progress: Whether to show a progress bar on standard error while decoding.
 
     Raises:
-        FieldError: A setting that cannot be used, or data that were not found.
-        DataError: A file that is missing, damaged or mislabelled; names the file and the row.
+        FieldError: A setting cannot be used, or the data were not found.
+        DataError: A file is missing, damaged or mislabelled; the error names the file and the row.
     """
     _check(image_size=image_size, train_examples=train_examples, val_fraction=val_fraction, seed=seed)
     source = find_source(dataset, Path(data_dir), download=download)

@@ -48,7 +48,7 @@ def find_parquet(folder: Path) -> ParquetFiles | None:
     """Return the Parquet files of the one data set in a folder, in its ``data/``, or in one sub-folder of either.
 
     Raises:
-        DataError: There are several (the Hub's configurations, for example), or see `parquet_in`.
+        DataError: There are several data sets (the Hub's configurations, for example), or `parquet_in` raises it.
     """
     places = [folder, *_other_folders(folder), *_other_folders(folder / "data")]
     found = {place: files for place in places if (files := parquet_in(place))}
@@ -110,7 +110,7 @@ def _one_set(files: list[Path]) -> tuple[Path, ...]:
     """Return the shards of a split in the order of their numbers.
 
     Raises:
-        DataError: One is missing or there twice, or the names differ in more than their numbers.
+        DataError: A shard is missing or there twice, or the names differ in more than their numbers.
     """
     sets = {_pattern(file): file for file in reversed(files)}
     if len(sets) > 1:
@@ -198,7 +198,7 @@ def _test_labels(tests: tuple[tuple[Path, ...], ...]) -> tuple[dict[Path, np.nda
     """Return the labels of the first test split whose labels are there, and what is to be said of others.
 
     Raises:
-        DataError: Of every test split the labels are hidden.
+        DataError: The labels of every test split are hidden.
     """
     hidden: list[Path] = []
     for files in tests:

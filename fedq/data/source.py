@@ -50,12 +50,12 @@ class Contents:
     """An opened source: every label, and the raw images in the same order.
 
     Args:
-        labels: int64 (N,), training rows first, then test rows; all in 0..C-1.
-        num_test: Test rows at the end; 0 where the data define no test set.
-        class_names: C names.
+        labels: Labels, int64 (N,), training rows first, then test rows; all in 0..C-1.
+        num_test: Number of test rows at the end; 0 where the data define no test set.
+        class_names: Names of the C classes.
         chunks: Starts a new pass over all N raw images, in order.
         native_size: (height, width) that every image must have unless it is resized; None: that of the first image.
-        notes: What a user must know of how they were chosen, a sentence each.
+        notes: What a user must know of how the rows were chosen, a sentence each.
     """
 
     labels: np.ndarray
@@ -71,12 +71,12 @@ class Source:
     """A data set found on disk and not opened yet.
 
     Args:
-        name: What the run calls it.
-        title: The same for a reader, with the place: "CIFAR-10 from data/cifar10".
+        name: Short name of the data set, such as ``cifar10`` or a folder's name.
+        title: Name of the data set for a reader, with the place: "CIFAR-10 from data/cifar10".
         files: Every file that `read` opens; their path, size and time of change identify the contents.
-        read: Opens the files.
+        read: Opens the files, and returns their contents.
         image_size: Side to which images are resized unless the user asks for another; None: left as they are.
-        version: What else identifies the contents, for data that come with a library.
+        version: Version that identifies the contents as well, for data that come with a library; otherwise empty.
     """
 
     name: str

@@ -38,7 +38,7 @@ def split_indices(
     ``train_examples`` are taken from what is left, so they move neither of the other two.
 
     Returns:
-        Sorted int64 indices: train, val, test.
+        Sorted int64 indices of the training, validation and test set.
     """
     everything = np.arange(len(labels))
     test = everything[len(labels) - num_test :]
