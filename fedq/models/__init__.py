@@ -65,7 +65,7 @@ def build_model(
     Args:
         name: One of `MODELS`, or ``package.module:function`` of one's own, which is called with those of
             ``num_classes``, ``in_channels`` and ``image_size`` that it takes. Whether it fits, `check_model` tells.
-        num_classes: Outputs.
+        num_classes: Number of classes: outputs of the last layer.
         in_channels: Channels of the images.
         image_size: Side of the square images, in pixels.
         norm: ``batch``, or ``group`` for GroupNorm with two groups (Reddi et al. 2021), which has as many parameters
@@ -75,8 +75,8 @@ def build_model(
         A module that maps images [N, in_channels, image_size, image_size] to logits [N, num_classes].
 
     Raises:
-        FieldError: An unknown name or norm, ``group`` for a network without normalisation layers or of one's own, a
-            size too small, or a function that cannot be imported or called, or returns no module.
+        FieldError: The name or norm is unknown, ``group`` is for a network without normalisation layers or of one's
+            own, a size is too small, or a function cannot be imported or called, or returns no module.
     """
     if is_own(name):
         if norm != "batch":

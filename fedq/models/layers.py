@@ -30,7 +30,7 @@ def initialize_convolutions(model: nn.Module) -> None:
     Linear and normalisation layers keep torch's own initial values.
 
     Args:
-        model: Changed in place; random numbers come from torch's global generator.
+        model: Network, changed in place; random numbers come from torch's global generator.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

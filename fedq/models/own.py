@@ -24,7 +24,7 @@ def build_own(name: str, sizes: Mapping[str, int]) -> nn.Module:
     """Call the function ``package.module:function`` with those of the sizes that it takes, by name.
 
     Raises:
-        FieldError: It cannot be imported or called, needs anything else, or returns no module with parameters to train.
+        FieldError: The function cannot be imported or called, needs anything else, or returns no module to train.
     """
     path, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -50,7 +50,7 @@ def _chosen(name: str, function: Callable[..., object], sizes: Mapping[str, int]
     """Return the sizes that a function takes.
 
     Raises:
-        FieldError: It needs something else.
+        FieldError: The function needs something else.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -73,9 +73,9 @@ def check_model(name: str, model: nn.Module, images: Tensor, num_classes: int) -
     Nothing of the model changes, nor do torch's random numbers.
 
     Args:
-        name: Of the model, for the error.
-        model: On the device of the images.
-        images: [N, C, H, W], as it is trained on them.
+        name: Name of the model, for the error.
+        model: Model on the device of the images.
+        images: Images [N, C, H, W], as the model is trained on them.
         num_classes: Logits that each image needs.
 
     Raises:

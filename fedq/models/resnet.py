@@ -93,7 +93,7 @@ class ResNet(nn.Module):
         block: The residual block.
         depths: Blocks in each stage.
         widths: Width of each stage's blocks; the stem has the first.
-        shortcut: Used where a block changes the shape; elsewhere the shortcut is the identity.
+        shortcut: Makes the shortcut where a block changes the shape; elsewhere it is the identity.
         num_classes: Outputs of the head.
         in_channels: Channels of the images.
         norm: Makes a normalisation layer.
