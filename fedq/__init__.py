@@ -53,7 +53,7 @@ _LATE = {
     "hooks": "hooks",
     "network": "network",
 }
-"""What is imported when it is first asked for: who wants codecs or hooks alone does not wait for rounds."""
+"""Names that are imported only when asked for, with their module: codecs and hooks alone do not wait for rounds."""
 
 
 def __getattr__(name: str) -> Any:

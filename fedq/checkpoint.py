@@ -24,7 +24,7 @@ from fedq.files import make_folder, move_aside, replace_file, sync_folder
 
 FORMAT = 1
 KEPT = 2
-"""Checkpoints that stay on disk."""
+"""Number of checkpoints that stay on disk."""
 _NAME = re.compile("[0-9]{8}|[1-9][0-9]{8,}")
 
 
@@ -41,7 +41,7 @@ class Loaded:
     """A checkpoint that was read.
 
     Args:
-        number: Rounds that were finished when it was written.
+        number: Rounds that were finished when the checkpoint was written.
         state: The nested state, as it was given to `Checkpoints.save`.
     """
 
@@ -53,8 +53,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they lie, one sub-folder each; made when the first is saved.
-        kept: How many stay on disk.
+        folder: Folder of the checkpoints, one sub-folder each; made when the first is saved.
+        kept: Number of checkpoints that stay on disk.
     """
 
     def __init__(self, folder: Path, kept: int = KEPT) -> None:
@@ -89,7 +89,7 @@ class Checkpoints:
         """Read a checkpoint.
 
         Raises:
-            CheckpointError: It is damaged, or was written by another version.
+            CheckpointError: The checkpoint is damaged, or was written by another version.
         """
         return Loaded(number, _read_state(self.folder / f"{number:08d}", number))
 
@@ -97,7 +97,7 @@ class Checkpoints:
         """Read one entry of a checkpoint's state, without tensors, which are not looked at; None if there is none.
 
         Raises:
-            CheckpointError: It is damaged, or was written by another version.
+            CheckpointError: The checkpoint is damaged, or was written by another version.
         """
         document = _read_document(self.folder / f"{number:08d}" / "state.json", number)
         return _from_plain(dict(document["state"]["items"]).get(key), {})
@@ -108,10 +108,10 @@ class Checkpoints:
         All processes agree because all read the same files.
 
         Args:
-            check: Reads what a checkpoint names outside itself; raises `CheckpointError` or `FieldError`.
+            check: Reads the files that a checkpoint names outside itself; raises `CheckpointError` or `FieldError`.
 
         Raises:
-            FieldError: All are damaged.
+            FieldError: All checkpoints are damaged.
         """
         damaged: dict[int, str] = {}
         for number in reversed(self.numbers()):

@@ -44,7 +44,7 @@ _FIRST_FLAGS = {
     "--downlink": "codec of what the server sends back",
     "--out": "folder of the run: model, metrics, counted bytes",
 }
-"""What a newcomer needs; help begins with it."""
+"""Flags that a newcomer needs, with their help; help begins with them."""
 
 # A launcher ends all ranks when one fails; a silent rank that is early waits this long, so that the other can speak.
 _GRACE_S = 5.0
@@ -72,7 +72,7 @@ def parse_args(
         defaults: Settings that neither a flag nor a file gives.
         is_heard: Whether help and errors are printed; False on all ranks but the first.
         program: Name of the program in help and errors. Default: the process's own.
-        words: What it is for, in help.
+        words: Words for what the program does, in help. Default: those of a training job.
 
     Returns:
         The settings, not yet validated.

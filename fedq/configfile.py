@@ -93,7 +93,7 @@ def with_old_flags(config: C, texts: Mapping[str, str]) -> C:
         texts: Values of old flags, by the names of their settings.
 
     Raises:
-        FieldError: A value that is none.
+        FieldError: A text is no value of its setting.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, text in texts.items():

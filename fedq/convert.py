@@ -32,9 +32,9 @@ class Choice:
     """Which layers of a file get few bits.
 
     Args:
-        quantizers: By layer.
-        kept: Layers that stay float.
-        known_by: What the layers were taken from, in words.
+        quantizers: Quantizer of each packed layer, by layer name.
+        kept: Names of the layers that stay float.
+        known_by: Source of the layers, in words.
     """
 
     quantizers: dict[str, Quantizer]
@@ -46,8 +46,8 @@ def main(argv: Sequence[str], program: str) -> None:
     """Pack a model.safetensors in few bits, or turn a packed model back into float tensors.
 
     Raises:
-        FieldError: A file, a setting or a combination that cannot be used; nothing is written then.
-        SystemExit: As `argparse` does.
+        FieldError: A file, a setting or a combination cannot be used; nothing is written then.
+        SystemExit: Help was asked for (code 0), or an argument is wrong (code 2).
     """
     parser = argparse.ArgumentParser(prog=program, description="Pack a float model in few bits, or turn one back.")
     parser.add_argument("file", type=Path, help="model.safetensors, or model.fedq for the way back")
@@ -82,7 +82,7 @@ def refuse_choice(given: argparse.Namespace) -> None:
     """Refuse, for a packed file, what `add_choice_arguments` adds.
 
     Raises:
-        FieldError: One was given.
+        FieldError: One of these arguments was given.
     """
     for name in ("bits", "weights", "model", "keep"):
         value = getattr(given, name)
@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a model.safetensors, in the order of their names, or the float values of a packed model.
 
     Raises:
-        FieldError: The file cannot be read or is neither.
+        FieldError: The file cannot be read, or is neither a safetensors file nor a packed model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -114,7 +114,7 @@ def pack_file(path: Path, given: argparse.Namespace) -> tuple[PackedModel, Choic
     """Pack the tensors of a file as `add_choice_arguments` says.
 
     Raises:
-        FieldError: A file, spec or pattern that cannot be used, or another model.
+        FieldError: A file, spec or pattern cannot be used, or the file holds another model than the one named.
     """
     state = read_tensors(path)
     network, known_by = _network(state, path, given.model)

@@ -34,9 +34,9 @@ class Finding:
     """One line of the report.
 
     Args:
-        name: What was looked at.
-        text: What was found.
-        remedy: The command that gets what is missing, empty if nothing is.
+        name: Name of the part that was looked at.
+        text: The state in which it was found.
+        remedy: The command that installs what is missing; empty if nothing is.
         is_broken: Whether fedq cannot work this way.
     """
 

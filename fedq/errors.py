@@ -13,7 +13,7 @@ class FieldError(ValueError):
     Args:
         field: Name of the setting as the user writes it, for example ``uplink`` or ``int4:block``.
         value: The value that was given.
-        allowed: What would have been accepted, in words.
+        allowed: The values that would have been accepted, in words.
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
@@ -31,9 +31,9 @@ class DivergedError(RunStopped):
     """A run whose model has diverged.
 
     Args:
-        words: What happened, and how to go on.
+        words: Text on what happened, and on how to go on.
         path: The run's folder, with its last good checkpoint.
-        rollbacks: How often the run was rolled back before.
+        rollbacks: Number of times that the run was rolled back before.
         is_final: Whether it is not rolled back now.
     """
 
@@ -49,14 +49,14 @@ class RendezvousError(RunStopped):
 
 
 Check = tuple[str, object, bool, str]
-"""A setting's name and value, whether it is allowed, and what is."""
+"""A setting's name, its value, whether that is allowed, and the values that are, in words."""
 
 
 def check_all(checks: Iterable[Check]) -> None:
     """Raise for the first setting that is not allowed.
 
     Raises:
-        FieldError: Of that one.
+        FieldError: A setting is not allowed; the error names the first one.
     """
     for name, value, is_allowed, allowed in checks:
         if not is_allowed:

@@ -44,7 +44,7 @@ class AutoFeedback:
             which forgets nothing.
 
     Raises:
-        FieldError: A share outside of this.
+        FieldError: The share is not from 0 to 1.
     """
 
     memory: float = 1.0
@@ -84,14 +84,14 @@ class NeverFeedback:
 
 FeedbackRule = AutoFeedback | NeverFeedback
 FEEDBACK: dict[str, type[FeedbackRule]] = {"auto": AutoFeedback, "on": AlwaysFeedback, "off": NeverFeedback}
-"""Who keeps residuals, by the names of specs."""
+"""Rules of who keeps residuals, by the names of specs."""
 
 
 def feedback_rule(spec: str) -> FeedbackRule:
     """Return the rule that a spec names: ``auto``, ``on``, ``off``, ``on:memory=0.5``.
 
     Raises:
-        FieldError: Naming ``feedback``: an unknown rule or option, or one that is out of range.
+        FieldError: The rule or an option is unknown or out of range; the error names the field ``feedback``.
     """
     return parse("feedback", spec, FEEDBACK)
 
@@ -112,7 +112,7 @@ class ErrorFeedback:
     residual as it was and sends the non-finite value on.
 
     Args:
-        store: Where residuals live.
+        store: The store that holds the residuals.
     """
 
     def __init__(self, store: ResidualStore) -> None:
@@ -122,10 +122,10 @@ class ErrorFeedback:
         """Encode a flat update of ``owner`` and replace its residual.
 
         Args:
-            owner: Whose residual.
-            layout: How the update is coded.
-            flat: The update.
-            seed: The message's seed.
+            owner: Number of the residual's owner in the store, such as a client's number.
+            layout: The layout by which the update is encoded.
+            flat: The update, flat float32.
+            seed: Seed of the message.
             memory: Share of the old residual that counts, 0 to 1: less than 1 forgets what has gone stale.
         """
         residual = self.store.get(owner, layout.num_params).to(flat.device)
@@ -148,7 +148,7 @@ class ErrorFeedback:
         """Take residuals over by name; parameters that are not named start from zero.
 
         Raises:
-            FieldError: A residual of no parameter of the layout, or of another shape.
+            FieldError: A residual belongs to no parameter of the layout, or has another shape.
         """
         params = {s.name: s for s in layout.spans if s.role != "stats"}
         for owner, residuals in state.items():
@@ -170,8 +170,8 @@ class ResidualStore:
     `prune`. Files carry a checksum.
 
     Args:
-        limit_bytes: Memory for residuals; one always stays in memory.
-        folder: Where files go; made when it is first needed. None: everything stays in memory.
+        limit_bytes: Memory for residuals in bytes; one residual always stays in memory.
+        folder: Folder of the residuals' files; made when it is first needed. None: all residuals stay in memory.
     """
 
     def __init__(self, limit_bytes: int = 4 << 30, folder: Path | None = None) -> None:
@@ -192,7 +192,7 @@ class ResidualStore:
         """Return the owner's residual on the CPU or where it was put, zeros if there is none yet.
 
         Raises:
-            FieldError: It has another size, or its file is damaged.
+            FieldError: The residual has another size, or its file is damaged.
         """
         if owner in self._memory:
             self._memory.move_to_end(owner)
@@ -237,7 +237,7 @@ class ResidualStore:
         """Read a saved version.
 
         Raises:
-            FieldError: It is missing or damaged.
+            FieldError: The version is missing or damaged.
         """
         read_residual(self.path(owner, number))
 
@@ -266,7 +266,7 @@ def read_residual(path: Path) -> Tensor:
     """Read a residual's file.
 
     Raises:
-        FieldError: It is missing, cut short, or its checksum does not match; the text names it.
+        FieldError: The file is missing, cut short, or its checksum does not match; the text names it.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)

@@ -20,7 +20,7 @@ from fedq.lowbit.packed_file import is_packed, load_packed
 from fedq.report import human_bytes, print_header
 
 _WIDTH = 100
-"""Of what is not printed to a terminal."""
+"""Width of the table in characters where standard output is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Row:
     """One tensor of a file.
 
     Args:
-        name: Of the tensor.
-        shape: As in ``64x3x3x3``.
-        quantizer: Spec, or the type of an exact tensor.
-        bits: Of a value, without scales.
-        packed_bytes: Codes and scales, or the exact values.
-        float32_bytes: The same unpacked; exact tensors in their own type.
+        name: Name of the tensor; of a weight without its ``.weight``.
+        shape: Sizes of the dimensions, such as ``64x3x3x3``.
+        quantizer: Spec of the quantizer, or the type of an exact tensor.
+        bits: Bits of one value, without scales.
+        packed_bytes: Bytes of codes and scales, or of the exact values.
+        float32_bytes: Bytes of the unpacked values in float32; exact tensors in their own type.
         nmse: ``|Q(w) - w|² / |w|²``; None where ``w`` is not known.
-        min: Smallest value.
-        max: Largest value.
-        num_values: Different values.
+        min: Smallest value; None of an empty tensor.
+        max: Largest value; None of an empty tensor.
+        num_values: Number of different values.
     """
 
     name: str
@@ -61,8 +61,8 @@ def main(argv: Sequence[str], program: str) -> None:
     """Print a table with a line a layer, and write all tensors as CSV.
 
     Raises:
-        FieldError: A file, a setting or a combination that cannot be used.
-        SystemExit: As `argparse` does.
+        FieldError: A file, a setting or a combination cannot be used.
+        SystemExit: Help was asked for (code 0), or an argument is wrong (code 2).
     """
     parser = argparse.ArgumentParser(prog=program, description="Show what a model's file holds, layer by layer.")
     parser.add_argument("file", type=Path, help="model.fedq or model.safetensors")
@@ -84,8 +84,8 @@ def inspect(model: PackedModel, original: Mapping[str, Tensor] | None = None) ->
     """Return a row for each tensor.
 
     Args:
-        model: With packed and exact tensors.
-        original: The float tensors that errors are against. Default: those that were measured in packing.
+        model: A model with packed and exact tensors.
+        original: Float tensors, by name, against which errors are measured. Default: the errors measured in packing.
 
     Raises:
         FieldError: The original lacks a tensor, or has one of another shape.

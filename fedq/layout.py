@@ -52,7 +52,7 @@ def plain_name(name: str) -> str:
     are called alike whether or not a model is trained with few bits, or compiled.
 
     Args:
-        name: As in ``named_parameters``, for example ``conv1.parametrizations.weight.original``.
+        name: Name of the tensor as in ``named_parameters``, such as ``conv1.parametrizations.weight.original``.
     """
     name = re.sub(r"\bparametrizations\.(\w+)\.original$", r"\1", uncompiled_name(name))
     return re.sub(r"\bparametrizations\.(\w+)\.0\.(\w+)$", r"\1_\2", name)
@@ -94,12 +94,13 @@ class Span:
 
     Args:
         name: The tensor's name in the module, see `plain_name`.
-        shape: Its shape.
-        offset: Its first element in the flat buffer.
-        codec: What encodes it.
+        shape: The tensor's shape.
+        offset: Index of the tensor's first element in the flat buffer.
+        codec: The codec that encodes the tensor.
         role: ``coded`` (the chosen codec), ``exempt`` (1-D parameters, a cast) or ``stats`` (float buffers, such as
             BatchNorm's running statistics, a cast; never through a server optimizer).
-        sent: What clients send of it: its ``change``, or its ``values`` as they are, which leave no residual.
+        sent: The form in which clients send the tensor: its ``change``, or its ``values`` as they are, which leave no
+            residual.
     """
 
     name: str
@@ -130,13 +131,13 @@ class _Run:
     """Neighbours that are coded in one call: several of the same cast, or one span.
 
     Args:
-        members: The spans' places in the layout.
-        place: Their elements in the flat buffer.
-        data: Their bytes in an encoded model; None where a codec's size depends on the values.
-        sizes: Bytes of each span's payload, of several spans.
-        codec: What encodes them.
-        shape: As it is told to the codec.
-        has_residual: Whether what their codec loses is kept.
+        members: Indices of the spans in the layout.
+        place: Slice of the flat buffer that holds the spans' elements.
+        data: Slice of an encoded model that holds the spans' bytes; None where a codec's size depends on the values.
+        sizes: Bytes of each span's payload; empty if the run is one span.
+        codec: The codec that encodes the spans.
+        shape: Shape of the tensor that the codec is given: flat if there are several spans.
+        has_residual: Whether a residual keeps what the codec loses.
     """
 
     members: range
@@ -156,7 +157,7 @@ class Layout:
 
     Args:
         spans: The tensors, one after another.
-        whole: The layout that this one is a `part` of.
+        whole: The layout of which this one is a `part`; None: this is a whole layout.
     """
 
     spans: tuple[Span, ...]
@@ -176,7 +177,7 @@ class Layout:
         integer buffers, buffers outside of `state_dict`, and parameters with a true attribute ``stays_here``.
 
         Raises:
-            FieldError: Every parameter of the module is frozen.
+            FieldError: All parameters of the module are frozen.
         """
         chosen = codec(spec)
         plain = exempt_codec(chosen)
@@ -221,7 +222,7 @@ class Layout:
         """Return the layout of some of the spans, in a flat buffer of their own: with the same codes, seeds and hash.
 
         Args:
-            numbers: Which spans, rising.
+            numbers: Indices of the chosen spans, rising.
         """
         spans = [self.spans[number] for number in numbers]
         offsets = accumulate((span.numel for span in spans), initial=0)
@@ -329,7 +330,7 @@ class Layout:
         """Check that the module trains the parameters that it trained when it was laid out.
 
         Raises:
-            FieldError: One was frozen or unfrozen since; the text names it.
+            FieldError: A parameter was frozen or unfrozen since; the text names it.
         """
         laid_out = {span.name for span in self.spans if span.role != "stats"}
         for name in sorted(laid_out.symmetric_difference(trained_parameters(module))):
@@ -340,8 +341,8 @@ class Layout:
         """Turn a trained model into what is sent of it, changes or values, in place.
 
         Args:
-            flat: The model.
-            replica: What it was before.
+            flat: The trained model, flat; changed in place.
+            replica: The model before training, flat.
             changes: The changes of the tensors whose type cannot hold the replica; see `changes`.
         """
         sent = self._subtract_(flat, replica, "change") if self.sends_values else flat.sub_(replica)
@@ -374,8 +375,8 @@ class Layout:
         On a CPU, payloads of fixed size lie one after another in one buffer, as in a message's body.
 
         Args:
-            flat: The values.
-            seed: The message's.
+            flat: The values, a flat buffer.
+            seed: Seed of the message.
             residual: Flat float32 of the parameters, added to them and replaced in place by what their codecs lose;
                 statistics, and spans whose values travel, have none.
         """
@@ -474,7 +475,7 @@ def end_to_end(datas: Sequence[Tensor]) -> Tensor:
     """Return the bytes of all, one after another: a view where they lie so in memory already, otherwise a copy.
 
     Args:
-        datas: At least one, flat uint8.
+        datas: Buffers, flat uint8, at least one.
     """
     first, stop = datas[0], 0
     if len(datas) == 1:
@@ -492,7 +493,7 @@ class LayoutSchedule:
     """A model's layouts by round: the same spans at the same offsets, with codecs that may change.
 
     Args:
-        layouts: Each layout with its first round; the first is 0, and they rise.
+        layouts: The first round of each layout and the layout; the first round of all is 0, and rounds rise.
     """
 
     layouts: tuple[tuple[int, Layout], ...]

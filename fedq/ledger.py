@@ -49,12 +49,12 @@ class MessageParts:
 
     Args:
         tensors: Name of the tensor each row belongs to.
-        parts: What each row holds, one of `PARTS`.
+        parts: Content of each row, one of `PARTS`.
         raw: int64 [rows], bytes that the row's values cost in float32; 0 for scales, indices and framing.
         payload: int64 [rows], bytes in the message.
 
     Raises:
-        FieldError: For an unknown part, columns of different lengths, negative bytes, or raw bytes on a row whose
+        FieldError: A part is unknown, columns differ in length, bytes are negative, or raw bytes are on a row whose
             values are counted elsewhere.
     """
 
@@ -128,7 +128,7 @@ class Ledger:
             wire_times: Copies that crossed ranks.
 
         Raises:
-            FieldError: For an unknown direction or negative times.
+            FieldError: The direction is unknown, or times are negative.
         """
         if direction not in DIRECTIONS:
             raise FieldError("direction", direction, one_of(DIRECTIONS, direction))

@@ -22,12 +22,12 @@ class Metric:
     ('0.2500 K^2', True)
 
     Args:
-        name: As evaluation returns it; a run's files have it as ``val_<name>``.
-        unit: Of its values as they are, such as ``K^2`` or ``%``; empty if it has none.
-        better: Which values are better.
+        name: Key of the metric in what evaluation returns; a run's files have it as ``val_<name>``.
+        unit: Unit of the values as they are, such as ``K^2`` or ``%``; empty if they have none.
+        better: Direction of better values: ``lower`` or ``higher``.
 
     Raises:
-        FieldError: One of them cannot be used.
+        FieldError: The name, unit or direction cannot be used.
     """
 
     name: str

@@ -20,18 +20,18 @@ OLD: dict[str, tuple[str, type]] = {
     "norm_rule": ("norm_limit", str),
     "residual_memory": ("feedback", float),
 }
-"""Settings that were, each with the setting that has taken it over, and its type."""
+"""Settings of earlier versions: for each the setting that has taken it over, and its own type."""
 
 
 def modern(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without the old ones, which have become options of others among them.
 
     Args:
-        values: Settings by name, of a whole job or of one group, with those that took the old ones over. What an old
-            one does not concern (momentum with adam, a rule without a limit) is dropped, as it was then.
+        values: Settings by name, of a whole job or of one group, with those that took the old ones over. An old one
+            that has no effect (momentum with adam, a rule without a limit) is dropped, as it was then.
 
     Raises:
-        FieldError: A value outside its range.
+        FieldError: A value is outside its range.
     """
     new = {name: value for name, value in values.items() if name not in OLD}
     options = {name: values[name] for name in ("momentum", "weight_decay") if name in values}
@@ -52,8 +52,8 @@ def told(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return the line that says what to write instead of old settings.
 
     Args:
-        where: What has them: a file, or the command line.
-        old: Those that were given.
+        where: Place where the old settings were found: a file, or the command line.
+        old: Values of the old settings that were given, by name.
         new: The settings that `modern` made of them.
     """
     forms = {target: new[target] for name in old if (target := OLD[name][0]) in new}

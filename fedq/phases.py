@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 PHASES = ("compute", "encode", "exchange", "decode", "server", "evaluation")
-"""What a job does: train, encode, wait for other ranks and the link, decode and sum, step the server, evaluate."""
+"""Phases of a job: train, encode, wait for other ranks and the link, decode and sum, step the server, evaluate."""
 
 _FOLD_AT = 4096  # moments kept before they are summed: bounds the memory of a long epoch
 
@@ -25,9 +25,9 @@ class Spent:
     """Time in a phase.
 
     Args:
-        seconds: Exposed: spent in it, or waiting for it.
-        hidden: Seconds of it beside computation, which nobody waited for.
-        calls: How often it was entered.
+        seconds: Exposed seconds: spent in the phase, or waiting for it.
+        hidden: Seconds of the phase beside computation, for which nobody waited.
+        calls: Number of times that the phase was entered.
     """
 
     seconds: float = 0.0
@@ -105,7 +105,7 @@ class Timer:
     """What both timers share: phases by name, which the profiler sees too if it is told to.
 
     Args:
-        clock: Whose moments count.
+        clock: Clock that marks the moments. Default: this process's own.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -135,7 +135,7 @@ class PhaseTimer(Timer):
     """Times the phases of one thread; time within an inner phase is not the outer one's.
 
     Args:
-        clock: Whose moments count.
+        clock: Clock that marks the moments. Default: this process's own.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -217,7 +217,7 @@ class BesideTimer(Timer):
     did in between is exposed, what it did before is hidden.
 
     Args:
-        clock: Whose moments count.
+        clock: Clock that marks the moments. Default: this process's own.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 _GRPC, _GRPC_SKIPS = ("grpc_proxy", "https_proxy", "http_proxy"), ("no_grpc_proxy", "no_proxy")
-"""Variables that gRPC reads; the first that is set counts, and no upper case does."""
+"""Names of the variables that gRPC reads, lower case only; the first that is set counts."""
 
 
 def is_loopback(host: str) -> bool:

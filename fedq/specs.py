@@ -19,7 +19,7 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Split ``name:a=1,b=2`` into the name and its options' texts.
 
     Raises:
-        FieldError: An option without ``=``, or one that is given twice.
+        FieldError: An option has no ``=``, or is given twice.
     """
     name, _, rest = spec.strip().partition(":")
     options: dict[str, str] = {}
@@ -41,7 +41,7 @@ def parse(field: str, spec: str, kinds: Mapping[str, type]) -> Any:
         kinds: Frozen dataclasses by name.
 
     Raises:
-        FieldError: Naming ``field``: an unknown name or option, or a value that is not allowed; the text lists what is.
+        FieldError: A name or option is unknown, or a value is not allowed; the error names ``field`` and what would be.
     """
     try:
         name, texts = split_spec(spec)
@@ -116,7 +116,7 @@ def parse_value(text: str, kind: Any) -> Any:
     """Return the value of type ``kind`` that ``text`` spells.
 
     Args:
-        text: For a tuple, its parts with slashes between; true, false and none in any case.
+        text: The value in letters; parts of a tuple have slashes between them; true, false and none are in any case.
         kind: bool, int, float, str, None, a union of these (members of other types are never spelled), or a tuple
             of such types.
 

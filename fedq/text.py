@@ -6,7 +6,7 @@ import re
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB")
 LONGEST = 512
-"""Characters of a text that are kept."""
+"""Number of characters of a text that are kept."""
 # Letters, marks and symbols by their category, but nobody sees them: fillers, joiners, variation selectors.
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -20,8 +20,8 @@ def clean(text: str | bytes, longest: int = LONGEST) -> str:
     (``\x1b``, ``\u202e``): control characters, escapes, marks of direction, characters without width, halves of pairs.
 
     Args:
-        text: Anything; bytes that are no UTF-8 are replaced.
-        longest: Characters that are kept; where there are more, the last three say so.
+        text: Any text; bytes that are no UTF-8 are replaced.
+        longest: Number of characters that are kept; where there are more, the last three say so.
     """
     if isinstance(text, bytes):
         text = text[: 4 * longest + 4].decode(errors="replace")

@@ -31,7 +31,7 @@ class Pace:
 
 
 PACE = Pace()
-"""Of every wait that has none of its own."""
+"""The pace of every wait that is given none of its own."""
 
 
 def to_stderr(line: str) -> None:
@@ -44,14 +44,14 @@ class Wait:
     """One wait, begun when this is made. Whoever polls calls `look` each time; others are in `speaking`.
 
     Args:
-        whom: Who is awaited, and where; called when a line is due.
-        timeout_s: Seconds after which the wait is given up; infinite: never.
-        hints: What in the environment may be the cause, each said at the end of a line.
-        heading: What each line begins with.
-        say: Takes a line.
-        first_s: Seconds before the first line, if not those of the pace.
-        pace: When lines are due. Default: `PACE`.
-        clock: Seconds that only grow.
+        whom: Returns the words for who is awaited, and where; called when a line is due.
+        timeout_s: Seconds after which the wait is given up; infinity: never.
+        hints: Possible causes in the environment, in words, each said at the end of a line.
+        heading: Words with which each line begins.
+        say: Function that is given each line.
+        first_s: Seconds before the first line. Default: those of the pace.
+        pace: Times at which lines are due. Default: `PACE`.
+        clock: Returns seconds that only grow.
     """
 
     def __init__(

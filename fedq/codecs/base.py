@@ -30,8 +30,8 @@ class Payload:
     """One encoded tensor: a contiguous 1-D uint8 tensor and the little that is needed to decode it.
 
     Args:
-        data: What travels.
-        codec: Who encoded it.
+        data: Bytes of the payload, which travel.
+        codec: The codec that encoded it.
         shape: Shape of the original tensor.
         dtype: Data type of the original tensor.
         seed: Seed of rotation, of shared index choice and of rounding noise.
@@ -63,7 +63,7 @@ class Payload:
         It holds codec, shape, data type and checksums; ``docs/wire_format.md`` is its specification.
 
         Raises:
-            FieldError: The message has no room for it: a data type without a number, more than 255 dimensions.
+            FieldError: The message has no room for it: its data type has no number, or it has more than 255 dimensions.
         """
         return _PACKING[-1](self)
 
@@ -130,14 +130,14 @@ class Codec(ABC):
 
         Args:
             x: A tensor or a numpy array of any shape, floating point.
-            seed: 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
-            out: Optional uint8 buffer of exactly the payload's size (fixed-size codecs).
+            seed: Seed of 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
+            out: Buffer for the payload, uint8 of exactly its size (fixed-size codecs); None: one is made.
 
         Returns:
             A payload whose bytes depend on values, shape, options and seed only.
 
         Raises:
-            FieldError: Not a floating-point tensor or array, or ``out`` has another size.
+            FieldError: ``x`` is no floating-point tensor or array, or ``out`` has another size.
         """
         x = as_tensor(x)
         shape, flat = tuple(x.shape), _flat(x)
@@ -170,9 +170,9 @@ class Codec(ABC):
 
         Args:
             x: A tensor or a numpy array of any shape, floating point.
-            residual: Float32, of the same shape.
-            seed: As for `encode`.
-            out: As for `encode`.
+            residual: The residual, float32, of the same shape.
+            seed: Seed, as for `encode`.
+            out: Buffer for the payload, as for `encode`.
         """
         x = as_tensor(x)
         shape, flat = tuple(x.shape), _flat(x)
@@ -199,9 +199,9 @@ class Codec(ABC):
         """Replace ``out`` by the sum of ``weight · decoded``, from zero and in the order given: `decode_add` of each.
 
         Args:
-            payloads: Of this codec and of one shape.
-            weights: One for each payload.
-            out: Contiguous float32 of that shape.
+            payloads: Payloads of this codec, all of one shape.
+            weights: Weight of each payload.
+            out: Buffer that is written, contiguous float32 of that shape.
         """
         out.zero_()
         for payload, weight in zip(payloads, weights, strict=True):
@@ -327,7 +327,7 @@ def as_tensor(x: Tensor | np.ndarray) -> Tensor:
     """Return a tensor as it is, and a numpy array as one, without a copy where that can be.
 
     Raises:
-        FieldError: Neither, or an array of a type that torch does not have.
+        FieldError: ``x`` is neither, or an array of a type that torch does not have.
     """
     if isinstance(x, Tensor):
         return x
@@ -382,7 +382,7 @@ def make(name: str, options: Mapping[str, str]) -> Codec:
     """Build a codec from its spec name and the text of its options.
 
     Raises:
-        FieldError: Unknown name or option, or a value that is not allowed.
+        FieldError: The name or an option is unknown, or a value is not allowed.
     """
     if name not in _REGISTRY:
         raise FieldError("codec", name, one_of(_REGISTRY, name))

@@ -103,9 +103,9 @@ class Grouped(Scaled):
         """Return (uint8 codes like ``groups``, float32 scales that bfloat16 holds exactly).
 
         Args:
-            groups: (g, 2^n) float32, zeros where a group has no element.
-            counts: (g, 1) float32, elements of each group.
-            noise: Uniform [0, 1) like ``groups`` for stochastic rounding.
+            groups: Values in groups, (g, 2^n) float32, zeros where a group has no element.
+            counts: Number of elements of each group, (g, 1) float32.
+            noise: Uniform noise in [0, 1) like ``groups`` for stochastic rounding; None: round to nearest.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ def codec(spec: str | Codec) -> Codec:
     """Return the codec that a spec string names, for example ``codec("int4:block=256")``.
 
     Raises:
-        FieldError: Unknown codec or option, or a value that is not allowed; the text lists what is. PowerSGD is not a
+        FieldError: The codec or an option is unknown, or a value is not allowed; the text lists what is. PowerSGD is no
             codec: its messages are sums over all ranks, and no rank can decode one alone.
     """
     if isinstance(spec, Codec):
@@ -32,7 +32,7 @@ def codec_schedule(spec: str) -> tuple[tuple[int, Codec], ...]:
             to 6 and sign from round 7 on (rounds are counted from 1, as reports do).
 
     Raises:
-        FieldError: A codec that does not exist, or rounds that do not rise from the first codec on.
+        FieldError: A codec does not exist, or rounds do not rise from the first codec on.
     """
     if "@" not in spec:
         return ((0, codec(spec)),)

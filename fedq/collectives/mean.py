@@ -33,7 +33,7 @@ Key = tuple[int, int]
 Leg = Literal["first", "second"]
 _TWO_LEGS = ("two_phase", "hierarchical")
 _SMALL = 4096
-"""Elements up to which casts travel together, at the cost of a copy."""
+"""Largest number of elements of a cast that travels together with others, at the cost of a copy."""
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Residuals:
     """What the two legs lost, float32, by parameter and segment; made when they are first needed.
 
     Args:
-        first: Of this rank's own tensors (with ``hierarchical``: of its node's mean, where this rank owns it).
-        second: Of the means that this rank owns.
+        first: Residuals of this rank's own tensors (``hierarchical``: of its node's mean, where this rank owns it).
+        second: Residuals of the means that this rank owns.
     """
 
     first: dict[Key, Tensor] = field(default_factory=dict)
@@ -78,17 +78,17 @@ def compressed_mean(
     """Return the mean of ``x`` over all ranks; every rank gets the same bits. Every rank must call it.
 
     Args:
-        x: Any shape, floating point or complex, the same on all ranks. Not changed.
+        x: A tensor of any shape, floating point or complex, the same shape on all ranks. It is not changed.
         spec: Codec of the first leg, of fixed payload size.
         second: Codec of the second leg; default: the same.
         schedule: ``auto``, ``reduce``, ``one_phase``, ``two_phase`` or ``hierarchical``.
-        seed: The same on all ranks, another in each call.
-        residuals: Error feedback; give the same object in each call for the same tensor.
-        group: Default: all ranks.
-        ranks_per_node: Consecutive ranks that share a node.
+        seed: Seed, the same on all ranks, another one in each call.
+        residuals: Error feedback; give the same object in each call for the same tensor. None: no error feedback.
+        group: The process group. Default: all ranks.
+        ranks_per_node: Number of consecutive ranks that share a node.
 
     Raises:
-        FieldError: A schedule or codec that is unknown or does not fit.
+        FieldError: The schedule or a codec is unknown or does not fit.
     """
     codecs = (codec(spec), codec(spec if second is None else second))
     first, other = (c.resolved(feedback=residuals is not None) for c in codecs)
@@ -106,10 +106,10 @@ class MeanExchange:
     """Averages flat buffers of one layout; stateless but for the count of what it sent.
 
     Args:
-        segments: Of the flat buffer, in order, with their owners.
+        segments: Segments of the flat buffer, in order, with their owners.
         peers: The ranks that take part.
-        schedule: As in `compressed_mean`.
-        ranks_per_node: Consecutive ranks that share a node.
+        schedule: Name of the schedule, as in `compressed_mean`.
+        ranks_per_node: Number of consecutive ranks that share a node.
         inside: Codec inside a node, for ``hierarchical``.
     """
 
@@ -128,18 +128,18 @@ class MeanExchange:
         self.inside = codec(inside)
         self.sent = Sent()
         self.timer: Timer = PhaseTimer()
-        """Told what each part of a run takes."""
+        """Timer that is told how long each part of a run takes."""
         self.numel = sum(segment.numel for segment in self.segments)
-        """Elements of the flat buffer."""
+        """Number of elements of the flat buffer."""
         self._ranks_per_node = ranks_per_node
 
     def run(self, flat: Tensor, *, seed: int, residuals: Residuals | None = None) -> None:
         """Replace a flat buffer by its mean over all ranks.
 
         Args:
-            flat: Contiguous, floating point, the same layout on all ranks.
-            seed: The same on all ranks, another in each call.
-            residuals: Error feedback of both legs.
+            flat: The flat buffer: contiguous, floating point, the same layout on all ranks.
+            seed: Seed, the same on all ranks, another one in each call.
+            residuals: Error feedback of both legs; None: no error feedback.
         """
         if self.peers.size == 1 or not self.segments:
             return
@@ -284,9 +284,9 @@ def encode(segments: Sequence[Segment], leg: Leg, flat: Tensor, seed: int, resid
     """Return the payloads of segments, one after another in one uint8 buffer.
 
     Args:
-        segments: What to encode.
-        leg: ``first`` or ``second``: which of the segments' codecs.
-        flat: The buffer they lie in.
+        segments: Segments to encode.
+        leg: Leg whose codecs encode them: ``first`` or ``second``.
+        flat: The flat buffer that holds the segments.
         seed: Seed of the message.
         residuals: Error feedback, replaced in place and begun where there is none; None: encode and forget. A segment
             of zeros travels as zeros and leaves its residual alone: nobody may apply it (a branch without a gradient

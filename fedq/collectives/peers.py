@@ -12,7 +12,7 @@ from torch import Tensor
 from fedq.errors import FieldError
 
 _PIECE = 1 << 20
-"""Bytes in flight at a time and direction on Gloo: larger ones run half duplex."""
+"""Most bytes in flight at a time and direction on Gloo: larger messages run half duplex."""
 
 
 class Peers:
@@ -21,7 +21,7 @@ class Peers:
     A copy (by `copy.deepcopy` or pickle) leaves the process group out: it knows who took part, and sends nothing.
 
     Args:
-        group: Default: all ranks, or this process alone if there is no process group.
+        group: The process group. Default: all ranks, or this process alone if there is no process group.
         members: Ranks of the group that take part, in order; default: all.
     """
 
@@ -54,11 +54,11 @@ class Peers:
         """Send a uint8 buffer to each member and return what each sent, this rank's own without a copy.
 
         Args:
-            sends: One for each member.
-            sizes: Bytes that come from each member.
+            sends: Buffers, one for each member.
+            sizes: Number of bytes that come from each member.
 
         Raises:
-            FieldError: This is a copy.
+            FieldError: This object is a copy, which has no process group.
         """
         self.check_original()
         device = sends[self.rank].device
@@ -85,7 +85,7 @@ class Peers:
         """Sum values over the group in place; return the bytes that a ring sends from each rank.
 
         Raises:
-            FieldError: This is a copy.
+            FieldError: This object is a copy, which has no process group.
         """
         self.check_original()
         on_wire = values if self.is_nccl else values.cpu()

@@ -17,7 +17,7 @@ from fedq.errors import FieldError
 from fedq.kernels import span_seed
 
 SEGMENT = 1 << 18
-"""Elements of a segment: a megabyte of float32, a multiple of every block up to it."""
+"""Number of elements of a segment: a megabyte of float32, a multiple of every block up to it."""
 SCHEDULES = ("reduce", "one_phase", "two_phase", "hierarchical")
 _SMALL_NBYTES = 4096
 """Payloads up to this size are bound by latency: one trip with more bytes beats two."""
@@ -28,13 +28,13 @@ class Segment:
     """A run of one parameter in a flat buffer.
 
     Args:
-        start: Its first element in the flat buffer.
-        numel: Elements.
-        param: Number of the parameter in its model.
-        part: Number of the segment in the parameter.
+        start: Index of the segment's first element in the flat buffer.
+        numel: Number of elements.
+        param: Index of the parameter in its model.
+        part: Index of the segment in the parameter.
         first: Codec of the first leg, from every rank to the owner.
         second: Codec of the second leg, from the owner to every rank.
-        owner: Rank that averages it.
+        owner: Rank that averages the segment.
     """
 
     start: int
@@ -69,12 +69,12 @@ def cut(numels: Sequence[int], codecs: Sequence[tuple[Codec, Codec]], params: Se
     """Cut tensors that lie one after another in a flat buffer into segments.
 
     Args:
-        numels: Elements of each tensor; empty ones have no segment.
+        numels: Number of elements of each tensor; empty ones have no segment.
         codecs: Codecs of each tensor's first and second leg, of fixed size.
-        params: Number of each tensor in its model.
+        params: Index of each tensor in its model.
 
     Raises:
-        FieldError: A codec whose payload size depends on the values.
+        FieldError: The payload size of a codec depends on the values.
     """
     segments = []
     offsets = accumulate(numels, initial=0)
@@ -90,7 +90,7 @@ def check_fixed_size(codec: Codec, spec: str) -> None:
     """Refuse a codec, named as it was given, whose payload size depends on the values.
 
     Raises:
-        FieldError: It does.
+        FieldError: The codec's payload size depends on the values.
     """
     if not codec.fixed_size:
         raise FieldError("codec", spec, "a codec of fixed payload size, such as topk or blocktopk")
@@ -117,7 +117,7 @@ def choose_schedule(schedule: str, segments: Sequence[Segment], world_size: int,
     several nodes with several ranks each, and ``two_phase`` for the rest.
 
     Raises:
-        FieldError: An unknown schedule, or one that these codecs or ranks cannot have.
+        FieldError: The schedule is unknown, or these codecs or ranks cannot have it.
     """
     if schedule not in ("auto", *SCHEDULES):
         raise FieldError("schedule", schedule, f"auto, {', '.join(SCHEDULES)}")

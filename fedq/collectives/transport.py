@@ -47,9 +47,9 @@ class Transport:
     """The process group as the rounds use it.
 
     Args:
-        device: Where this rank's tensors live.
+        device: Device of this rank's tensors.
         group: A process group; None: the default group if there is one, otherwise a single rank.
-        timer: Told how long this rank waits for others and for the link; default: one of its own.
+        timer: Timer that is told how long this rank waits for others and for the link; default: one of its own.
     """
 
     def __init__(
@@ -67,19 +67,19 @@ class Transport:
         nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
         self.wire_device = self.device if nccl else torch.device("cpu")
         self.received = 0
-        """Bytes of the buffers that came from other ranks to this one."""
+        """Number of bytes of the buffers that came from other ranks to this one."""
 
     @_waiting
     def gather(self, messages: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[list[Tensor]], Moved]:
         """Send this rank's messages to rank 0.
 
         Args:
-            messages: uint8, of any sizes.
-            counts: Messages of each rank, known to all.
+            messages: Messages of this rank, flat uint8 of any sizes.
+            counts: Number of messages of each rank, known to all.
 
         Returns:
-            On rank 0 the messages of every rank, in rank order; elsewhere an empty list. And the bytes that crossed,
-            on rank 0.
+            On rank 0 the messages of every rank, in rank order, and the bytes that crossed; elsewhere an empty list and
+            no bytes.
         """
         if self.world_size == 1:
             return [list(messages)], Moved()
@@ -130,8 +130,8 @@ class Transport:
         """Send a uint8 buffer to each rank and return what each sent, by rank; this rank's own moves nowhere.
 
         Args:
-            sends: One for each rank, on this rank's device.
-            sizes: Bytes that come from each rank.
+            sends: Buffers, one for each rank, on this rank's device.
+            sizes: Number of bytes that come from each rank.
         """
         received = Peers(self.group).exchange(sends, sizes)
         self.received += sum(buffer.numel() for rank, buffer in enumerate(received) if rank != self.rank)

@@ -39,9 +39,9 @@ def message_parts(model: Model, messages: Sequence[Message], nbytes: int) -> Mes
     """Return what a message in fedq's format is made of.
 
     Args:
-        model: That the message brings, or brings up to date: in float32 it is what would have travelled.
-        messages: Fedq's messages in it; none that hold payloads where the receiver is up to date.
-        nbytes: Of the Flower message; what is no tensor's is framing.
+        model: Model that the message brings, or brings up to date: in float32 it is what would have travelled.
+        messages: Messages of fedq in it; none of them holds payloads where the receiver is up to date.
+        nbytes: Bytes of the Flower message; those that belong to no tensor are framing.
     """
     sections: dict[str, Counter[str]] = {span.name: Counter() for span in model.layout.spans}
     exact: Counter[str] = Counter()

@@ -45,11 +45,11 @@ class Model:
     """The values of an array record.
 
     Args:
-        names: Of all arrays, in the record's order.
-        shapes: Of the arrays that are coded: float32 with at least one dimension.
-        flat: Their values, in the order of `layout`.
-        exact: The other arrays that torch has a type for.
-        others: The rest, such as texts and arrays of another serialization, as Flower has them.
+        names: Names of all arrays, in the record's order.
+        shapes: Shapes by name of the arrays that are coded: float32 with at least one dimension.
+        flat: Values of the coded arrays, flat, in the order of `layout`.
+        exact: The other arrays that torch has a type for, by name.
+        others: The rest by name, such as texts and arrays of another serialization, as Flower has them.
     """
 
     names: tuple[str, ...]
@@ -88,12 +88,12 @@ def read_record(record: ArrayRecord, shapes: Shapes | None = None) -> Model:
     """Read an array record.
 
     Args:
-        record: Of any arrays; it is not changed.
-        shapes: The arrays that the other side knows as coded: those are cast to float32 if they have another float
-            type (some strategies average to float64). None: every float32 array with a dimension is coded.
+        record: The array record, with any arrays; it is not changed.
+        shapes: Shapes of the arrays that the other side knows as coded: those are cast to float32 if they have another
+            float type (some strategies average to float64). None: every float32 array with a dimension is coded.
 
     Raises:
-        FieldError: An array's bytes are not what numpy writes.
+        FieldError: The bytes of an array are not what numpy writes.
     """
     coded: dict[str, np.ndarray] = {}
     exact: dict[str, Tensor] = {}
@@ -153,7 +153,7 @@ def wire_messages(content: RecordDict, key: str, limits: Limits) -> tuple[list[M
     """Undo `wire_record`, under a key of a content.
 
     Raises:
-        FieldError: They are damaged, cut short, or beyond the limits.
+        FieldError: The messages are damaged, cut short, or beyond the limits.
     """
     record = cast(ArrayRecord, content[key])
     data = record[WIRE].data

@@ -48,11 +48,11 @@ def fedq_mod(uplink: str | None = None, *, feedback: bool | None = None, folder:
     Args:
         uplink: Codec of this client's updates, or a schedule such as ``"int4 sign@7"``; default: what the server asks
             for.
-        feedback: Error feedback; default: where the codec is one that gains by it.
-        folder: Where nodes keep their replica and residual; default: ``flower`` in fedq's cache folder.
+        feedback: Whether there is error feedback; default: where the codec is one that gains by it.
+        folder: Folder in which nodes keep their replica and residual; default: ``flower`` in fedq's cache folder.
 
     Raises:
-        FieldError: No such codec.
+        FieldError: The codec does not exist.
     """
     if uplink is not None:
         codec_schedule(uplink)
@@ -194,7 +194,7 @@ def _changed_state(state: NodeState | None, content: RecordDict, key: str) -> tu
     """Return the state after the changes in a record, and the arrays beside them.
 
     Raises:
-        FieldError: They are damaged, or do not lead on from the version that this node has.
+        FieldError: The changes are damaged, or do not lead on from the version that this node has.
     """
     if state is None:
         raise FieldError("replica", None, "one to change: this node's state is gone")

@@ -51,9 +51,9 @@ class Exchange:
     """Packs messages for nodes and unpacks their answers.
 
     Args:
-        uplink: Codec that clients are asked to use.
-        downlink: Codec of the model's changes.
-        seed: Of everything random in both.
+        uplink: Spec of the codec that clients are asked to use, or a schedule of codecs.
+        downlink: Spec of the codec of the model's changes.
+        seed: Seed of everything random in both.
     """
 
     def __init__(self, uplink: str, downlink: str, seed: int) -> None:
@@ -154,8 +154,8 @@ class Exchange:
         """Return an answer's plain content and what its bytes are made of.
 
         Raises:
-            FieldError: It is damaged or of another model.
-            LeftOut: There is no update in it.
+            FieldError: The answer is damaged or of another model.
+            LeftOut: The answer holds no update.
         """
         content, nbytes = reply.content, message_nbytes(reply)
         key, mark = wire_key(content), mark_of(content)

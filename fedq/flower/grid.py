@@ -14,7 +14,7 @@ from fedq.flower.exchange import Exchange, is_training
 from fedq.flower.weighing import Weighing
 
 DEFAULT_TIMEOUT_S = 3600.0
-"""Flower's own default of a strategy; its grid would wait for ever."""
+"""Seconds that Flower's strategies wait by default; its grid would wait for ever."""
 
 
 class RoundsFailed(RuntimeError):
@@ -25,10 +25,10 @@ class CompressedGrid(Grid):
     """Flower's grid, with fedq between it and the caller.
 
     Args:
-        grid: What carries the messages.
-        exchange: What packs and unpacks them.
-        max_failed_rounds: Training rounds in a row in which every node failed, at which it gives up.
-        weighing: By what the answers will be weighed; default: they may be used in any way.
+        grid: Flower's grid, which carries the messages.
+        exchange: Exchange that packs messages and unpacks answers.
+        max_failed_rounds: Number of training rounds in a row in which every node failed, at which it gives up.
+        weighing: Rule by which the answers will be weighed; default: they may be used in any way.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FailedRounds:
     """Counts the rounds in a row that brought nothing, and does not stay silent about them.
 
     Args:
-        most: At so many it gives up.
+        most: Number of such rounds in a row at which `RoundsFailed` is raised.
     """
 
     def __init__(self, most: int) -> None:
@@ -114,7 +114,7 @@ class FailedRounds:
         """Note a training round.
 
         Raises:
-            RoundsFailed: It was one too many.
+            RoundsFailed: So many rounds in a row have failed that it gives up.
         """
         if any(reply.has_content() for reply in replies):
             self._num = 0

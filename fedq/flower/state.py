@@ -33,9 +33,9 @@ except ImportError:  # Windows: Flower's own order of messages has to do
     fcntl = None  # type: ignore[assignment]
 
 CACHE_BYTES = 1 << 30
-"""Memory for replicas and residuals of the nodes that this process served last."""
+"""Bytes of memory for replicas and residuals of the nodes that this process served last."""
 KEEP_S = 7 * 24 * 3600
-"""Runs whose folder nobody touched for a week are removed by the next run."""
+"""Seconds (a week) after which a run's folder that nobody touched is removed by the next run."""
 _EVERYTHING = Limits(message_bytes=1 << 40, decoded_bytes=1 << 40)
 
 
@@ -44,15 +44,15 @@ class Facts:
     """The small part of a node's state, written as JSON.
 
     Args:
-        session: Of the server; another one starts anew.
-        seed: Of everything random.
-        uplink: Codec that the server asks for.
-        version: Of the replica.
-        names: Of the model's arrays, in the record's order.
-        residual: Number of the residual's file; 0: none.
-        residual_of: Layout of the residual.
-        received_bytes, sent_bytes: Of Flower's messages so far.
-        received_float32_bytes, sent_float32_bytes: Of the same models in float32.
+        session: Number of the server's session; with another one the node starts anew.
+        seed: Seed of everything random.
+        uplink: Spec of the codec that the server asks for.
+        version: Version of the replica.
+        names: Names of the model's arrays, in the record's order.
+        residual: Number of the residual's file; 0: there is none.
+        residual_of: Hash of the fp32 layout of the arrays that the residual is of, hexadecimal; empty: none so far.
+        received_bytes, sent_bytes: Bytes of Flower's messages so far.
+        received_float32_bytes, sent_float32_bytes: Bytes of the same models in float32.
     """
 
     session: int
@@ -73,9 +73,9 @@ class NodeState:
     """A node's state in memory.
 
     Args:
-        facts: The small part.
-        model: The replica.
-        residuals: The residual, of owner 0.
+        facts: The small part of the state, which is written as JSON.
+        model: The replica of the server's model.
+        residuals: Store of the node's residual, whose owner has the number 0.
     """
 
     facts: Facts
@@ -106,8 +106,8 @@ class NodeFolder:
 
     Args:
         base: Folder of all runs.
-        run: Flower's number of the run.
-        node: Flower's number of the node.
+        run: Number that Flower gave the run.
+        node: Number that Flower gave the node.
     """
 
     def __init__(self, base: Path, run: int, node: int) -> None:
@@ -167,8 +167,8 @@ class NodeFolder:
         """Write what changed; a reader sees the old state or the new one.
 
         Args:
-            state: The state.
-            in_memory: Keep it in the cache too, because nothing is going to change it before it is loaded again.
+            state: The node's state.
+            in_memory: Whether to keep it in the cache too, because nothing will change it before it is loaded again.
         """
         facts, replica = state.facts, self.path / _replica_name(state.facts)
         if not replica.exists():

@@ -40,12 +40,12 @@ def compressed(
         uplink: Codec that clients are asked to use, or a schedule such as ``"int4 sign@7"``; a client's mod may have
             one of its own.
         downlink: Codec of the model's changes.
-        seed: Of everything random in the codecs.
-        ledger: Takes the counted bytes as JSON at the end.
-        max_failed_rounds: Training rounds in a row in which every node failed, at which it gives up.
+        seed: Seed of everything random in the codecs.
+        ledger: Path of the JSON file that takes the counted bytes at the end; None: no file.
+        max_failed_rounds: Number of training rounds in a row in which every node failed, at which it gives up.
 
     Raises:
-        FieldError: No such codec.
+        FieldError: A codec does not exist.
     """
     return Compressed(strategy, uplink, downlink, seed, Path(ledger) if ledger else None, max_failed_rounds)
 
@@ -55,11 +55,11 @@ class Compressed(Strategy):
 
     Args:
         inner: The strategy that chooses nodes and averages.
-        uplink: See `compressed`, as for the rest.
-        downlink: Codec.
-        seed: Seed.
-        path: Of the JSON file.
-        max_failed_rounds: Rounds.
+        uplink: Codec that clients are asked to use, or a schedule; see `compressed`, as for the rest.
+        downlink: Codec of the model's changes.
+        seed: Seed of everything random in the codecs.
+        path: Path of the JSON file of counted bytes; None: no file.
+        max_failed_rounds: Number of failed training rounds in a row at which it gives up.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Compressed(Strategy):
         """Run the inner strategy's own loop, through a grid whose messages travel packed.
 
         Args:
-            grid: Flower's.
-            initial_arrays: The first model.
-            args, kwargs: As the inner strategy's ``start`` takes them.
+            grid: Flower's grid.
+            initial_arrays: Arrays of the first model.
+            args, kwargs: Arguments that the inner strategy's ``start`` takes beside them.
         """
         uplink, downlink = self._settings
         log.info("fedq: uplink %s, downlink %s", uplink, downlink)

@@ -25,15 +25,15 @@ from fedq.layout import Layout
 from fedq.wire import SERVER, Frame, Kind, Message, join_payloads
 
 _KEPT = 8
-"""Replicas in memory: answers to messages that were pushed and not waited for may be that many versions late."""
+"""Number of replicas in memory: answers to messages that were pushed and not waited for may be that late."""
 
 
 class Versions:
     """The replica and how to get there.
 
     Args:
-        downlink: Codec of changes.
-        seed: Of everything random in them.
+        downlink: Spec of the codec of changes.
+        seed: Seed of everything random in them.
     """
 
     def __init__(self, downlink: str, seed: int) -> None:
@@ -58,7 +58,7 @@ class Versions:
         """Return the replica of a version.
 
         Raises:
-            FieldError: It is not kept.
+            FieldError: The replica of this version is not kept.
         """
         if number not in self._models:
             raise FieldError("version", number, f"one of {sorted(self._models)}")
@@ -68,8 +68,8 @@ class Versions:
         """Make a new version that brings the replica to a model, unless the newest one was made for it.
 
         Args:
-            record: The model.
-            anew: Nobody holds an older version: the replica becomes the model itself.
+            record: The model's arrays.
+            anew: Whether nobody holds an older version, so that the replica becomes the model itself.
         """
         target = {name: (array.dtype, array.shape, array.stype, array.data) for name, array in record.items()}
         if self.number and target == self._target:
@@ -141,7 +141,7 @@ def check_shapes(layout: Layout | None, model: Model) -> dict[str, tuple[int, ..
     """Return the shapes of a received layout, in the model's order.
 
     Raises:
-        FieldError: It is not a layout of some of the model's arrays, in the order that these have.
+        FieldError: The layout is not one of some of the model's arrays in their order.
     """
     if layout is None:
         raise FieldError("message layout", None, "one of the model's arrays")

@@ -24,7 +24,7 @@ class Weighing:
     """How a strategy weighs answers.
 
     Args:
-        key: The metric that is the weight; None: it has none.
+        key: Name of the metric that is the weight; None: the strategy has none.
         is_needed: Whether the strategy averages by Flower's own code, which cannot do without; one that averages by
             code of its own may not look at weights that no node reports.
     """

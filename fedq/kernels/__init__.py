@@ -159,18 +159,18 @@ def encode(plan: Plan, x: Tensor, *, seed: int, out: Tensor | None = None, resid
     """Encode a flat tensor.
 
     Args:
-        plan: What to compute.
-        x: Flat and contiguous, at least one element, float32, bfloat16 or float16.
-        seed: 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
-        out: Optional uint8 buffer of exactly the payload's size.
-        residual: Optional flat contiguous float32 like ``x``, added to it and replaced in place, value by value, by
-            ``total - decoded``; where that is not finite the old value stays.
+        plan: The plan, which says how to encode.
+        x: The tensor: flat, contiguous, at least one element, float32, bfloat16 or float16.
+        seed: Seed of 64 bits; the low 32 are shared by all clients of a round, the high 32 are the client's own.
+        out: Buffer for the payload, uint8 of exactly its size; None: one is made.
+        residual: Flat contiguous float32 like ``x``, added to it and replaced in place, value by value, by
+            ``total - decoded``; where that is not finite the old value stays. None: no error feedback.
 
     Returns:
         The uint8 payload, in ``out`` if given. Its bytes do not depend on implementation, device or threads.
 
     Raises:
-        FieldError: A tensor of another type, size or device than described.
+        FieldError: A tensor has another type, size or device than described.
     """
     _check("x", x, x.dtype, x.device)
     if residual is not None:
@@ -188,13 +188,14 @@ def decode(plan: Plan, data: Tensor, num: int, *, seed: int, out: Tensor, weight
     Args:
         plan: The plan that encoded it.
         data: The payload.
-        num: Elements.
+        num: Number of elements.
         seed: The seed that encoded it.
-        out: Flat contiguous float32 of ``num`` elements.
-        weight: None: ``out = decoded``; otherwise ``out += weight · decoded``, product and sum rounded separately.
+        out: Buffer that is written, flat contiguous float32 of ``num`` elements.
+        weight: Factor of the values that are added: ``out += weight · decoded``, product and sum rounded separately.
+            None: ``out = decoded``.
 
     Raises:
-        FieldError: A tensor of another type, size or device than described.
+        FieldError: A tensor has another type, size or device than described.
     """
     _check("data", data, torch.uint8, data.device)
     _check("out", out, torch.float32, data.device, num)
@@ -205,9 +206,9 @@ def check(plan: Plan, data: Tensor, num: int) -> None:
     """Check what `decode` checks, without decoding; only the positions in a sparse payload can be wrong.
 
     Args:
-        plan: As for `decode`.
+        plan: The plan that encoded it.
         data: The payload, of the size that the plan calls for.
-        num: Elements.
+        num: Number of elements.
 
     Raises:
         FieldError: The payload does not decode.
@@ -233,20 +234,20 @@ def reduce(
 
     Args:
         plan_in: The plan of the payloads.
-        datas: One payload or more.
-        weights: One for each payload.
+        datas: The payloads, at least one.
+        weights: Weight of each payload.
         seeds: The seed of each payload.
         plan_out: The plan of the result.
-        num: Elements.
+        num: Number of elements of the tensor.
         seed: The seed of the result.
-        out: As for `encode`.
-        residual: As for `encode`, for ``x = sum(weight · decoded)``, summed in float32 from zero in the order given.
+        out: Buffer for the result, as for `encode`.
+        residual: Residual as for `encode`, of ``sum(weight · decoded)``, summed in float32 from 0 in the order given.
 
     Returns:
         The uint8 payload, the same as of `decode` with weights in a loop and `encode`.
 
     Raises:
-        FieldError: A tensor of another type, size or device than described, or no payload at all.
+        FieldError: A tensor has another type, size or device than described, or there is no payload.
     """
     if not datas or not len(datas) == len(weights) == len(seeds):
         raise FieldError("payloads", (len(datas), len(weights), len(seeds)), "as many weights and seeds, at least one")

@@ -16,11 +16,11 @@ from fedq.errors import FieldError
 ROTATION = 256
 """Width of the Hadamard rotation; its norm is 1/16."""
 SCALE_GROUP = 4096
-"""Elements of a tensor that share one scale of their kept values."""
+"""Number of elements of a tensor that share one scale of their kept values."""
 LARGE = 2.0**96
-"""Sums of a block from here on may leave float32's range on the way to its scale: it is coded times `SHRINK`."""
+"""Least sum of a block that may leave float32's range on the way to its scale: such a block is coded times `SHRINK`."""
 SHRINK = 2.0**-64
-"""A power of two, so that the codes are those of the values themselves and the scale is exact times its inverse."""
+"""Factor of `LARGE` blocks: a power of two, so that codes stay the same and the scale is exact times its inverse."""
 
 
 def largest_scale(level: float) -> float:
@@ -40,7 +40,7 @@ class CastPlan:
     """Cast every value, nearest even; the payload is the values.
 
     Args:
-        dtype: ``fp32``, ``fp16`` (finite values saturate at +-65,504) or ``bf16``.
+        dtype: Type of the values: ``fp32``, ``fp16`` (finite values saturate at +-65,504) or ``bf16``.
     """
 
     dtype: Literal["fp32", "fp16", "bf16"]
@@ -60,13 +60,13 @@ class BlockPlan:
     """Few-bit codes with one bfloat16 scale a block: ``codes | scales``.
 
     Args:
-        kind: ``integer`` (uniform grid), ``ternary`` (five to a byte) or ``sign``.
+        kind: Kind of the codes: ``integer`` (uniform grid), ``ternary`` (five to a byte) or ``sign``.
         bits: Bits of an integer code, 1 to 8; 1 for ``sign``, 0 for ``ternary``.
-        block: Elements that share a scale, at least 1. The fast kernels serve powers of two from 8 to 2^20.
+        block: Number of elements that share a scale, at least 1. The fast kernels serve powers of two from 8 to 2^20.
         rotate: Whether runs of 256 are rotated first; their padding is coded too. ``block`` is then at least 256 or
             the whole tensor.
         stochastic: Whether rounding is stochastic and unbiased (the scale spans the largest magnitude).
-        unbiased: ``sign`` only: the scale is ``|x|_2^2 / |x|_1`` instead of ``|x|_1 / n``.
+        unbiased: Whether the scale is ``|x|_2^2 / |x|_1`` instead of ``|x|_1 / n``; ``sign`` only.
     """
 
     kind: Literal["integer", "ternary", "sign"]
@@ -115,13 +115,13 @@ class SparsePlan:
     """A few values with their positions: ``indices | codes | scales``.
 
     Args:
-        kind: ``topk``, ``blocktopk``, ``randk`` or ``threshold``.
+        kind: Rule by which values are kept: ``topk``, ``blocktopk``, ``randk`` or ``threshold``.
         bits: Bits of a kept value: 1 to 8, 16 (bfloat16) or 32 (float32).
-        k: ``blocktopk`` only: values kept of each block.
-        block: ``blocktopk`` only: elements of a block.
-        density: ``topk`` and ``randk`` only: fraction of the elements that is kept.
-        value: ``threshold`` only: smallest magnitude that is kept.
-        unbias: ``randk`` only: whether kept values are multiplied by the length of their run.
+        k: Number of values kept of each block; ``blocktopk`` only.
+        block: Number of elements of a block; ``blocktopk`` only.
+        density: Fraction of the elements that is kept; ``topk`` and ``randk`` only.
+        value: Smallest magnitude that is kept; ``threshold`` only.
+        unbias: Whether kept values are multiplied by the length of their run; ``randk`` only.
     """
 
     kind: Literal["topk", "blocktopk", "randk", "threshold"]
@@ -143,7 +143,7 @@ class SparsePlan:
         Padding of the last block counts too.
 
         Raises:
-            FieldError: ``randk`` of more elements than its runs can be counted for in 64 bits.
+            FieldError: ``randk`` is asked for more elements than its runs can be counted for in 64 bits.
         """
         if self.kind == "threshold":
             return num

@@ -27,8 +27,8 @@ def reduce(
     """Encode ``sum(weight · decoded) + residual``; the sum starts from zero and runs in the order given.
 
     Args:
-        encode: The implementation's own.
-        decode: The implementation's own; the rest as for `fedq.kernels.reduce`.
+        encode: The implementation's own `fedq.kernels.encode`.
+        decode: The implementation's own `fedq.kernels.decode`; the rest as for `fedq.kernels.reduce`.
     """
     total = torch.zeros(num, device=datas[0].device)
     for data, weight, data_seed in zip(datas, weights, seeds, strict=True):

@@ -34,7 +34,7 @@ class BinaryInput(nn.Module):
         """Return the binary input of a convolution or linear layer.
 
         Raises:
-            FieldError: The layer is of another kind.
+            FieldError: The layer is neither a convolution nor a linear layer.
         """
         weight = layer.weight
         assert isinstance(weight, Tensor)

@@ -23,14 +23,14 @@ from fedq.lowbit.which import inner_layers
 
 MAX_CENTRE_BITS = 8
 BOX = 1.0
-"""Weights of the l1 step stay within ``[-BOX, BOX]``."""
+"""Bound of the weights in the l1 step, which keeps them within ``[-BOX, BOX]``."""
 MAX_CENTRE_GRADIENT = 10.0
 """Largest magnitude of a centre's gradient in the l1 step."""
 PATIENCE = 200
 """Steps without a member after which a centre is moved to where it serves."""
 
 _MAX_COMPARED = 7
-"""Midpoints up to which every weight is compared with each; with more it is searched among them."""
+"""Most midpoints with each of which every weight is compared; with more it is searched among them."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class CentreStep:
     """Options of both proximal steps.
 
     Args:
-        bits: Of a weight, 1 to 8: ``2^bits`` centres.
-        regularizer: ``l1`` or squared ``l2`` distance to the nearest centre.
-        sign: Of the penalty in the l1 step of the centres: its subgradient's (``corrected``), or the opposite, as in
+        bits: Bits of a weight, 1 to 8: ``2^bits`` centres.
+        regularizer: Distance to the nearest centre that is penalized: ``l1`` or squared ``l2``.
+        sign: Sign of the penalty in the centres' l1 step: as in its subgradient (``corrected``), or the opposite, as in
             QuPeD's ``published`` code.
         centres: ``learned``, or ``fixed`` at -1 and +1 (ProxQuant; 1 bit).
     """
@@ -62,10 +62,10 @@ class CentreSchedule:
     """How fast centres move, how hard weights are pulled to them, and when they are set to them.
 
     Args:
-        num_epochs: Of the whole training.
+        num_epochs: Number of epochs of the whole training.
         freeze_at: Share of the epochs after which weights become their centres, above 0 and at most 1.
-        regularizer_weight: ``lambda_0``.
-        centre_lr: ``e_2`` of the first epoch.
+        regularizer_weight: Weight ``lambda_0`` of the regularizer, from which its weight in each epoch follows.
+        centre_lr: Learning rate ``e_2`` of the centres in the first epoch.
     """
 
     num_epochs: int
@@ -98,8 +98,8 @@ def nearest(x: Tensor, centres: Tensor) -> Tensor:
     """Return the number of each weight's nearest centre, int64, of the shape of ``x``; the upper one of two.
 
     Args:
-        x: Weights, any shape.
-        centres: float32 [m], rising.
+        x: Weights, of any shape.
+        centres: The centres, float32 [m], rising.
     """
     x, midpoints = x.contiguous(), _midpoints(centres)
     if len(midpoints) > _MAX_COMPARED:
@@ -122,9 +122,9 @@ def soft_quantize(x: Tensor, centres: Tensor, sharpness: float) -> Tensor:
     respect to a weight that is no midpoint vanishes, and with respect to a centre it becomes `centre_gradient`.
 
     Args:
-        x: Weights, any shape.
-        centres: float32 [m], rising.
-        sharpness: ``P``, finite and above 0.
+        x: Weights, of any shape.
+        centres: The centres, float32 [m], rising.
+        sharpness: Sharpness ``P`` of the steps, finite and above 0.
     """
     soft = torch.zeros_like(x) + centres[0]
     for step, midpoint in zip(centres.diff(), _midpoints(centres), strict=True):
@@ -156,10 +156,10 @@ def prox_weights(y: Tensor, centres: Tensor, strength: float, step: CentreStep) 
     l2, ``R = (x - Q_c(x))^2``: ``(y + 2 s q) / (1 + 2 s)``, exact for the same reason; nothing is clamped.
 
     Args:
-        y: Weights after the step along the gradient, any shape.
-        centres: float32 [m], rising.
-        strength: ``s = lambda * lr`` of the weights, 0 or more.
-        step: Its options.
+        y: Weights after the step along the gradient, of any shape.
+        centres: The centres, float32 [m], rising.
+        strength: Strength ``s = lambda * lr`` of the weights' regularizer, 0 or more.
+        step: Options of the step.
     """
     q = hard_quantize(y, centres)
     if step.regularizer == "l2":
@@ -175,12 +175,12 @@ def centre_gradient(gradient: Tensor, codes: Tensor, num_centres: int) -> Tensor
     The limit of the soft quantizer's gradient (arXiv 2107.13892, section 2; `soft_quantize`).
 
     Args:
-        gradient: Of the quantized weights, any shape.
-        codes: Their centres, of the same shape.
-        num_centres: ``m``.
+        gradient: Gradient of the quantized weights, of any shape.
+        codes: Index of each weight's centre, of the same shape.
+        num_centres: Number of centres ``m``.
 
     Returns:
-        float32 [m], summed in float64.
+        The gradient, float32 [m], summed in float64.
     """
     return _sum_by_code(codes, gradient, num_centres).to(gradient.dtype)
 
@@ -209,13 +209,13 @@ def prox_centres(
     A gradient that is not finite is left out. Values that collapse are the business of `Centres.update`.
 
     Args:
-        centres: float32 [m], rising.
-        x: Weights after their proximal step, any shape.
-        gradient_sums: ``h``, float32 [m].
-        lr: ``e_2``.
-        strength: ``s = lambda * e_2``.
-        step: Its options.
-        codes: ``nearest(x, centres)``, if known.
+        centres: The centres, float32 [m], rising.
+        x: Weights after their proximal step, of any shape.
+        gradient_sums: Gradient ``h`` of the centres, float32 [m].
+        lr: Learning rate ``e_2`` of the centres.
+        strength: Strength ``s = lambda * e_2`` of the centres' regularizer.
+        step: Options of the step.
+        codes: Codes ``nearest(x, centres)``; None: they are computed.
     """
     if step.centres == "fixed":
         return centres
@@ -244,8 +244,8 @@ def initial_centres(x: Tensor, bits: int, *, outer_at_one: bool = False) -> Tens
     largest weight (as QuPeD's published code); where that gives no different values, evenly spaced around them.
 
     Args:
-        x: Weights, any shape; those that are not finite do not count.
-        bits: 1 to 8.
+        x: Weights, of any shape; those that are not finite do not count.
+        bits: Bits of a weight, 1 to 8.
         outer_at_one: Put the two centres of 1 bit at -1 and +1: for Adam, whose steps do not follow the scale of the
             weights, in a network whose normalisation layers absorb that scale. More centres stay where weights are,
             as the two at the ends would have no members.
@@ -271,12 +271,12 @@ def respread(centres: Tensor, x: Tensor, is_bad: Tensor) -> Tensor:
     these lie on their centre already, it halves the widest gap.
 
     Args:
-        centres: float32 [m]; only bad ones may be non-finite.
-        x: Weights, any shape; those that are not finite do not count.
-        is_bad: bool [m].
+        centres: The centres, float32 [m]; only bad ones may be non-finite.
+        x: Weights, of any shape; those that are not finite do not count.
+        is_bad: Whether each centre is bad, bool [m].
 
     Returns:
-        float32 [m], rising.
+        The centres, float32 [m], rising.
     """
     x = x.detach().flatten()
     x = x[x.isfinite()]
@@ -292,7 +292,7 @@ def resolution(centres: Tensor) -> Tensor:
     """Return the gap below which two centres are one, [..., 1]: a thousandth of the mean gap, or float32's own.
 
     Args:
-        centres: float32 [..., m], rising.
+        centres: The centres, float32 [..., m], rising.
     """
     gap = (centres[..., -1:] - centres[..., :1]).abs() / max(1, centres.shape[-1] - 1)
     return torch.maximum(1e-3 * gap, 1e-6 * centres.abs().amax(dim=-1, keepdim=True))
@@ -330,8 +330,8 @@ class Centres:
     """What the quantized model of one client has of its own: centres, and the statistics of its normalisation layers.
 
     Args:
-        values: float32 [2^bits], rising, by layer name: of the weights of all layers but the first and the last.
-        idle: int64 [2^bits] by layer name: steps that a centre has been without members.
+        values: Centres of each layer but the first and the last, float32 [2^bits], rising, by layer name.
+        idle: Steps that each centre has been without members, int64 [2^bits] by layer name.
         statistics: The quantized model's buffers by name. Its activations differ from the float model's, so BatchNorm's
             running statistics do too: `QuantizedPass` swaps them in, and each model is evaluated with its own.
     """
@@ -383,11 +383,11 @@ class Centres:
         member for `PATIENCE` steps while other centres have members away from them.
 
         Args:
-            quantized: The pass that gave the gradients, over: weights are the float ones again.
-            gradients: Of the quantized weights, by layer name.
-            lr: ``e_2``.
-            strength: ``lambda * e_2``.
-            step: Options.
+            quantized: The pass that gave the gradients; it is over, so weights are the float ones again.
+            gradients: Gradients of the quantized weights, by layer name.
+            lr: Learning rate ``e_2`` of the centres.
+            strength: Strength ``lambda * e_2`` of the centres' regularizer.
+            step: Options of the step.
         """
         if step.centres == "fixed":
             return
@@ -425,7 +425,7 @@ class Centres:
         """Go on from what `state_dict` returned.
 
         Raises:
-            FieldError: It belongs to another model, or to other bits.
+            FieldError: The state belongs to another model, or to other bits.
         """
         for part in ("values", "idle", "statistics"):
             own, given = getattr(self, part), state[part]
@@ -481,7 +481,7 @@ class QuantizedPass:
 
     Args:
         model: The float model.
-        centres: Its centres.
+        centres: The centres of the model's inner layers.
     """
 
     def __init__(self, model: nn.Module, centres: Centres) -> None:

@@ -28,7 +28,7 @@ class FewBitWeight(nn.Module):
     the grid. In evaluation mode rounding is to nearest, so that it computes what a packed model does.
 
     Args:
-        quantizer: The map.
+        quantizer: The map ``Q``.
         weight: The float weight, from which a learned scale starts.
     """
 
@@ -127,9 +127,9 @@ def use_few_bits(model: nn.Module, spec: str, *, activations: str = "float") -> 
     """Give a model's layers few-bit weights, in place.
 
     Args:
-        model: Its float weights stay parameters, under ``<layer>.parametrizations.weight.original``.
-        spec: Which bits where, see `fedq.lowbit.which.choose_quantizers`.
-        activations: ``binary``: the inputs of these layers become signs, see `fedq.lowbit.activations`.
+        model: The model; its float weights stay parameters, under ``<layer>.parametrizations.weight.original``.
+        spec: Spec of the bits of each layer, see `fedq.lowbit.which.choose_quantizers`.
+        activations: ``float``; or ``binary``: the inputs of these layers become signs, see `fedq.lowbit.activations`.
 
     Returns:
         The quantizer of each changed layer, by name.

@@ -20,7 +20,7 @@ from fedq.lowbit.layers import FewBitWeight, deployed_state_dict, few_bit_layers
 from fedq.lowbit.quantizers import Quantizer
 
 _CHUNK = 40 * 2**15
-"""Codes that are packed at a time, whole bytes at any width: the work takes many bytes a code."""
+"""Number of codes that are packed at a time, whole bytes at any width: the work takes many bytes a code."""
 _MAX_NAMED = 3
 
 
@@ -29,10 +29,10 @@ class PackedWeight:
     """One weight as codes and scales.
 
     Args:
-        quantizer: What the codes mean.
-        shape: Of the weight.
-        codes: uint8 [`codes_nbytes`]: ``bits`` a code, least significant first, or five ternary codes a byte.
-        scales: float32 [groups, num_scales].
+        quantizer: The quantizer that the codes belong to.
+        shape: Shape of the weight.
+        codes: Codes, uint8 [`codes_nbytes`]: ``bits`` a code, least significant first, or five ternary codes a byte.
+        scales: Scales of each group, float32 [groups, num_scales].
         error: ``|Q(w) - w|² / |w|²`` against the float weight, three digits; None where that is not known.
     """
 
@@ -47,13 +47,13 @@ class PackedWeight:
         """Pack a float weight.
 
         Args:
-            weight: float, of any shape with at least one element.
-            quantizer: Rounds to nearest here.
-            scales: In place of those that follow from the weight.
-            name: Of the tensor, for errors.
+            weight: The float weight, of any shape with at least one element.
+            quantizer: The quantizer of the weight; it rounds to nearest here.
+            scales: Scales to use, float32 [groups, num_scales]; None: those that follow from the weight.
+            name: Name of the tensor, for errors.
 
         Raises:
-            FieldError: An empty weight, or one whose few-bit values are not finite.
+            FieldError: The weight is empty, or its few-bit values are not finite.
         """
         if weight.numel() == 0 or weight.dim() == 0:
             raise FieldError(name, list(weight.shape), "a shape with elements, of at least one dimension")
@@ -86,7 +86,7 @@ class PackedModel:
     """A model's tensors by their plain names, the few-bit weights packed.
 
     Args:
-        tensors: In the order of the model's state dict.
+        tensors: The tensors by plain name, in the order of the model's state dict.
     """
 
     tensors: dict[str, PackedWeight | Tensor]
@@ -114,7 +114,7 @@ class PackedModel:
                 `fedq.lowbit.layers.use_few_bits` with the same quantizers, whose scales are loaded too.
 
         Raises:
-            FieldError: It is another model; the tensors that are missing, left over or of another shape are named,
+            FieldError: The model is another one; tensors that are missing, left over or of another shape are named,
                 and nothing is changed.
         """
         own = model.state_dict()
@@ -154,8 +154,8 @@ def pack(model: nn.Module) -> PackedModel:
     """Pack a model with few-bit layers as it is deployed; one without them becomes exact tensors.
 
     Args:
-        model: On any device. Its few-bit weights are rounded to nearest, with learned scales where it has them; the
-            error of each is that against its float weight.
+        model: The model, on any device. Few-bit weights are rounded to nearest, with learned scales where they exist;
+            the error of each is that against its float weight.
 
     Raises:
         FieldError: A few-bit weight is not finite.
@@ -173,11 +173,11 @@ def pack_state(state: Mapping[str, Tensor], quantizers: Mapping[str, Quantizer])
     """Pack float tensors.
 
     Args:
-        state: By name, as in a state dict.
-        quantizers: By layer, whose tensor is ``<layer>.weight``.
+        state: Float tensors by name, as in a state dict.
+        quantizers: Quantizer of each layer by its name; the layer's tensor is ``<layer>.weight``.
 
     Raises:
-        FieldError: A layer has no such tensor, or one that is not float, empty or not finite.
+        FieldError: A layer has no such tensor, or its tensor is empty, not float or not finite.
     """
     tensors: dict[str, PackedWeight | Tensor] = {name: _exact(tensor) for name, tensor in state.items()}
     for layer, quantizer in quantizers.items():

@@ -61,7 +61,7 @@ def is_packed(path: Path) -> bool:
     """Return whether a file says that it is a packed model.
 
     Raises:
-        FieldError: It cannot be read.
+        FieldError: The file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -74,7 +74,7 @@ def save_packed(model: PackedModel, path: Path) -> int:
     """Write a packed model, atomically; return the bytes of the file.
 
     Raises:
-        FieldError: A tensor of a type that the format does not have, or a file that cannot be written.
+        FieldError: A tensor has a type that the format does not have, or the file cannot be written.
     """
     data = packed_bytes(model)
     with writable("file", path):
@@ -86,7 +86,7 @@ def load_packed(path: Path) -> PackedModel:
     """Read a packed model.
 
     Raises:
-        FieldError: The file cannot be read, is no such file or of another version, is cut short or damaged.
+        FieldError: The file cannot be read, is no packed model or of another version, is cut short or damaged.
     """
     try:
         data = bytearray(Path(path).read_bytes())  # tensors want memory that can be written
@@ -221,13 +221,13 @@ class _Entry:
     """What a header says of one tensor.
 
     Args:
-        name: Of the tensor.
-        kind: Its quantizer or type.
-        shape: Its shape.
-        error: Of a packed weight, if it is known.
+        name: Name of the tensor.
+        kind: The tensor's quantizer, or the type of an exact tensor.
+        shape: Shape of the tensor, as the header has it.
+        error: Error of a packed weight against its float weight, as the header has it; None if it is not known.
 
     Raises:
-        _Damaged: A shape or an error that cannot be one.
+        _Damaged: The shape or the error is none that a tensor can have.
     """
 
     def __init__(self, name: str, kind: Quantizer | torch.dtype, shape: Any, error: Any) -> None:

@@ -27,13 +27,13 @@ class Quantizer(ABC):
     """A map from float weights to few-bit ones: ``Q(w) = values(codes(w), scales(w))``.
 
     Args:
-        per: One set of scales for the ``tensor``, or for each output ``channel`` (the first dimension).
+        per: Weights that share a set of scales: the whole ``tensor``, or each output ``channel`` (the first dimension).
     """
 
     per: str = "tensor"
 
     num_scales: ClassVar[int] = 1
-    """Scales of a group."""
+    """Number of scales of a group."""
 
     def __post_init__(self) -> None:
         _check(self, "per", ("tensor", "channel"))
@@ -58,10 +58,10 @@ class Quantizer(ABC):
         """Return what the levels are multiples of.
 
         Args:
-            rows: Weights, float32 [groups, elements].
+            rows: Weights of each group, float32 [groups, elements].
 
         Returns:
-            float32 [groups, num_scales].
+            The scales, float32 [groups, num_scales].
         """
 
     @abstractmethod
@@ -97,9 +97,9 @@ class Quantizer(ABC):
         """Return ``Q(w)``, of the shape of the weight.
 
         Args:
-            weight: Any shape with at least one element, float; non-finite values make non-finite weights.
-            stochastic: Round at random (unbiased within the grid), with torch's generator.
-            scales: Learned ones, instead of those that follow from the weight.
+            weight: Float weight of any shape with at least one element; non-finite values make non-finite weights.
+            stochastic: Whether to round at random (unbiased within the grid), with torch's generator.
+            scales: Learned scales, float32 [groups, num_scales]; None: those that follow from the weight.
         """
         rows = self.rows(weight)
         scales = self.scales(rows) if scales is None else scales
@@ -172,7 +172,7 @@ class Uniform(Quantizer):
     """Evenly spaced values: 2 to 16 bits.
 
     Args:
-        bits: Of a code.
+        bits: Bits of a code.
         grid: ``minmax``: ``2^bits`` levels from the smallest to the largest weight, so scales are the step and the
             smallest. ``symmetric``: ``2^bits - 1`` levels ``q·s`` around an exact zero, up to the largest magnitude.
             ``dorefa``: ``2^bits`` levels, as many above zero as below, up to the largest magnitude (DoReFa-Net, Zhou
@@ -270,7 +270,7 @@ def quantizer(spec: str | int | Quantizer) -> Quantizer:
             to ``16`` are ``int2`` to ``int16``.
 
     Raises:
-        FieldError: Unknown name or option, bits outside 1 to 16, or a value that is not allowed.
+        FieldError: The name or an option is unknown, bits are outside 1 to 16, or a value is not allowed.
     """
     if isinstance(spec, Quantizer):
         return spec

@@ -26,7 +26,7 @@ class BinaryUpdate(nn.Module):
     starts, and ``a`` stays within 5e-4 and 5e-2.
 
     Args:
-        weight: The weight.
+        weight: The weight; the update starts from its values, ``w_0``.
     """
 
     def __init__(self, weight: Tensor) -> None:

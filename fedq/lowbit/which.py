@@ -33,7 +33,7 @@ def choose_quantizers(model: nn.Module, spec: str) -> dict[str, Quantizer]:
     """Return the quantizer of each layer that a spec gives few bits, by layer name, in the model's order.
 
     Args:
-        model: Its layers are all convolutions and linear layers; normalisation and biases always stay float.
+        model: The model; its convolutions and linear layers count, normalisation and biases always stay float.
         spec: One quantizer for all layers but the first and the last, such as ``binary`` or
             ``int4:grid=symmetric``; or a list of ``where=bits``, separated by commas (by spaces where a quantizer has
             options). ``where`` is ``head`` or ``head:2`` (the first layer, the first two), ``tail`` or ``tail:2``
@@ -50,9 +50,9 @@ def quantizers_by_name(names: list[str], spec: str, model: str) -> dict[str, Qua
     """Do the work of `choose_quantizers` for layers that are known by name alone.
 
     Args:
-        names: The layers, the first one first.
-        spec: See `choose_quantizers`.
-        model: What errors call the model.
+        names: Names of the layers, the first layer first.
+        spec: Spec of the bits of each layer, see `choose_quantizers`.
+        model: Name of the model in errors.
     """
     if not is_list(spec):
         chosen = quantizer(spec)

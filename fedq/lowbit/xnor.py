@@ -76,7 +76,7 @@ def use_xnor(model: nn.Module) -> list[str]:
         The names of these layers; all others stay as they are.
 
     Raises:
-        FieldError: There is no such layer, or the C++ library is missing.
+        FieldError: The model has no such layer, or the C++ library is missing.
     """
     if load() is None:
         raise FieldError("xnor", why_missing(), f"a built library: {REMEDY}")

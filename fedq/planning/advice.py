@@ -10,11 +10,11 @@ from fedq.planning.step import BASELINES, Prediction
 from fedq.planning.units import bandwidth_text, duration_text
 
 TRUSTED = ("fp32", "bf16", "int8", "int4")
-"""What docs/results.md shows within noise of float32, the finest first."""
+"""Codecs that end within noise of float32 in docs/results.md, the finest first."""
 MARGIN = 0.10
-"""A gain must be above this: less is within the error of the model, and compression is not worth it."""
+"""Least gain that counts: one below it is within the error of the model, and compression is not worth it."""
 _ALIKE = 0.05
-"""Of codecs this close to the fastest, the finest is taken."""
+"""Codecs whose seconds are within this share of the fastest count as equally fast; the finest of them is taken."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Advice:
     """What to use.
 
     Args:
-        codec: A spec; ``fp32`` or ``bf16``: nothing pays.
-        schedule: How it travels (in rounds: who averages).
-        because: The reason.
-        note: What was not considered, and what it would bring; may be empty.
+        codec: Spec of the recommended codec; ``fp32`` or ``bf16`` where compression does not pay.
+        schedule: Schedule of the exchange (in rounds: who averages).
+        because: The reason, in words.
+        note: Codecs that were considered, and what a faster one that was not would bring, in words.
     """
 
     codec: str
@@ -65,10 +65,10 @@ def advise(options: Sequence[Option], unit: str, bandwidth: float, ranks_per_lin
     """Recommend one of the options.
 
     Args:
-        options: With the baselines among them.
-        unit: ``step`` or ``round``.
-        bandwidth: Bytes a second a rank of the links that decide.
-        ranks_per_link: Ranks that share one of these links.
+        options: Options to choose from, the baselines among them.
+        unit: Word for what the options' seconds are of: ``step`` or ``round``.
+        bandwidth: Bytes a second of each rank on the links that decide.
+        ranks_per_link: Number of ranks that share one of these links.
     """
     casts = sorted((o for o in options if o.codec in BASELINES), key=lambda o: o.seconds)
     plain = _finest(casts)

@@ -11,7 +11,7 @@ CODECS_FROM = (
     "AVX-512, no GPU); what a call costs is a guess; `fedq probe` measures yours"
 )
 INSIDE_BANDWIDTH, INSIDE_LATENCY_S = 10e9, 10e-6
-"""Bytes a second a rank, and seconds, inside a node if nothing is said: memory or NVLink is not what limits."""
+"""Bytes a second of a rank, and seconds of latency, inside a node by default: memory or NVLink is no bottleneck."""
 _MEMORY_BANDWIDTH = 10.81e9
 _CALL_S, _SMALL_TENSOR_S, _MESSAGE_S = 15e-6, 2e-6, 2e-6
 """Guesses: docs/results.md times whole tensors only. They matter for models of many small tensors, and many ranks."""
@@ -73,16 +73,16 @@ def given_cluster(
     """Return a cluster of given numbers.
 
     Args:
-        world_size: Ranks.
+        world_size: Number of ranks.
         bandwidth: Bytes a second of a node's link, which its ranks share.
-        latency_s: From node to node.
-        ranks_per_node: Of each node.
+        latency_s: Latency from node to node, in seconds.
+        ranks_per_node: Number of ranks on each node.
         inside_bandwidth: Bytes a second of a rank inside its node.
-        inside_latency_s: Inside a node.
-        backend: Whose all-reduce: ``gloo`` goes around a ring, ``nccl`` up and down trees.
+        inside_latency_s: Latency inside a node, in seconds.
+        backend: Backend of the all-reduce: ``gloo`` goes around a ring, ``nccl`` up and down trees.
 
     Raises:
-        FieldError: Ranks that do not fill the nodes.
+        FieldError: The ranks do not fill the nodes.
     """
     if world_size < 1:
         raise FieldError("world", world_size, "1 or more")

@@ -26,8 +26,8 @@ def moved_nbytes(collective: str, nbytes: float, ranks: int) -> float:
 
     Args:
         collective: One of `COLLECTIVES`.
-        nbytes: Of the buffer; for ``exchange`` and ``gather`` of the message to each other rank, or from each.
-        ranks: That take part.
+        nbytes: Bytes of the buffer; for ``exchange`` and ``gather`` bytes of the message to, or from, each other rank.
+        ranks: Number of ranks that take part.
     """
     if collective.startswith("all_reduce"):
         return 2 * (ranks - 1) / ranks * nbytes
@@ -39,11 +39,11 @@ class Cost:
     """What a collective costs on a level: ``steps · latency_s + moved bytes / bandwidth``.
 
     Args:
-        latency_s: Of one step; how many there are follows from the number of ranks.
+        latency_s: Seconds of latency of one step; the number of ranks gives the number of steps.
         bandwidth: Bytes a second that the busiest rank moves in one direction.
-        cpu_s_per_byte: Processor time of a rank for each of these bytes.
-        ranks: That took part when it was measured; 0: it was not.
-        points: As measured: bytes of the message, bytes moved by the busiest rank, and seconds.
+        cpu_s_per_byte: Processor seconds of a rank for each of these bytes.
+        ranks: Number of ranks that took part when it was measured; 0: it was not measured.
+        points: Measured points: bytes of the message, bytes moved by the busiest rank, and seconds.
     """
 
     latency_s: float
@@ -58,13 +58,13 @@ class Level:
     """Links of one kind.
 
     Args:
-        latency_s: Of a small message from rank to rank.
-        bandwidth: Bytes a second a rank, of the fastest collective.
-        message_s: What each further message of an exchange costs.
-        burst_bytes: What passes at ``burst_bandwidth`` after a rest (a token bucket); 0: nothing.
-        burst_bandwidth: Bytes a second.
-        collectives: What each costs; one that is missing costs ``latency_s`` and ``bandwidth``.
-        slower_s_per_byte: Added to the time of every byte: how a measured level becomes one of another bandwidth.
+        latency_s: Seconds of a small message from rank to rank.
+        bandwidth: Bytes a second of a rank in the fastest collective.
+        message_s: Seconds that each further message of an exchange takes.
+        burst_bytes: Bytes that pass at ``burst_bandwidth`` after a rest (a token bucket); 0: none.
+        burst_bandwidth: Bytes a second during a burst.
+        collectives: Cost of each collective by name; one that is missing costs ``latency_s`` and ``bandwidth``.
+        slower_s_per_byte: Seconds added to the time of every byte, where a measured level was given another bandwidth.
     """
 
     latency_s: float
@@ -94,13 +94,13 @@ class CodecSpeed:
     PowerSGD, encode is all arithmetic of a step, and a call is a matrix.
 
     Args:
-        encode_s_per_byte: Without residual.
-        encode_residual_s_per_byte: With residual.
-        encode_call_s: Of a call of either.
-        reduce_s_per_byte: For each byte and each payload summed.
-        reduce_call_s: Of a call.
-        decode_s_per_byte: Of the second leg's payloads.
-        decode_call_s: Of a call.
+        encode_s_per_byte: Seconds of encoding a byte without residual.
+        encode_residual_s_per_byte: Seconds of encoding a byte with residual.
+        encode_call_s: Seconds of a call that encodes, with or without residual.
+        reduce_s_per_byte: Seconds of summing, for each byte of each payload.
+        reduce_call_s: Seconds of a call that sums.
+        decode_s_per_byte: Seconds of decoding a byte of the second leg's payloads.
+        decode_call_s: Seconds of a call that decodes.
     """
 
     encode_s_per_byte: float
@@ -117,19 +117,19 @@ class Cluster:
     """Ranks, links and codecs.
 
     Args:
-        world_size: Ranks.
-        ranks_per_node: Of each node.
+        world_size: Number of ranks.
+        ranks_per_node: Number of ranks on each node.
         backend: ``gloo`` or ``nccl``.
         device: ``cpu`` or ``cuda``.
-        hosts: Names of the machines, or none if they are given by numbers alone.
+        hosts: Names of the machines; empty if the cluster is given by numbers alone.
         cores: Processors of a node that its ranks may use; 0: unknown, and then nothing runs beside anything.
-        threads: Of a rank.
+        threads: Threads of a rank.
         memory_bandwidth: Bytes a second that a copy reads (it writes as many).
-        small_tensor_s: Of gathering and scattering one small exempt tensor (a bias) in a message.
+        small_tensor_s: Seconds of gathering and scattering one small exempt tensor (a bias) in a message.
         inside: Links inside a node; None with one rank a node.
         across: Links across nodes; None with one node.
         codecs: Speed of each codec by its spec.
-        codecs_from: Where the speeds come from, in words.
+        codecs_from: Source of the speeds, in words.
     """
 
     world_size: int
@@ -225,7 +225,7 @@ def _read(kind: Any, tree: Any, place: str) -> Any:
     """Return a value of a type from plain values, strictly.
 
     Raises:
-        FieldError: A key that is missing or unknown, or a value of another type; the message names it.
+        FieldError: A key is missing or unknown, or a value has another type; the message names it.
     """
     arguments = get_args(kind)
     if NoneType in arguments:

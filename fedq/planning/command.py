@@ -35,7 +35,7 @@ def plan(argv: Sequence[str], program: str) -> int:
     """Predict: see `_PLANS`.
 
     Raises:
-        FieldError: A setting that cannot be used.
+        FieldError: A setting cannot be used.
     """
     given = _plan_parser(program).parse_args(argv)
     cluster = _cluster(given)
@@ -148,7 +148,7 @@ def probe(argv: Sequence[str], program: str) -> int:
     """Measure: see `_PROBES`.
 
     Raises:
-        FieldError: A setting that cannot be used.
+        FieldError: A setting cannot be used.
     """
     from fedq.planning.probe import measure
     from fedq.runtime import distributed, on_root, without_local_rank

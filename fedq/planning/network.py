@@ -18,12 +18,12 @@ class Work:
     """Something that takes time, alone: ``seconds``, and its share of the processors of its node.
 
     Args:
-        seconds: When every rank does it and nothing else.
+        seconds: Seconds of the work where every rank does it and nothing else.
         demand: Share of the node's processors (of the device's, on a GPU) that it keeps busy, 0 to 1.
-        wire_bytes: That a rank moves meanwhile over the links that decide, in its busier direction.
-        burst: The level of whose burst they may make use.
-        in_and_out: Of the busiest rank, bytes that it receives and sends meanwhile.
-        is_coding: Whether nothing travels.
+        wire_bytes: Bytes that a rank moves meanwhile over the links that decide, in its busier direction.
+        burst: Level whose burst these bytes may use; None: no burst.
+        in_and_out: Bytes that the busiest rank receives, and bytes that it sends, meanwhile.
+        is_coding: Whether the work is coding, in which nothing travels.
     """
 
     seconds: float
@@ -39,7 +39,7 @@ class Network:
     """The links of a cluster.
 
     Args:
-        cluster: Whose.
+        cluster: The cluster that has the links.
     """
 
     cluster: Cluster
@@ -48,7 +48,7 @@ class Network:
         """Sum a buffer over all ranks, along a ring that leaves each node once.
 
         Args:
-            nbytes: Of the buffer.
+            nbytes: Bytes of the buffer.
             value_type: ``float32`` or ``bfloat16``.
         """
         cluster, name = self.cluster, f"all_reduce_{value_type}"

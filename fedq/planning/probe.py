@@ -35,24 +35,24 @@ from fedq.planning.step import BASELINES, speed_name
 from fedq.runtime import Runtime
 
 _SMALLEST, _LARGEST, _STEP = 1 << 10, 1 << 24, 4
-"""Bytes moved by a rank: from a latency to a bandwidth, in steps."""
+"""Bytes that a rank moves in the smallest and in the largest measurement, and the factor between sizes."""
 _FIRST_GUESS = 1 << 16
 _MOST, _FEWEST = 11, 3
-"""Repetitions."""
+"""Most and fewest repetitions of a measurement."""
 _REST_S, _RESTED_S, _RESTED_MOST, _RESTS = 0.4, 0.7, 3 << 19, 5
-"""How long a link rests before a burst is looked for; what is sent then: seconds' worth, bytes at most; how often."""
+"""Seconds of rest before a burst is looked for; seconds' worth that is sent then, its most bytes; repetitions."""
 _LEAST_SAVED, _MOST_SAVED = 0.08, 0.85
-"""Share of a message that has to pass at once, and that may, for a burst to be believed."""
+"""Shares of a message's time that a burst has to save at least, and of its bytes that it has to stay below."""
 _SHARES = {"all_reduce_float32": 0.2, "all_reduce_bfloat16": 0.2, "exchange": 0.2, "broadcast": 0.1, "gather": 0.1}
-"""Of the time that there is; the rest is for codecs."""
+"""Shares of the time budget for each collective; the rest is for codecs."""
 _WARM_UP = 2
 _BIG, _SMALL = (1 << 21,), (2304,) * 64
-"""Elements of tensors: whole segments, and the weights of small convolutions."""
+"""Elements of the timed tensors: whole segments, and the weights of small convolutions."""
 _BIASES = (64,) * 64
 _SUMMED = 4
-"""Payloads of a sum that is timed."""
+"""Number of payloads in a timed sum."""
 _MESSAGE_S = 20e-6
-"""What a further message costs where two ranks cannot tell."""
+"""Seconds assumed for a further message where two ranks cannot tell."""
 
 
 def measure(runtime: Runtime, specs: Sequence[str], *, budget_s: float = 60.0) -> Cluster:
@@ -60,14 +60,14 @@ def measure(runtime: Runtime, specs: Sequence[str], *, budget_s: float = 60.0) -
 
     Args:
         runtime: This rank, in its process group.
-        specs: Codecs; the casts ``fp32`` and ``bf16`` are added.
-        budget_s: About how long it may take.
+        specs: Specs of the codecs; the casts ``fp32`` and ``bf16`` are added.
+        budget_s: Seconds that the measurement may take, about.
 
     Returns:
-        The same on every rank.
+        The measured cluster, the same on every rank.
 
     Raises:
-        FieldError: Nodes with different numbers of ranks, or a codec that does not exist.
+        FieldError: Nodes have different numbers of ranks, or a codec does not exist.
     """
     names = list(dict.fromkeys([*BASELINES, *specs]))
     wanted = {speed_name(spec): spec for spec in names}
@@ -116,7 +116,7 @@ class Clock:
     """Times what all ranks do together.
 
     Args:
-        runtime: This rank.
+        runtime: This rank, in its process group.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -168,12 +168,12 @@ class Party:
     """Ranks that talk to each other over links of one kind, all such parties at once.
 
     Args:
-        group: Of the collectives; None: all ranks.
-        peers: Who exchange messages with each other.
-        ranks: Of each collective.
-        sharing: Ranks by whose number the moved bytes are divided: those of a node whose link the group's ring, tree or
-            root has to itself.
-        outside: Ranks whose messages come over these links to rank 0.
+        group: Process group of the collectives; None: all ranks.
+        peers: Ranks that exchange messages with each other.
+        ranks: Number of ranks in each collective.
+        sharing: Number by which moved bytes are divided: the ranks of a node whose link the group's ring, tree or root
+            has to itself.
+        outside: Number of ranks whose messages come over these links to rank 0.
     """
 
     group: dist.ProcessGroup | None
@@ -282,7 +282,7 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     Not least squares: where a burst passes after a rest, or caches end, the middle lies on no straight line.
 
     Args:
-        points: Bytes and seconds, by rising size.
+        points: Moved bytes and seconds of each measurement, by rising size.
     """
     (small, small_s), (large, large_s) = points[0], points[-1]
     fixed = min(seconds for _, seconds in points[:2])
@@ -355,9 +355,9 @@ class _Coding:
     """The passes of a codec over tensors of some sizes, as an exchange makes them.
 
     Args:
-        runtime: This rank.
-        chosen: Codec.
-        numels: Of the tensors.
+        runtime: This rank, in its process group.
+        chosen: The codec.
+        numels: Number of elements of each tensor.
     """
 
     def __init__(self, runtime: Runtime, chosen: Codec, numels: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ from fedq.wire import HEADER_NBYTES
 ROUND_CODECS = ("fp32", "bf16", "int8", "int4", "int2", "sign", "blocktopk:k=1,block=64,bits=2")
 AGGREGATES = ("rooted", "two_phase")
 _SIZE_NBYTES = 8
-"""In front of a message that is gathered or broadcast: its size."""
+"""Bytes of the size that goes in front of a message that is gathered or broadcast."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class RoundJob:
     """What is trained in a round.
 
     Args:
-        shapes: The model.
-        num_clients: Of the federation.
-        cohort: Sampled in each round.
+        shapes: The model, without values.
+        num_clients: Number of clients of the federation.
+        cohort: Number of clients sampled in each round.
         local_steps: Optimizer steps of a client in a round.
-        compute_s: Of one of them.
+        compute_s: Seconds of one such step.
         downlink: Codec of the server's change.
     """
 
@@ -52,18 +52,18 @@ class RoundPrediction:
     """A way to exchange, and what it would cost.
 
     Args:
-        codec: Of the uplink.
-        aggregate: ``rooted`` or ``two_phase``.
-        uplink_bytes: Of one client's message.
-        downlink_bytes: Of one change.
-        download_bytes: That a sampled client fetches, on average: the changes since its last round, or the model.
-        root_bytes: That rank 0 receives in a round.
-        most_bytes_received: The same, of the rank that receives most.
-        seconds: Of a round.
-        exchange_s: Of it, messages both ways.
-        coding_s: Of it, coding and averaging.
-        speedup: Over the faster of the baselines.
-        break_even: By baseline; see `fedq.planning.step.Prediction`.
+        codec: Spec of the uplink's codec.
+        aggregate: Place of the server: ``rooted`` (rank 0) or ``two_phase`` (spread over the ranks).
+        uplink_bytes: Bytes of one client's message.
+        downlink_bytes: Bytes of one change that the server sends.
+        download_bytes: Bytes that a sampled client fetches, on average: the changes since its last round, or the model.
+        root_bytes: Bytes that rank 0 receives in a round.
+        most_bytes_received: Bytes that the rank that receives most receives in a round.
+        seconds: Seconds of a round.
+        exchange_s: Seconds of a round in which messages travel, both ways.
+        coding_s: Seconds of a round for coding and averaging.
+        speedup: Seconds of the faster of the baselines ``fp32`` and ``bf16`` over those of this round.
+        break_even: Break-even bandwidth by baseline, see `fedq.planning.step.Prediction`.
     """
 
     codec: str
@@ -84,13 +84,13 @@ class RoundModel:
     """The time of a round as a function of the cluster's links.
 
     Args:
-        job: What is trained.
-        cluster: Where.
+        job: The model, the clients and their work in a round.
+        cluster: The cluster that runs the job.
         spec: Codec of the uplink.
-        aggregate: ``rooted`` or ``two_phase``.
+        aggregate: Place of the server: ``rooted`` (rank 0) or ``two_phase`` (spread over the ranks).
 
     Raises:
-        FieldError: A codec without a fixed size, or whose speed is not known; a cohort that is none.
+        FieldError: The codec has no fixed size, or its speed is not known; or the cohort is not 1 to all clients.
     """
 
     def __init__(self, job: RoundJob, cluster: Cluster, spec: str, aggregate: str) -> None:
@@ -105,9 +105,9 @@ class RoundModel:
             raise FieldError("codec", spec, "one whose payload size follows from the shape alone")
         self._body_up, self._body_down = (size or 0 for size in sizes)
         self.per_rank = math.ceil(job.cohort / cluster.world_size)
-        """Clients that the busiest rank trains."""
+        """Number of clients that the busiest rank trains."""
         self.away = job.cohort - self.per_rank
-        """Messages that rank 0 does not have itself."""
+        """Number of messages that rank 0 does not have itself."""
         self.owned = deal(self.uplink, cluster.world_size) if aggregate == "two_phase" else []
         self._seconds_at: dict[float, float] = {}
 
@@ -213,10 +213,10 @@ def predict_rounds(
     """Predict every codec with a server on rank 0 and with one spread over the ranks, the fastest first.
 
     Args:
-        job: What is trained.
-        cluster: Where.
-        specs: Codecs of the uplink; the baselines are added.
-        aggregates: Who averages.
+        job: The model, the clients and their work in a round.
+        cluster: The cluster that runs the job.
+        specs: Specs of the uplink's codecs; the baselines are added.
+        aggregates: Places of the server to predict, see `RoundModel`; on a single rank only ``rooted``.
         is_downlink_given: Whether the baselines have the job's downlink too. By default their changes travel as their
             updates do, so that neither direction is compressed.
     """

@@ -17,12 +17,12 @@ from fedq.planning.timeline import Played, play
 from fedq.planning.traffic import Fan, Hierarchy, Part, Shapes, Traffic, to_everyone, to_owners
 
 CODECS = ("fp32", "bf16", "int8", "int4", "int2", "sign", "blocktopk:k=1,block=64,bits=2", "powersgd:rank=2")
-"""What is compared unless other codecs are named."""
+"""Specs of the codecs that are compared unless others are named."""
 BASELINES = ("fp32", "bf16")
 _BACKWARD = 2 / 3
 """Share of a step's computation that is the backward pass: two multiplications of matrices of three."""
 _SLOWEST, _FASTEST, _HALVINGS = 1e2, 1e13, 34
-"""Bytes a second between which a break-even bandwidth is looked for, by bisection."""
+"""Bytes a second between which a break-even bandwidth is looked for, and halvings of that range."""
 Request = Callable[[Network], Work]
 
 
@@ -31,8 +31,8 @@ class Job:
     """What is trained, and how long that takes without any exchange.
 
     Args:
-        shapes: The model.
-        compute_s: Of a step, when all ranks compute at once.
+        shapes: The model, without values.
+        compute_s: Seconds of a step's computation, when all ranks compute at once.
         overlaps: Whether buckets are exchanged while the backward pass goes on.
     """
 
@@ -46,18 +46,19 @@ class Prediction:
     """A way to exchange, and what it would cost.
 
     Args:
-        codec: Its spec.
-        schedule: How it travels.
-        bytes_per_rank: That a rank hands to the process group in a step; mean over ranks.
-        most_bytes_of_a_rank: The same, of the rank that sends most.
-        link_bytes: Over the busiest of the links that decide (a node's link, where there are several nodes), in its
+        codec: Spec of the codec.
+        schedule: Schedule of the exchange.
+        bytes_per_rank: Bytes that a rank hands to the process group in a step; mean over ranks.
+        most_bytes_of_a_rank: Bytes that the rank that sends most hands to it.
+        link_bytes: Bytes over the busiest of the links that decide (of a node, where there are several nodes), in its
             busier direction.
-        seconds: Of a step.
-        exposed_s: Of it, above computation alone.
-        hidden_s: Exchange that computation hides.
-        coding_s: Of encode, reduce and decode.
-        speedup: Of a step, over the faster of the baselines ``fp32`` and ``bf16``.
-        break_even: Bytes a second a rank, by baseline, below which it is faster; 0: never, infinite: always.
+        seconds: Seconds of a step.
+        exposed_s: Seconds of a step above computation alone.
+        hidden_s: Seconds of exchange that computation hides.
+        coding_s: Seconds of encode, reduce and decode in a step.
+        speedup: Seconds of the faster of the baselines ``fp32`` and ``bf16`` over those of this step.
+        break_even: Bandwidth, bytes a second a rank, below which it is faster than each baseline; 0: never,
+            infinity: always.
     """
 
     codec: str
@@ -77,14 +78,14 @@ class StepModel:
     """The time of a step as a function of the cluster's links.
 
     Args:
-        job: What is trained.
-        cluster: Where, with the speed of the codecs.
+        job: The model, and how long its computation takes.
+        cluster: The cluster that runs the job, with the speed of its codecs.
         spec: Codec of the first leg, or PowerSGD.
         second: Codec of the second leg; default: the same.
-        schedule: See `fedq.collectives.compressed_mean`.
+        schedule: Schedule of the exchange, see `fedq.collectives.compressed_mean`.
 
     Raises:
-        FieldError: A codec or schedule that cannot be used, or a codec whose speed is not known.
+        FieldError: A codec or schedule cannot be used, or the speed of a codec is not known.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ def speed_of(cluster: Cluster, spec: str) -> CodecSpeed:
     """Return the speed of a codec; of one with other options if there is no other.
 
     Raises:
-        FieldError: It is not known.
+        FieldError: The codec's speed is not known.
     """
     name = speed_name(spec)
     if name in cluster.codecs:
@@ -278,11 +279,11 @@ def predict_steps(
     """Predict every codec by every schedule that it can have, the fastest first.
 
     Args:
-        job: What is trained.
-        cluster: Where.
-        specs: Codecs; the baselines are added.
-        second: Codec of the second leg; default: as the first.
-        schedules: Default: all that fit.
+        job: The model, and how long its computation takes.
+        cluster: The cluster that runs the job, with the speed of its codecs.
+        specs: Specs of the codecs; the baselines are added.
+        second: Codec of the second leg; default: the same as of the first.
+        schedules: Schedules to predict; default: all that fit the codec.
     """
     names = [*BASELINES, *(spec for spec in specs if spec not in BASELINES)]
     models = [
@@ -334,7 +335,7 @@ def break_even(seconds_at: Callable[[float], float], baseline_at: Callable[[floa
     """Return the bandwidth, bytes a second a rank, below which the first takes less time than the second.
 
     Returns:
-        0 if it never does, infinity if it always does.
+        0 if the first never takes less time, infinity if it always does.
     """
 
     def wins(bandwidth: float) -> bool:

@@ -14,7 +14,7 @@ from fedq.planning.cluster import Level
 from fedq.planning.network import Work
 
 _STEPS = 4
-"""Steps that are played: what a link saved up in one may be used in the next."""
+"""Number of steps that are played: what a link saved up in one may be used in the next."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Played:
     """A step.
 
     Args:
-        seconds: From begin to end.
-        exposed_s: Of it, more than the computation alone takes.
-        hidden_s: What the exchange takes by itself, less what is exposed.
+        seconds: Seconds from the step's begin to its end.
+        exposed_s: Seconds that the step takes above its computation alone.
+        hidden_s: Seconds that the exchange takes by itself, less those that are exposed.
     """
 
     seconds: float
@@ -36,7 +36,7 @@ class TokenBucket:
     """What a link that was at rest lets pass at once, for each direction of a rank's link.
 
     Args:
-        level: Whose rate and burst.
+        level: Level that gives rate and burst.
     """
 
     def __init__(self, level: Level) -> None:
@@ -75,8 +75,8 @@ def play(compute: Work, buckets: Sequence[tuple[float, Sequence[Work]]]) -> Play
     """Play steps until they repeat.
 
     Args:
-        compute: Of a step.
-        buckets: Seconds of computation after which each is ready, rising, and what has to be done with it.
+        compute: Computation of a step.
+        buckets: For each bucket the seconds of computation after which it is ready, rising, and its works in order.
     """
     jobs = [(ready, work) for ready, works in buckets for work in works if work.seconds > 0]
     level = next((work.burst for _, work in jobs if work.burst), None)

@@ -24,9 +24,9 @@ from fedq.hooks.gradients import RUN_BYTES
 from fedq.models import build_model, check_model
 
 FIRST_BUCKET_BYTES = 1 << 20
-"""DDP's own sizes of buckets: the first one is small, so that an exchange can begin early."""
+"""Size of DDP's first bucket in bytes, smaller than the others so that an exchange can begin early."""
 SMALL_NUMEL = 4096
-"""Elements up to which casts of one message travel together."""
+"""Most elements of a cast that travels with others in one message."""
 _INSIDE_NBYTES = 4  # float32, which `hierarchical` sends inside a node
 
 
@@ -35,10 +35,10 @@ class Shapes:
     """A model without values.
 
     Args:
-        name: What it is called.
-        module: On the meta device.
+        name: Name of the model.
+        module: The module, on the meta device.
         image: Shape of one input.
-        buckets: DDP's, in the order in which they become ready: numbers of parameters.
+        buckets: Indices of the parameters in each of DDP's buckets, in the order in which these become ready.
         ready: Share of the backward pass after which each bucket's gradients are there.
     """
 
@@ -55,7 +55,7 @@ class Shapes:
         """Build a model by name; see `fedq.models.build_model`.
 
         Raises:
-            FieldError: An unknown model, a size that it cannot have, or one that does not fit the images.
+            FieldError: The model is unknown, cannot have the size, or does not fit the images.
         """
         with torch.device("meta"):
             module = build_model(name, num_classes=num_classes, in_channels=image[0], image_size=image[1], norm=norm)
@@ -117,11 +117,11 @@ class Part:
     """What one bucket of a model is made of, for one codec.
 
     Args:
-        ready: Share of the backward pass after which it is there.
-        numel: Elements.
-        segments: With their owners.
-        num_coded: Segments that are payloads of their own.
-        num_small: Small casts, which travel together.
+        ready: Share of the backward pass after which the bucket's gradients are there.
+        numel: Number of elements.
+        segments: The bucket's segments, with their owners.
+        num_coded: Number of segments that are payloads of their own.
+        num_small: Number of small casts, which travel together.
     """
 
     ready: float
@@ -152,10 +152,10 @@ class Traffic:
     """How one codec's gradients travel.
 
     Args:
-        exchange: The real thing, which is asked for its layout and never run.
-        parts: Its buckets.
-        world_size: Ranks.
-        ranks_per_node: Of a node.
+        exchange: The exchange of a real run; it is asked for its layout and never run.
+        parts: Make-up of each bucket.
+        world_size: Number of ranks.
+        ranks_per_node: Number of ranks on each node.
     """
 
     exchange: StepExchange = field(repr=False)
@@ -178,7 +178,7 @@ class Traffic:
         """Lay out a model's gradients for a codec and schedule.
 
         Raises:
-            FieldError: See `fedq.hooks.step_state`.
+            FieldError: The codec or schedule cannot be used, see `fedq.hooks.step_state`.
         """
         exchange = make_exchange(
             shapes.module,
@@ -279,11 +279,11 @@ class Fan:
     """Bytes of one exchange between several ranks: what the busiest moves in one direction.
 
     Args:
-        across: Of a rank's share of its node's link.
-        inside: Of a rank, inside its node.
-        num_across: Messages to or from ranks of other nodes.
-        num_inside: Messages to or from ranks of the own node.
-        other_way: What that rank moves in the other direction, as a share.
+        across: Bytes that a rank moves over its share of its node's link.
+        inside: Bytes that a rank moves inside its node.
+        num_across: Number of messages to or from ranks of other nodes.
+        num_inside: Number of messages to or from ranks of the own node.
+        other_way: Bytes that the rank moves in the other direction, as a share of those in the busier one.
         is_inward: Whether the busier direction is inward.
     """
 
@@ -317,14 +317,14 @@ class Hierarchy:
     """The four exchanges of ``hierarchical``, and the work of the rank that has most of it.
 
     Args:
-        inside: In float32, to the rank of the node whose place owns a segment.
-        to_owners: Across nodes, among ranks in the same place.
-        to_place: Back, coded again.
-        shared: Inside the node, what came.
-        numel_of_place: Elements that a rank sums and encodes for its node.
-        numel_owned: Elements of which it is the owner.
-        num_of_place: Segments of the one.
-        num_owned: Segments of the other.
+        inside: First exchange, in float32 inside a node: each segment to the rank in the place of its owner.
+        to_owners: Second exchange, across nodes among ranks in the same place: segments to their owners.
+        to_place: Third exchange, across nodes: means, coded again, from their owners to the same place of each node.
+        shared: Fourth exchange, inside a node: the means that came, to all its ranks.
+        numel_of_place: Number of elements that a rank sums and encodes for its node.
+        numel_owned: Number of elements that a rank owns.
+        num_of_place: Number of segments that a rank sums and encodes for its node.
+        num_owned: Number of segments that a rank owns.
     """
 
     inside: Fan

@@ -21,7 +21,7 @@ def parse_bandwidth(text: str, field: str = "bandwidth") -> float:
     The unit has to say bits (any case, ``/s`` may be left out) or bytes (``B/s``): "1 Gb" may mean either.
 
     Raises:
-        FieldError: No number with one of the units above, or not above 0.
+        FieldError: The text is no number with one of the units above, or the number is not above 0.
     """
     bits = re.fullmatch(_NUMBER + "([kmgt]?)bit(?:/s)?", text, re.IGNORECASE)
     nbytes = re.fullmatch(_NUMBER + "(k|K|M|G|T|Ki|Mi|Gi)?B/s", text)
@@ -39,7 +39,7 @@ def parse_duration(text: str, field: str = "latency") -> float:
     """Return seconds.
 
     Raises:
-        FieldError: No number, 0 or more, with one of the units above.
+        FieldError: The text is no number, 0 or more, with one of the units above.
     """
     found = re.fullmatch(_NUMBER + "(s|ms|us|µs|ns)", text)
     value = float(found[1]) * _SECONDS[found[2]] if found else math.nan

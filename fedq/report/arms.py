@@ -23,9 +23,9 @@ class Run:
     """A finished run's numbers.
 
     Args:
-        path: Its folder.
-        summary: Of `summary.json`.
-        config: Of `config.yaml`, with what a run on data of one's own is set apart by; see `with_own_data`.
+        path: The run's folder.
+        summary: Contents of `summary.json`.
+        config: Contents of `config.yaml`; of a run on data of one's own with its model and metric, see `with_own_data`.
     """
 
     path: Path
@@ -78,8 +78,8 @@ class Arm:
     """Runs with the same settings and different seeds.
 
     Args:
-        name: What sets the arm apart from the others, in words.
-        runs: Its runs, by seed.
+        name: Words that set the arm apart from the others.
+        runs: The arm's runs, by seed.
     """
 
     name: str
@@ -95,7 +95,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read finished runs.
 
     Raises:
-        FieldError: None of them is finished, or a file cannot be read.
+        FieldError: No run is finished, or a file cannot be read.
     """
     runs = []
     for path in paths:
@@ -136,7 +136,7 @@ def group(runs: Sequence[Run]) -> list[Arm]:
 
 
 _SEED = re.compile(r"[-_]?(seed)?[-_=]?\d+$")
-"""The end of a folder's name that says which seed it is."""
+"""Pattern of the end of a folder's name that says which seed it is."""
 
 
 def _seed(run: Run) -> int:
@@ -160,7 +160,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 _ONE_MODEL = ("fedavg", "fedbat", "local")
-"""Algorithms that the settings of personal models do not concern."""
+"""Algorithms without personal models: settings of those do not concern them."""
 
 
 _PLAIN = ("weights", "uplink", "algorithm", "model", "partition")

@@ -20,10 +20,10 @@ class Deployed:
     """One deployed model.
 
     Args:
-        path: Its file.
-        words: Whose it is, where a run has several; empty where it has one.
-        bits: Of a weight; None where layers differ.
-        round: The round after which it was so, from 0.
+        path: The model's file.
+        words: Words for the model's owner, where a run has several models; empty where it has one.
+        bits: Bits of a weight; None where layers differ.
+        round: The round, from 0, after which the model was written.
     """
 
     path: Path

@@ -46,10 +46,10 @@ def write_figures(paths: Sequence[Path], out: Path) -> list[str]:
 
     Args:
         paths: Folders of runs.
-        out: Where ``<figure>.png``, ``.svg`` and ``.csv`` go; made if it does not exist.
+        out: Folder of ``<figure>.png``, ``.svg`` and ``.csv``; made if it does not exist.
 
     Returns:
-        A line for each figure: written, or why not.
+        A line for each figure: that it was written, or why not.
 
     Raises:
         FieldError: No run is finished, matplotlib is missing, or the folder cannot be written.

@@ -19,22 +19,22 @@ Tree = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 OWN_DATA_KEYS = ("model", "num_params", "metric")
-"""What sets a run on data of one's own apart from others, beside its settings."""
+"""Keys of a summary that set a run on data of one's own apart from others, beside its settings."""
 
 _NO_METRIC = Metric("loss")
-"""Of a run whose list of metrics is empty: it was never evaluated."""
+"""The metric of a run whose list of metrics is empty: it was never evaluated."""
 
 
 class Series(NamedTuple):
     """A column of `metrics.jsonl` as a curve.
 
     Args:
-        column: Its name.
-        key: The beginning of its charts' names.
-        title: As in "Validation accuracy".
-        label: Of the axis, with the unit.
-        better: "lower" or "higher".
-        scale: Shown is this times the value.
+        column: Name of the column.
+        key: The beginning of the names of the curve's charts.
+        title: Title of the charts, such as "Validation accuracy".
+        label: Label of the y axis, with the unit.
+        better: Whether "lower" or "higher" values are better.
+        scale: Factor by which values are multiplied to be shown.
     """
 
     column: str
@@ -50,7 +50,7 @@ class Measure:
     """The first metric of a run on data of one's own, as its files hold it.
 
     Args:
-        metric: Of the numbers that are shown.
+        metric: Name, unit and direction of the numbers that are shown.
     """
 
     metric: Metric
@@ -221,7 +221,7 @@ class _Accuracy(Measure):
 
 
 ACCURACY: Measure = _Accuracy(Metric("accuracy", "%", "higher"))
-"""What image runs are judged by."""
+"""The measure by which image runs are judged."""
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def metrics_of(tree: Tree) -> tuple[Metric, ...]:
     """Return the metrics that a summary or a configuration names, the first of which decides; none of an image run.
 
     Raises:
-        FieldError: They cannot be read.
+        FieldError: The metrics cannot be read.
     """
     told = tree.get("metrics")
     if told is None:
@@ -251,7 +251,7 @@ def measure_of(tree: Tree) -> Measure:
     """Return what a run is judged by, from its summary or configuration.
 
     Raises:
-        FieldError: See `metrics_of`.
+        FieldError: The metrics cannot be read, see `metrics_of`.
     """
     metrics = metrics_of(tree)
     return Measure(metrics[0]) if metrics else ACCURACY
@@ -290,8 +290,8 @@ class Columns:
     """Columns of a table of runs: their measure's, or, where runs differ in it, ones whose cells name it.
 
     Args:
-        measures: Of the runs.
-        kinds: Of the columns: "result", "best", "beside".
+        measures: Measures of the runs in the table.
+        kinds: Kinds of the columns, in order: "result", "best", "beside".
     """
 
     _ANY: ClassVar[dict[str, str]] = {"result": "result", "best": "best in validation", "beside": "beside it"}

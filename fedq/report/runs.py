@@ -18,16 +18,16 @@ class RunStatus:
     """How far a run is.
 
     Args:
-        path: Its folder.
+        path: The run's folder.
         state: ``finished``, ``unfinished`` (stopped, or still running), ``not started`` (no round finished) or
             ``unreadable``.
-        rounds: Rounds finished.
-        total_rounds: Rounds asked for.
+        rounds: Number of rounds finished.
+        total_rounds: Number of rounds asked for; None if it is not known.
         result: Test accuracy if finished, otherwise the last validation accuracy; of a run on data of one's own the
             last value of its first metric.
-        uplink_bytes: Payload bytes so far.
+        uplink_bytes: Payload bytes of the uplink so far; None if they are not known.
         note: The problem, or what to do next.
-        measure: What the result is.
+        measure: The measure that the result is of.
     """
 
     path: Path

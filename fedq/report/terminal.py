@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 NETWORK_SERVER = "fedq server"
-"""Launcher in the summary of a run whose clients came over a network."""
+"""Name of the launcher in the summary of a run whose clients came over a network."""
 _DOWNLINK_RULES = {
     "cohort": "charged to each round's cohort",
     "all": "charged to every client",
@@ -46,7 +46,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Return a run's `summary.json`.
 
     Raises:
-        FieldError: If the folder holds none, or one that cannot be read.
+        FieldError: The folder holds no summary, or one that cannot be read.
     """
     try:
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
@@ -62,10 +62,10 @@ def print_summary(folder: Path, console: Console | None = None) -> None:
 
     Args:
         folder: A run's folder.
-        console: Where to print; default: standard output. What is no terminal gets plain lines of any length.
+        console: Console to print on. Default: standard output. One that is no terminal gets plain lines of any length.
 
     Raises:
-        FieldError: If the folder is no run.
+        FieldError: The folder is no run.
     """
     from rich.table import Table
     from rich.text import Text
@@ -108,8 +108,8 @@ class RoundProgress:
         """Say that a round is finished.
 
         Args:
-            round: Rounds finished so far: 1 after the first.
-            text: What to show beside it, for example the validation accuracy and the bytes so far.
+            round: Number of rounds finished so far: 1 after the first.
+            text: Words to show beside it, for example the validation accuracy and the bytes so far.
         """
         if self._bar is not None:
             progress, task = self._bar
@@ -128,8 +128,8 @@ def round_progress(
     Args:
         total_rounds: Rounds of the whole job.
         enabled: False on the ranks that print nothing.
-        console: Where to print; default: standard output.
-        noun: What a round is called.
+        console: Console to print on. Default: standard output.
+        noun: Word for a round.
     """
     console = (console or _stdout()) if enabled else _nowhere()
     if not console.is_terminal or console.quiet:

@@ -19,8 +19,8 @@ class Events:
     """Adds scalars to a new file of events.
 
     Args:
-        folder: Where files of events lie; made if need be.
-        purge_step: TensorBoard forgets what earlier files say of this round and later ones. None: nothing.
+        folder: Folder of the files of events; made if need be.
+        purge_step: Round from which on TensorBoard forgets what earlier files say; None: it forgets nothing.
 
     Raises:
         OSError: The file cannot be written.

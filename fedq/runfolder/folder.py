@@ -94,7 +94,7 @@ class RunFolder:
 
     Args:
         path: An existing folder that can be written; `RunFolder.create` finds or makes one.
-        lock: Keeps other processes out of it until `close`.
+        lock: The folder's lock, which keeps other processes out until `close`.
     """
 
     def __init__(self, path: Path, lock: FolderLock) -> None:
@@ -123,7 +123,7 @@ class RunFolder:
                 added to, its other files are replaced.
 
         Raises:
-            FieldError: If the folder cannot be written, another process works in it, or it holds a run and `exist_ok`
+            FieldError: The folder cannot be written, another process works in it, or it holds a run and `exist_ok`
                 is false.
         """
         target, field = (Path(out) if out is not None else Path("runs")), "resume" if exist_ok else "out"
@@ -188,7 +188,7 @@ class RunFolder:
                 client was left out) and `label_counts` (examples a class).
 
         Raises:
-            FieldError: For a column that does not exist, or a missing one.
+            FieldError: A row has a column that does not exist, or lacks one.
         """
         self._clients.extend(rows)
 
@@ -196,8 +196,8 @@ class RunFolder:
         """Add one row to `histograms.parquet`: 64 equal bins from min to max, or one bin a value for codes.
 
         Args:
-            round: Round.
-            client: Client, or -1 for the server.
+            round: Number of the round.
+            client: Number of the client; -1 for the server.
             tensor: Name of the tensor.
             stage: "weight", "update", "decoded" or "codes"; codes also get their Shannon entropy in bits a code.
             values: Any shape and dtype, on any device; values that are not finite are left out of `num` and the rest.
@@ -245,7 +245,7 @@ class RunFolder:
         """Write `summary.json`, `schema_version` first, after all rows: a run with a summary is whole.
 
         Raises:
-            KeyError: If one of `SUMMARY_KEYS` is missing; names all that are.
+            KeyError: One of `SUMMARY_KEYS` is missing; the error names all that are.
         """
         missing = [key for key in SUMMARY_KEYS if key not in summary]
         if missing:

@@ -19,7 +19,7 @@ class RoundLines:
     """Rows of rounds. A file that exists already is added to.
 
     Args:
-        path: The file.
+        path: Path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class RoundLines:
 
         Args:
             round: The first round whose row is dropped.
-            num_bytes: What `sync` returned after the last row that is to stay.
+            num_bytes: Bytes of the file after the last row that is to stay, as `sync` returned them.
         """
         data = self._path.read_bytes()
         kept = b"".join(line for line in data.splitlines(keepends=True) if _is_of_round_before(line, round))

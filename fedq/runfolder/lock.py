@@ -26,14 +26,14 @@ from fedq.files import set_aside
 _log = logging.getLogger(__name__)
 
 LOCK = "lock"
-"""The file's name."""
+"""Name of the lock's file."""
 BEAT_S = 5.0
 """Seconds between signs of life."""
 SILENT_S = 120.0
-"""Seconds without one after which a holder on another machine is dead."""
+"""Seconds without a sign of life after which a holder on another machine counts as dead."""
 _LOOK_S = 0.2
 _SETTLE_S = 2.0
-"""How long whoever has just got the file may take to write its name into it."""
+"""Seconds that a process which has just got the file may take to write its name into it."""
 _LONGEST = 4096
 
 
@@ -42,11 +42,11 @@ class Holder:
     """A process.
 
     Args:
-        host: Its machine's name.
-        space: By what its machine, since it was booted, and its container tell processes apart.
-        pid: Its number there.
-        born: When it was started, in the machine's own count: numbers are given again.
-        since: When it took the folder, for people.
+        host: Name of the process's machine.
+        space: Text that differs between machines, boots and containers; pids can be compared where it is the same.
+        pid: Number of the process there.
+        born: Time at which the process was started, in the machine's own count: pids are given again.
+        since: Time at which the process took the folder, for people.
     """
 
     host: str
@@ -154,7 +154,7 @@ def _is_taken_over(file: Path, descriptor: int, field: str) -> bool:
     """Whether a lock's file is this process's to write now; if not, it is to be opened anew.
 
     Raises:
-        FieldError: Another process has it.
+        FieldError: Another process holds the lock.
     """
     is_free = _try(descriptor)
     holder = _settled(descriptor, is_free)
@@ -177,7 +177,7 @@ def _check_gone(holder: Holder, file: Path, field: str) -> None:
     """Return if whoever has left a lock is dead.
 
     Raises:
-        FieldError: It lives.
+        FieldError: The holder lives, or cannot be known to be dead.
     """
     if holder.is_dead or (not holder.is_here and _falls_silent(holder, file)):
         return

@@ -15,7 +15,7 @@ class SideOutput:
     """A table, TensorBoard's events, a tracker, a trace.
 
     Args:
-        name: What a user knows it by.
+        name: Name by which a user knows the output.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,7 +27,7 @@ class SideOutput:
         """Let the body fail.
 
         Args:
-            errors: With what it may fail.
+            errors: Exceptions with which the body may fail.
         """
         try:
             yield

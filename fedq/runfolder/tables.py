@@ -37,8 +37,8 @@ class ParquetRows:
     A row with a value that its column cannot hold is left out, which is said once a file: it costs nobody the job.
 
     Args:
-        path: The file.
-        schema: Its columns.
+        path: Path of the file.
+        schema: Columns of the file, with their types.
         is_optional: Whether there is no file where there are no rows.
     """
 

@@ -14,7 +14,7 @@ import yaml
 from fedq.errors import FieldError, one_of
 
 Check = Callable[[Sequence[str]], object]
-"""Refuses flags of a job that cannot be used with a `FieldError`."""
+"""Function that refuses a job's flags that cannot be used, with a `FieldError`."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Task:
     """One run of a sweep.
 
     Args:
-        arm: Its arm.
-        seed: Its seed.
-        folder: Name of its folder in the sweep's.
-        flags: Of the job, without where it is written.
+        arm: Name of the task's arm.
+        seed: Seed of the run.
+        folder: Name of the run's folder in that of the sweep.
+        flags: Flags of the job, but for the folder to which it writes.
     """
 
     arm: str
@@ -41,11 +41,11 @@ class Plan:
     Args:
         title: Heading of the table and the report.
         arms: Flags of each arm by its name; differences are to the first.
-        note: What a reader should know of the set-up.
-        ranks: Ranks of each run, on one machine.
+        note: Text on the set-up that a reader should know.
+        ranks: Number of ranks of each run, on one machine.
         common: Flags of every run.
         seeds: Seeds of each arm.
-        budgets_mb: Uplink megabytes at which accuracies are compared as well.
+        budgets_mb: Megabytes of uplink at which accuracies are compared as well.
     """
 
     title: str
@@ -85,7 +85,7 @@ def read_plan(path: Path, check: Check | None = None) -> Plan:
 
     Args:
         path: A YAML file with the fields of `Plan`.
-        check: Given the flags of every run.
+        check: Function that is given the flags of every run and refuses wrong ones; None: no check.
 
     Raises:
         FieldError: The file, a field of it, or a flag of an arm cannot be used.

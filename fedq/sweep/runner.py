@@ -21,7 +21,7 @@ from fedq.runfolder import holder_of
 from fedq.sweep.plan import Plan, Task
 
 TRAIN = ("-m", "fedq")
-"""What Python runs for a job."""
+"""Arguments with which Python runs a job."""
 _LAST_LINES = 3  # of a failed run's log that are shown
 
 
@@ -66,11 +66,11 @@ def run_tasks(
 
     Args:
         plan: The sweep.
-        out: Where the runs' folders go, and ``<run>.log`` with what each has printed.
+        out: Folder of the runs' folders, and of ``<run>.log`` with what each has printed.
         extra: Flags of this machine for every run, such as ``--data-dir DIR``.
-        workers: Runs side by side.
-        train: What Python runs for a job: a script, or ``-m`` and a module.
-        say: Takes a line for each run that ends.
+        workers: Number of runs side by side.
+        train: Arguments with which Python runs a job: a script, or ``-m`` and a module.
+        say: Function that is given a line for each run that ends.
 
     Returns:
         The tasks that failed, or were stopped by a signal.

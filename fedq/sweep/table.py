@@ -56,10 +56,10 @@ def row(arm: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], bu
     """Return an arm's line.
 
     Args:
-        arm: Its name.
-        runs: Its finished runs.
-        baseline: Those of the first arm; differences are over the seeds that both have.
-        budgets_mb: See `Plan`.
+        arm: Name of the arm.
+        runs: Results of the arm's finished runs.
+        baseline: Results of the first arm's runs; differences are over the seeds that both have.
+        budgets_mb: Megabytes of uplink at which accuracies are compared, see `Plan`.
     """
     accuracy = 100 * np.array([r["test_accuracy"] for r in runs])
     spread = f" ± {accuracy.std(ddof=1):.2f}" if len(runs) > 1 else ""
@@ -100,9 +100,9 @@ def markdown(plan: Plan, results: dict[str, list[dict[str, Any]]], *, data_note:
 
     Args:
         plan: The sweep.
-        results: What `finished_runs` returned, with at least one run.
-        data_note: What a reader must know of the images, in place of where they lie.
-        command: What makes it again.
+        results: Results by arm, as `finished_runs` returned them, with at least one run.
+        data_note: Text on the images that a reader must know, in place of their folder; may be empty.
+        command: Command that makes the section again.
     """
     baseline = results.get(next(iter(plan.arms)), [])
     spent = sum(r["seconds"] for runs in results.values() for r in runs) / 60

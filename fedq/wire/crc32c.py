@@ -17,7 +17,7 @@ def crc32c(data: bytes | bytearray | memoryview | Tensor, value: int = 0) -> int
 
     Args:
         data: Contiguous bytes, or a uint8 tensor on the CPU.
-        value: Checksum so far.
+        value: Checksum of the bytes so far.
     """
     flat = data.reshape(-1).numpy() if isinstance(data, Tensor) else np.frombuffer(data, np.uint8)
     return kernels.crc32c(flat, value)
@@ -29,8 +29,8 @@ def values_crc32c(tensor: Tensor, value: int = 0) -> int:
     A tensor of a class that has no bytes of its own (a quantized weight, say) has that of nothing.
 
     Args:
-        tensor: Any shape.
-        value: Checksum so far.
+        tensor: The tensor, of any shape.
+        value: Checksum of the bytes so far.
     """
     if hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
         return value

@@ -24,7 +24,7 @@ MAGIC = b"FQ"
 VERSION = 1
 _HEADER = struct.Struct("<2sBBIIQQdffQ")
 HEADER_NBYTES = _HEADER.size
-"""Bytes of the header: 52."""
+"""Size of the header in bytes: 52."""
 
 
 class Kind(IntEnum):
@@ -56,7 +56,7 @@ class Frame:
     """One message.
 
     Args:
-        kind: What it carries.
+        kind: Kind of the message.
         round: Round number, from 0.
         client: Client number, or 2^32 - 1 for the server.
         layout_hash: `Layout.hash` of the sender.
@@ -109,7 +109,7 @@ class Frame:
         """Read a message; the body is a view of it.
 
         Raises:
-            FieldError: Not a frame, another version, cut short, or a weight that cannot be averaged with.
+            FieldError: The message is no frame, of another version or cut short, or its weight cannot be averaged with.
         """
         if message.numel() < HEADER_NBYTES:
             raise FieldError("frame bytes", message.numel(), f"at least {HEADER_NBYTES}")
@@ -120,7 +120,7 @@ class Frame:
         """Put a header and the body that came with it together.
 
         Raises:
-            FieldError: As for `unpack`.
+            FieldError: The header or the weight cannot be used, as for `unpack`.
         """
         head = header.cpu().numpy().tobytes()
         magic, version, kind, number, client, layout_hash, seed, weight, loss, accuracy, nbytes = _HEADER.unpack(head)
@@ -151,7 +151,7 @@ def join_body(layout: Layout, datas: Sequence[Tensor]) -> Tensor:
     What `Layout.encode` has put one after another already is not copied.
 
     Raises:
-        FieldError: More or fewer than there are spans.
+        FieldError: There are more or fewer buffers than spans.
     """
     layout.check_number(datas)
     sizes = [data.numel() for data, span in zip(datas, layout.spans, strict=True) if not span.codec.fixed_size]

@@ -31,7 +31,7 @@ VERSION = 1
 FIXED = struct.Struct("<4sBBHIIIIIIffQQQdQQ")
 """The fixed fields, 88 bytes; see `Fixed`."""
 ALIGNMENT = 64
-"""The head's size is a multiple of this, so the body starts at one."""
+"""Alignment of the body in bytes: the head's size is a multiple of it."""
 
 ROLES: tuple[Role, ...] = ("coded", "exempt", "stats")
 SENT: tuple[Literal["change", "values"], ...] = ("change", "values")
@@ -70,7 +70,7 @@ _TENSOR = struct.Struct("<HHBBB")
 _EXACT = struct.Struct("<HBB")
 _CHECKSUM = struct.Struct("<I")
 _REMEMBERED_NBYTES = 64 << 10
-"""Largest tables whose reading is remembered: what a sender can make a receiver keep is bounded."""
+"""Size of the largest tables whose reading is remembered: what a sender can make a receiver keep is bounded."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -110,7 +110,7 @@ class Exact(NamedTuple):
         """Return the tensor, as a view of the body where the address allows it.
 
         Raises:
-            FieldError: A bool that is neither 0 nor 1.
+            FieldError: A bool is neither 0 nor 1.
         """
         data = body[self.start : self.stop]
         if self.dtype == torch.bool and data.numel() and int(data.max()) > 1:
@@ -126,7 +126,7 @@ class Head:
 
     Args:
         fixed: The fixed fields.
-        layout: Of the payloads; None for kinds without.
+        layout: Layout of the payloads; None for kinds without payloads.
         exact: The tensors that travel bit for bit.
     """
 
@@ -147,7 +147,7 @@ def exact_places(exact: Mapping[str, Tensor], start: int) -> tuple[Exact, ...]:
     """Return where exact tensors lie in a body whose payloads end at ``start``: each at a multiple of its item size.
 
     Raises:
-        FieldError: A type that has no number.
+        FieldError: A tensor has a type that has no number.
     """
     places = []
     for name, tensor in exact.items():
@@ -222,7 +222,7 @@ def announced_nbytes(data: memoryview, limits: Limits) -> int:
     """Return the size that the first `FIXED` bytes give the head, before its checksum can be checked.
 
     Raises:
-        FieldError: Not a message, another version, or a head beyond the limits.
+        FieldError: The data are no message, have another version, or a head beyond the limits.
     """
     fixed = Fixed._make(FIXED.unpack(data[: FIXED.size]))
     _check(fixed.magic == MAGIC, "magic", fixed.magic, repr(MAGIC))
@@ -237,7 +237,7 @@ def read_head(data: memoryview, limits: Limits) -> Head:
     """Read a head of the size that it announces.
 
     Raises:
-        FieldError: It is damaged, contradicts itself, or calls for something beyond the limits.
+        FieldError: The head is damaged, contradicts itself, or calls for something beyond the limits.
     """
     end = len(data) - _CHECKSUM.size
     (checksum,), found = _CHECKSUM.unpack(data[end:]), crc32c(data[:end])

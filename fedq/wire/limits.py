@@ -12,16 +12,16 @@ class Limits:
     """Largest message that is read. A server knows its model and should ask for little more than that takes.
 
     Args:
-        message_bytes: A whole message.
-        header_bytes: Its head: fixed fields and tables.
-        tensors: Payloads and exact tensors together.
-        name_bytes: A tensor's name in UTF-8.
-        spec_bytes: A codec's spec.
-        dims: Dimensions of a tensor.
-        decoded_bytes: All tensors decoded, 4 bytes an element of a payload. Decoding on the reference, which serves
+        message_bytes: Bytes of a whole message.
+        header_bytes: Bytes of a message's head: fixed fields and tables.
+        tensors: Number of payloads and exact tensors together.
+        name_bytes: Bytes of a tensor's name in UTF-8.
+        spec_bytes: Bytes of a codec's spec.
+        dims: Number of dimensions of a tensor.
+        decoded_bytes: Bytes of all tensors decoded, 4 an element of a payload. Decoding on the reference, which serves
             where the C++ library is missing and for ``scale=tensor`` and ``scale=channel``, takes a small multiple of
             the largest tensor for a moment.
-        note_bytes: Body of a message without payloads: a note, or the text of an error.
+        note_bytes: Bytes of a body without payloads: a note, or the text of an error.
     """
 
     message_bytes: int = 1 << 31
@@ -38,8 +38,8 @@ class Limits:
         """Return limits for whoever knows the model: it in float32 with a table of its tensors, and no more.
 
         Args:
-            layout: Of the model.
-            note_bytes: As above.
+            layout: Layout of the model.
+            note_bytes: Bytes of a body without payloads, as above.
         """
         plain, num = 4 * layout.numel, len(layout.spans)
         header = 4096 + 1024 * num

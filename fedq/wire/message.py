@@ -40,7 +40,7 @@ from fedq.wire.head import (
 from fedq.wire.limits import DEFAULT_LIMITS, Limits
 
 SERVER = 2**32 - 1
-"""The server's number where a client's number stands."""
+"""Number that stands for the server where a client's number stands."""
 _LONGEST_INTEGER = 20  # digits: any 64-bit integer; a longer one takes quadratic time to read
 
 
@@ -50,12 +50,12 @@ class Message:
 
     Args:
         frame: Kind, round, client, seed and the rest; its body holds the payloads, or the text of a note or an error.
-        layout: Of the payloads, a whole one; None for kinds without payloads.
-        sequence: 64 bits: which task the message answers, or the sender's counter.
+        layout: Layout of the payloads, a whole one; None for kinds without payloads.
+        sequence: Number of 64 bits: of the task that the message answers, or the sender's counter.
         exact: Tensors of any type by name that travel bit for bit beside the payloads.
 
     Raises:
-        FieldError: Layout, exact tensors and kind do not go together.
+        FieldError: Layout, exact tensors and kind contradict each other.
     """
 
     frame: Frame
@@ -118,7 +118,7 @@ class Message:
         """Return the payloads in the layout's order, none of a kind without them.
 
         Raises:
-            FieldError: They are not those of the layout (never after `unpack`).
+            FieldError: The payloads are not those of the layout (never after `unpack`).
         """
         if self.layout is None:
             return []
@@ -200,10 +200,10 @@ def unpack(data: bytes | bytearray | memoryview | Tensor, limits: Limits = DEFAU
 
     Args:
         data: Contiguous bytes, or a flat uint8 tensor.
-        limits: What is accepted.
+        limits: Largest sizes that are accepted.
 
     Raises:
-        FieldError: It is no such message, is damaged, contradicts itself, or is beyond the limits.
+        FieldError: The data are no message, are damaged, contradict themselves, or are beyond the limits.
     """
     whole = _tensor_of(data)
     if not FIXED.size <= whole.numel() <= limits.message_bytes:
@@ -244,7 +244,7 @@ def _message(head: Head, body: Tensor, checksum: int) -> Message:
     """Put a head and the whole body together.
 
     Raises:
-        FieldError: They do not fit.
+        FieldError: Head and body do not fit each other.
     """
     fixed = head.fixed
     if checksum != fixed.body_checksum:
@@ -267,7 +267,7 @@ class Assembler:
     At most a head is held before its checksum was checked; then the body's memory is allocated, once.
 
     Args:
-        limits: What is accepted.
+        limits: Largest sizes that are accepted.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -291,7 +291,7 @@ class Assembler:
         """Take the next bytes of the stream and return the messages that they complete.
 
         Raises:
-            FieldError: As for `unpack`; the stream is lost then, and any further chunk is refused for the same reason.
+            FieldError: A message cannot be read (see `unpack`); the stream is lost then: any further chunk is refused.
         """
         if self._refused is not None:
             raise FieldError(*self._refused)
@@ -337,13 +337,13 @@ def note(text: Mapping[str, Any], *, round: int = 0, client: int = SERVER, seque
     """Return a control message.
 
     Args:
-        text: What JSON can say: texts, finite numbers, true, false, null, lists and objects.
+        text: Content that JSON can say: texts, finite numbers, true, false, null, lists and objects.
         round: Round number, from 0.
-        client: Who sends it.
-        sequence: As of a `Message`.
+        client: Number of the client that sends it; `SERVER` for the server.
+        sequence: Number of the task or the sender's counter, as in `Message`.
 
     Raises:
-        FieldError: JSON cannot say it.
+        FieldError: JSON cannot say the text.
     """
     try:
         data = json.dumps(dict(text), allow_nan=False, separators=(",", ":")).encode()
@@ -357,7 +357,7 @@ def read_note(message: Message) -> dict[str, Any]:
     """Return what a control message says.
 
     Raises:
-        FieldError: Another kind of message, or not a JSON object.
+        FieldError: The message is of another kind, or holds no JSON object.
     """
     if message.frame.kind != Kind.NOTE:
         raise FieldError("message kind", message.frame.kind.name, "NOTE")

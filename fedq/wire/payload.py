@@ -44,10 +44,10 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS
 
     Args:
         data: The bytes; they are not changed.
-        limits: What is accepted.
+        limits: Largest sizes that are accepted.
 
     Raises:
-        FieldError: They are no such message, are damaged, or are beyond the limits.
+        FieldError: The bytes are no such message, are damaged, or are beyond the limits.
     """
     message = unpack(data, limits)
     names = [span.name for span in message.layout.spans] if message.layout else []

@@ -16,11 +16,11 @@ from torch import Tensor
 from fedq.errors import FieldError
 
 INSTALLED = Path(__file__).parents[1] / "libfedq.so"
-"""Where `pip install` puts the library; ``FEDQ_LIBRARY`` names another."""
+"""Path at which `pip install` puts the library; ``FEDQ_LIBRARY`` names another."""
 ISAS = ("avx512", "avx2", "portable")
 """Instruction sets, the best first; ``FEDQ_ISA`` chooses one."""
 REMEDY = "apt install g++, then in the checkout of fedq: pip install --no-deps -e ."
-"""What gets the library where it is missing."""
+"""Commands that build the library where it is missing."""
 
 ABI = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -101,7 +101,7 @@ def select_isa(name: str) -> None:
     """Use another instruction set from now on, for tests and benchmarks.
 
     Raises:
-        FieldError: It is unknown, or this machine does not have it.
+        FieldError: The instruction set is unknown, or this machine does not have it.
     """
     _select(_needed(), name)
 
@@ -110,8 +110,8 @@ def call(name: str, *args: object) -> int:
     """Call the library's ``fedq_<name>`` without the GIL and return its int64.
 
     Args:
-        name: A function that takes pointers (`pointer`), int64 sizes, and structures by `ctypes.byref`.
-        args: Integers are passed as 64 bits; None is a null pointer.
+        name: Name of a function that takes pointers (`pointer`), int64 sizes, and structures by `ctypes.byref`.
+        args: Arguments of the function; integers are passed as 64 bits, None as a null pointer.
     """
     function = getattr(_needed(), f"fedq_{name}")
     function.restype = ctypes.c_int64

@@ -16,7 +16,7 @@ from fedq.kernels.reference.sparse import num_kept
 
 _KINDS = {"topk": 0, "blocktopk": 1, "randk": 2, "threshold": 3}
 _SMALL = 1 << 15
-"""Elements below which waking other threads costs more than it gains."""
+"""Number of elements below which waking other threads costs more than it gains."""
 
 _OUT_OF_ORDER = -2
 

@@ -13,7 +13,7 @@ from fedq.errors import FieldError
 from fedq.kernels.cpu.library import call, num_threads, pointer
 
 MAX_PLACES = 64
-"""Height times width of a kernel, at most."""
+"""Largest product of a kernel's height and width."""
 _LANES, _WORD = 8, 64
 _FIELDS = (
     *("num", "channels", "height", "width", "outputs", "real_outputs", "kernel_height", "kernel_width"),
@@ -32,12 +32,12 @@ class BinaryConv:
     """A convolution whose weights are signs times one scale for each output.
 
     Args:
-        weights: int64 [outputs / 8, kernel height · kernel width · words, 8], 64 signs a word.
-        sums: int32 [kernel height · kernel width, outputs]: of the signs of each place, for padding.
-        scales: float32 [outputs]; `outputs` is rounded up to a multiple of 8.
-        bias: float32 [real outputs] or None.
-        shape: Of the weight: real outputs, channels, kernel height, kernel width.
-        stride: Pixels, down and right.
+        weights: Signs of the weights, int64 [outputs / 8, kernel height · kernel width · words, 8], 64 signs a word.
+        sums: Sums of the signs of each place, int32 [kernel height · kernel width, outputs], for padding.
+        scales: Scale of each output, float32 [outputs]; `outputs` is rounded up to a multiple of 8.
+        bias: Bias of each output, float32 [real outputs]; None: no bias.
+        shape: Shape of the weight: real outputs, channels, kernel height, kernel width.
+        stride: Stride of the convolution in pixels, down and right.
         padding: Pixels of zeros on each side, down and right.
     """
 
@@ -61,10 +61,10 @@ class BinaryConv:
         """Pack signs.
 
         Args:
-            signs: bool [outputs, channels, kernel height, kernel width], True for +1; at most `MAX_PLACES` places.
-            scales: float32 [outputs].
-            bias: float32 [outputs] or None.
-            stride: Pixels, down and right.
+            signs: Signs, bool [outputs, channels, kernel height, kernel width], True for +1; up to `MAX_PLACES` places.
+            scales: Scale of each output, float32 [outputs].
+            bias: Bias of each output, float32 [outputs]; None: no bias.
+            stride: Stride of the convolution in pixels, down and right.
             padding: Pixels of zeros on each side, down and right.
         """
         outputs, channels, height, width = signs.shape
@@ -87,14 +87,14 @@ class BinaryConv:
         """Return ``conv2d(sign(x - thresholds), signs)·scales + bias``; the convolution itself is exact.
 
         Args:
-            x: float32 [N, channels, height, width] on the CPU; ``sign(0)`` is +1.
-            thresholds: float32 [channels].
+            x: Images, float32 [N, channels, height, width] on the CPU; ``sign(0)`` is +1.
+            thresholds: Threshold of each channel, float32 [channels].
 
         Returns:
-            float32 [N, outputs, out height, out width].
+            The outputs, float32 [N, outputs, out height, out width].
 
         Raises:
-            FieldError: Images of another type, device or number of channels, which the library would not notice.
+            FieldError: The images have another type, device or number of channels, which the library would not notice.
         """
         outputs, channels, *kernel = self.shape
         if x.dim() != 4 or x.shape[1] != channels or x.dtype != torch.float32 or x.device.type != "cpu":

@@ -52,13 +52,13 @@ class Rule:
     """How the values of a block become codes and back.
 
     Args:
-        quantize: From groups (g, 2^n), counts (g, 1), noise like groups or None, and the largest scale that there may
-            be, to uint8 codes like groups and float32 scales (g,) that bfloat16 holds exactly.
-        levels: From uint8 codes to their float32 values at scale 1.
-        pack: From flat codes to bytes.
-        unpack: From bytes and a number to flat codes.
-        codes_nbytes: From a number of codes to their packed bytes.
-        measure: From groups to what shows which of them are `LARGE`: their largest magnitudes, or sums of magnitudes.
+        quantize: Maps groups (g, 2^n), counts (g, 1), noise like groups or None, and the largest scale that there
+            may be, to uint8 codes like groups and float32 scales (g,) that bfloat16 holds exactly.
+        levels: Maps uint8 codes to their float32 values at scale 1.
+        pack: Maps flat codes to bytes.
+        unpack: Maps bytes and a number of codes to the flat codes.
+        codes_nbytes: Maps a number of codes to their packed bytes.
+        measure: Maps groups to values that show which are `LARGE`: their largest magnitudes, or sums of magnitudes.
         largest_scale: Largest scale that decodes to finite values; None: what the levels in use allow.
     """
 
@@ -196,7 +196,7 @@ class Blocks:
     """How a flat tensor falls into blocks.
 
     Args:
-        width: Elements of a block.
+        width: Number of elements of a block.
         rotate: Whether runs of 256 are rotated first.
         stochastic: Whether the rule gets noise.
     """

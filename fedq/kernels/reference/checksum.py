@@ -17,9 +17,9 @@ _ONE = 1 << 31
 _BYTE = 1 << 23  # x^8
 _MASK = 0xFFFFFFFF
 _LANE = 64
-"""Bytes of a lane."""
+"""Number of bytes of a lane."""
 _LANES = 1 << 14
-"""Lanes of a pass at most, a power of two: 1 MiB, which stays in cache."""
+"""Most lanes of a pass, a power of two: 1 MiB, which stays in cache."""
 
 Words = npt.NDArray[np.uint32]
 

@@ -23,9 +23,9 @@ LARGEST = (2.0 - 2.0**-23) * 2.0**127
 LARGEST_BF16 = (2.0 - 2.0**-7) * 2.0**127
 """The largest bfloat16 number."""
 _SMALLEST = 2.0**-126
-"""Scales below the smallest normal number count as zero: their reciprocal would overflow."""
+"""Smallest normal float32 number; scales below it count as zero: their reciprocal would overflow."""
 _WIDE = 1 << 16
-"""Codes of more than 8 bits that are unpacked at a time: a multiple of 8, so that they begin with a byte."""
+"""Number of codes of more than 8 bits that are unpacked at a time: a multiple of 8, so that they begin with a byte."""
 
 
 # ---- seeds and counter-based randomness ------------------------------------------------------------------------
@@ -203,12 +203,12 @@ def rotate(x: Tensor, seed: int, *, start: int = 0) -> Tensor:
     """Flip signs and Hadamard-rotate runs of 256: an orthogonal map that makes values nearly Gaussian.
 
     Args:
-        x: Flat float32; padded with zeros to a multiple of 256.
-        seed: Only its shared low word is used.
+        x: Values, flat float32; padded with zeros to a multiple of 256.
+        seed: Seed of the signs; only its shared low word is used.
         start: Index of ``x[0]`` in its parameter, a multiple of 256.
 
     Returns:
-        Flat float32 of ``ceil(numel / 256) * 256`` elements.
+        The rotated values, flat float32 of ``ceil(numel / 256) * 256`` elements.
     """
     rows = to_groups(x, ROTATION)
     flips = signs(rows.numel(), seed, start=start, device=x.device).view_as(rows)
@@ -270,11 +270,11 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack integer codes into bytes, least significant bit first, no padding between codes.
 
     Args:
-        codes: Flat uint8 (bits <= 8) or int64, each in [0, 2^bits).
-        bits: 0 to 40.
+        codes: Codes, flat uint8 (bits <= 8) or int64, each in [0, 2^bits).
+        bits: Bits of a code, 0 to 40.
 
     Returns:
-        uint8 of ``ceil(numel·bits / 8)`` bytes.
+        The packed codes, uint8 of ``ceil(numel·bits / 8)`` bytes.
     """
     num = codes.numel()
     if bits == 0 or num == 0:

@@ -27,17 +27,17 @@ from fedq.kernels.reference.primitives import (
 )
 
 FIRST_STEP = 5.0 / 3.0
-"""At 1 and 2 bits, the step that chooses codes over the mean kept magnitude."""
+"""Step that chooses codes at 1 and 2 bits, as a multiple of the mean kept magnitude."""
 
 
 def encode(plan: SparsePlan, x: Tensor, *, seed: int, ranked: Tensor | None = None) -> list[Tensor]:
     """Return the sections of flat float32 ``x``.
 
     Args:
-        plan: What to keep, and how.
-        x: The values.
-        seed: 64 bits.
-        ranked: Like ``x``, what decides which are kept; default: ``x``.
+        plan: The plan, which says what to keep, and how.
+        x: The values, flat float32.
+        seed: Seed of 64 bits.
+        ranked: Values like ``x`` whose magnitudes decide which are kept; default: ``x``.
     """
     num = x.numel()
     kept_of = x if ranked is None else ranked
@@ -88,7 +88,7 @@ def num_kept(plan: SparsePlan, num: int, data: Tensor | None) -> int:
     """Return how many of ``num`` elements are kept, padding of the last block included.
 
     Raises:
-        FieldError: ``threshold`` without data, or data whose count cannot be.
+        FieldError: The plan is ``threshold`` and there is no data, or data with a count outside 0 to ``num``.
     """
     if plan.kind != "threshold":
         return plan.num_kept(num)

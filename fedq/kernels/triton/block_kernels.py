@@ -48,12 +48,12 @@ class BlockCode(NamedTuple):
         mode: ``fp32``, ``fp16``, ``bf16``, ``midrise``, ``midtread``, ``ternary``, ``sign`` or ``sign-unbiased``.
         stochastic: Whether rounding takes noise.
         bits: Bits of a code; 0 for ternary and casts.
-        step: What the mean magnitude is multiplied by to get the step of the Gaussian grid.
+        step: Factor of the mean magnitude that gives the step of the Gaussian grid.
         block: Elements of a block.
-        log_block: Its logarithm.
+        log_block: Binary logarithm of `block`.
         rotate: Whether runs of 256 are rotated.
         largest: Bits of the largest scale that decodes to finite values.
-        itemsize: Bytes of a cast value, 0 if this is no cast.
+        itemsize: Bytes of a cast value; 0 if this is no cast.
         aligned: Whether the payload is aligned to the cast values.
     """
 
@@ -77,16 +77,16 @@ def _quantize(y, counts, inside, noise, largest, C: tl.constexpr, ROWS: tl.const
     """Turn rows into int32 codes (ROWS, block), bfloat16 bits of their scales, and what they measure, (ROWS, 1).
 
     Args:
-        y: Float32 (ROWS, block), zeros where there is no element.
-        counts: Elements of each row, float32 (ROWS, 1).
-        inside: Which positions are elements.
-        noise: Float32 like ``y`` in [0, 1), read by stochastic codes.
+        y: Values of the rows, float32 (ROWS, block), zeros where there is no element.
+        counts: Number of elements of each row, float32 (ROWS, 1).
+        inside: Whether each position is an element.
+        noise: Noise in [0, 1), float32 like ``y``, read by stochastic codes.
         largest: Bits of the largest scale that there may be.
-        C: The code.
-        ROWS: Blocks.
+        C: The code, a `BlockCode`.
+        ROWS: Number of blocks.
 
     Returns:
-        The third is each row's largest magnitude or the sum of its magnitudes: which of them the scale follows from.
+        Codes, bits of the scales, and each row's largest magnitude or sum of magnitudes: that which gives the scale.
     """
     # A value is clamped before it is rounded down, which gives what the reference's other order does.
     if C.stochastic or C.mode == "midtread":  # noqa: SIM108 (a constant branch)
@@ -282,12 +282,12 @@ def _decode_tile(data_ptr, scales_at, start, num_codes, key, C: tl.constexpr, TI
 
     Args:
         data_ptr: The payload.
-        scales_at: Where its scales begin.
-        start: First element, a multiple of the block and, if rotated, of 256.
-        num_codes: Codes in the payload.
+        scales_at: Offset of the scales in the payload, in bytes.
+        start: Index of the first element, a multiple of the block and, if rotated, of 256.
+        num_codes: Number of codes in the payload.
         key: Shared key of the payload's seed.
-        C: The code.
-        TILE: Elements.
+        C: The code, a `BlockCode`.
+        TILE: Number of elements.
         FULL: Whether the payload has codes for all of them.
     """
     limit = TILE if FULL else tl.minimum(num_codes - start, TILE).to(tl.int32)
@@ -324,11 +324,11 @@ def _unrotated(values, bits, flip, C: tl.constexpr, TILE: tl.constexpr):
     """Undo the rotation of flat values that have shrunk scales; what is beyond float32 is its largest number.
 
     Args:
-        values: Flat float32 of TILE rotated values.
-        bits: Bits of the scales before they shrank (rows, 1).
-        flip: Signs.
-        C: The code.
-        TILE: Elements.
+        values: The rotated values, flat float32 of TILE elements.
+        bits: Bits of the scales before they shrank, (rows, 1).
+        flip: Whether the rotation flipped the sign of each value, 0 or 1.
+        C: The code, a `BlockCode`.
+        TILE: Number of elements.
     """
     values = unrotate(values, flip, TILE)
     is_large = _is_large(bits)
@@ -356,16 +356,16 @@ def _encode_tile(
     """Encode a tile's values, store codes and scales, and return what a receiver decodes, flat float32.
 
     Args:
-        total: Flat float32 of TILE values, zeros beyond the last element and beyond COVER.
+        total: Values of the tile, flat float32 of TILE elements, zeros beyond the last element and beyond COVER.
         data_ptr: The payload.
-        scales_at: Where its scales begin.
-        start: First element.
-        num_codes: Codes of the whole tensor.
+        scales_at: Offset of the scales in the payload, in bytes.
+        start: Index of the tile's first element.
+        num_codes: Number of codes of the whole tensor.
         key: Shared key of the seed.
-        noise_key: Its noise key.
-        C: The code.
-        COVER: How many elements of the tile are this program's.
-        TILE: Elements.
+        noise_key: Noise key of the seed.
+        C: The code, a `BlockCode`.
+        COVER: Number of elements of the tile that are this program's.
+        TILE: Number of elements of the tile.
         FULL: Whether all of them have a code.
     """
     limit = TILE if FULL else tl.minimum(num_codes - start, COVER).to(tl.int32)
@@ -501,13 +501,13 @@ def encode_kernel(
 
     Args:
         x_ptr: The input; bfloat16 comes as int16.
-        residual_ptr: Float32.
+        residual_ptr: The residual, float32.
         data_ptr: The payload.
-        scales_at: Where its scales begin.
-        num: Elements.
-        num_codes: Codes; with rotation those of the padding too.
+        scales_at: Offset of the scales in the payload, in bytes.
+        num: Number of elements.
+        num_codes: Number of codes; with rotation those of the padding too.
         key: Shared key of the seed.
-        noise_key: Its noise key.
+        noise_key: Noise key of the seed.
     """
     start = tl.program_id(0).to(tl.int64) * COVER
     if COVER == TILE and start + TILE <= num:
@@ -609,9 +609,9 @@ def reduce_kernel(
 
     Args:
         table_ptr: Addresses of the payloads, bits of their float32 weights, their shared keys: int64 (3, payloads).
-        num_payloads: How many.
-        scales_in: Where their scales begin.
-        codes_in: Codes of each.
+        num_payloads: Number of payloads.
+        scales_in: Offset of the scales in these payloads, in bytes.
+        codes_in: Number of codes of each of these payloads.
     """
     start = tl.program_id(0).to(tl.int64) * COVER
     if COVER == TILE and start + TILE <= num:

@@ -21,7 +21,7 @@ on a multiprocessor, 128 KiB in flight with feedback."""
 _WARP = 1024
 """Elements a warp in larger tiles: a row of 1,024 still lies inside one warp."""
 _LARGEST_TILE = 16384
-"""16 warps."""
+"""Largest number of elements of a program: 16 warps."""
 
 
 def supports(plan: CastPlan | BlockPlan) -> bool:

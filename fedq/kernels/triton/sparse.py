@@ -28,11 +28,11 @@ from fedq.kernels.triton.sparse_kernels import (
 )
 
 _NUM_WARPS = 8
-"""Warps for a group: 16 elements a thread (at 32 the registers run out)."""
+"""Number of warps for a group: 16 elements a thread (at 32 the registers run out)."""
 _LARGEST_K = 32
-"""Values of a block that are found one after another."""
+"""Largest number of values of a block that are found one after another."""
 _PACKED = 512
-"""Bytes or kept values a program in the passes over the kept ones."""
+"""Number of bytes or kept values of a program in the passes over the kept ones."""
 
 
 def supports(plan: SparsePlan) -> bool:

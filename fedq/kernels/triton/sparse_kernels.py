@@ -41,8 +41,8 @@ class SparseCode(NamedTuple):
     Args:
         kind: ``topk``, ``blocktopk``, ``randk`` or ``threshold``.
         bits: Bits of a kept value.
-        k: Values kept of a block.
-        block: Elements of a block; 4,096 without blocks.
+        k: Number of values kept of a block.
+        block: Number of elements of a block; 4,096 without blocks.
         index_bits: Bits of a position inside a block.
         unbias: Whether kept values are multiplied by the length of their run.
         largest: Bits of the largest scale that decodes to finite values.
@@ -145,10 +145,10 @@ def _quantize(sent, counted, C: tl.constexpr, GROUP: tl.constexpr):
     """Return sign-and-magnitude codes (int32), what they decode to, and the group's scale as bfloat16 bits (1, 1).
 
     Args:
-        sent: Float32 (1, GROUP).
-        counted: Which values are kept and inside the tensor.
-        C: The code.
-        GROUP: 4,096.
+        sent: Values of the group, float32 (1, GROUP).
+        counted: Whether each value is kept and inside the tensor.
+        C: The code, a `SparseCode`.
+        GROUP: Number of elements of a group: 4,096.
     """
     LEVELS: tl.constexpr = 1 << (C.bits - 1)
     magnitude = tl.where(counted, tl.abs(sent), 0.0)
@@ -244,17 +244,17 @@ def encode_kernel(
 
     Args:
         x_ptr: The input; bfloat16 comes as int16.
-        residual_ptr: Replaced in place.
-        cut_ptr: ``topk``: the smallest kept magnitude as its bits, int32.
-        before_ptr: What is kept before each group, int64; ``topk``: above the cut, then equal to it, (2, groups).
-        marks_ptr: ``randk``: 1 where a value is kept, uint8.
-        lengths_ptr: ``randk`` with unbias: lengths of the runs, float32.
-        places_ptr: Takes the positions of the kept ones in order, int64; ``blocktopk``: in their block, int32.
-        codes_ptr: Takes their codes, one a byte, or at 16 and 32 bits the payload's values.
-        scales_ptr: The payload's scales.
-        num: Elements.
-        num_kept: How many are kept.
-        value: ``threshold``'s value.
+        residual_ptr: The residual, float32, replaced in place.
+        cut_ptr: Bits of the smallest kept magnitude, int32; ``topk`` only.
+        before_ptr: Number kept before each group, int64; ``topk``: above the cut, then equal to it, (2, groups).
+        marks_ptr: Marks, uint8: 1 where a value is kept; ``randk`` only.
+        lengths_ptr: Lengths of the runs, float32; ``randk`` with unbias only.
+        places_ptr: Output: positions of the kept ones in order, int64; ``blocktopk``: in their block, int32.
+        codes_ptr: Output: codes of the kept ones, one a byte, or at 16 and 32 bits the payload's values.
+        scales_ptr: Output: the payload's scales.
+        num: Number of elements.
+        num_kept: Number of elements that are kept.
+        value: Smallest magnitude that is kept; ``threshold`` only.
     """
     group = tl.program_id(0).to(tl.int64)
     start = group * GROUP

@@ -19,11 +19,11 @@ class ByteSums:
     """Sums of raw, payload and wire bytes, one row a group.
 
     Args:
-        parts: By `direction` and `part`.
-        rounds: By `direction` and `round`.
-        clients: By `direction` and `client`.
-        layers: By `direction`, `tensor` and `part`.
-        messages: By `direction`: `messages` of clients, a client and round each.
+        parts: One row for each `direction` and `part`.
+        rounds: One row for each `direction` and `round`.
+        clients: One row for each `direction` and `client`.
+        layers: One row for each `direction`, `tensor` and `part`.
+        messages: Number of messages of clients by `direction`: one for each client and round.
         codes: One row a tensor whose codes were logged: `num` codes in all messages logged, the `payload` bytes that
             they took, and `entropy_bits` in all.
     """
@@ -49,7 +49,7 @@ def sum_ledger(table: pa.Table, logged_codes: Rows) -> ByteSums:
     """Sum a ledger.
 
     Args:
-        table: Of `ledger.parquet`.
+        table: Table of `ledger.parquet`.
         logged_codes: Rows of `histograms.parquet` with stage "codes".
     """
     table = table.unify_dictionaries().combine_chunks()

@@ -22,13 +22,13 @@ NOISY = 0.2
 
 INTERFACE_TOLERANCE = 0.01
 ETHERNET_OVERHEAD = (14 + 20 + 32) / 1448
-"""Headers (Ethernet, IPv4, TCP with timestamps) beside a full segment of 1,448 bytes."""
+"""Share that headers (Ethernet, IPv4, TCP with timestamps) add to a full segment of 1,448 bytes."""
 LOOPBACK_OVERHEAD = (14 + 20 + 32) / 65483
-"""The same beside a full segment on loopback, whose packets hold 65,535 bytes."""
+"""Share that such headers add to a full segment on loopback, whose packets hold 65,535 bytes."""
 MESSAGE_OVERHEAD = 600
-"""At most, beside a message however small: headers, acknowledgements, and what Gloo announces (370 to 570 seen)."""
+"""Most bytes beside a message of any size: headers, acknowledgements, what Gloo announces (370 to 570 seen)."""
 _MESSAGES = {"fp32": 4, "fp16": 4, "bf16": 4, "powersgd": 12}
-"""Messages to a peer in one exchange: those of an all-reduce (PowerSGD has three); otherwise one."""
+"""Messages to a peer in one exchange: those of an all-reduce (PowerSGD has three); one for other codecs."""
 
 _COMPARED = ("results", "learning", "tradeoff")
 
@@ -54,8 +54,8 @@ class Caution:
 
     Args:
         level: One of `LEVELS`: "error": numbers are wrong or missing; "warning": a conclusion would be wrong; "note".
-        kind: A word for what it is.
-        sections: Parts of the page that it concerns.
+        kind: One word for the caution.
+        sections: Names of the parts of the page that it concerns.
         text: One or two sentences.
     """
 

@@ -27,9 +27,9 @@ class Shown:
     """A table.
 
     Args:
-        headers: Of the columns, with their units.
-        rows: Cells, or strings.
-        csv: Name of the file with the exact numbers.
+        headers: Headers of the columns, with their units.
+        rows: Cells of each row.
+        csv: Name of the file with the exact numbers; empty: there is none.
     """
 
     headers: Sequence[str]

@@ -15,8 +15,8 @@ class PageCharts:
     """All charts of a page.
 
     Args:
-        learning: Metrics and loss.
-        tradeoff: What results cost.
+        learning: Charts of metrics and loss over the rounds.
+        tradeoff: Charts of results against what they cost.
         others: Charts that show all arms.
         choices: Charts that show one run at a time.
     """

@@ -13,10 +13,10 @@ from fedq.report.page.spec import Curve, Front, Heading, Lines
 from fedq.report.page.study import ArmEvidence, Figure, Study, computation_seconds, links
 
 MOST_POINTS = 3000
-"""Points of all curves of a chart together; curves are thinned evenly, their ends kept."""
+"""Most points of all curves of a chart together; curves are thinned evenly, their ends kept."""
 
 START_BITS_PER_S = 1e8
-"""Where the slider stands when the page opens."""
+"""Bandwidth at which the slider stands when the page opens."""
 
 
 def learning_charts(study: Study) -> list[Lines]:

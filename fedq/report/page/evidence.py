@@ -56,8 +56,8 @@ class Evidence:
     Args:
         run: Folder, configuration and summary. Of a run without `summary.json` the summary holds what configuration
             and metrics say.
-        state: ``finished``, ``unfinished``, or ``not started`` where no round is.
-        total_rounds: Rounds asked for, None if the configuration cannot be read.
+        state: ``finished``, ``unfinished``, or ``not started`` where no round is finished.
+        total_rounds: Number of rounds asked for; None if the configuration cannot be read.
         metrics: Rows of `metrics.jsonl`.
         bytes: Sums of the ledger; None without one.
         last_clients: The last row of every client in `clients.parquet`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 BANDWIDTHS = (1e6, 1e7, 1e8, 1e9, 1e10)
-"""Bits a second that tables show."""
+"""Bandwidths that tables show, in bits a second."""
 
 FORMULA = "total seconds = measured computation + 8 x bytes on the link / bandwidth (bits a second)"
 

@@ -34,10 +34,10 @@ PART_COLOURS = {
     "float32, up": "#7F7F7F",
     "bfloat16, up": "#CC79A7",
 }
-"""Colours of what is no arm, the same in every chart."""
+"""Colours of everything but arms (parts, directions, phases), the same in every chart."""
 
 BAR_SERIES = ("float32, up", "bfloat16, up", "mean")
-"""Series of dots that others are compared with."""
+"""Series of dots with which the others are compared."""
 
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 
@@ -52,11 +52,11 @@ class Heading:
     """What stands around a chart.
 
     Args:
-        key: Name of its files, and of its figure on the page.
-        title: A few words.
-        caption: How to read it, with the unit.
-        x: The x axis with its unit.
-        y: The y axis with its unit.
+        key: Name of the chart's files, and of its figure on the page.
+        title: Title of the chart, a few words.
+        caption: Text below the chart: how to read it, with the unit.
+        x: Label of the x axis with its unit.
+        y: Label of the y axis with its unit; empty: there is none.
     """
 
     key: str
@@ -71,14 +71,14 @@ class Curve:
     """One arm's line.
 
     Args:
-        name: The arm.
-        number: Its place among all arms, which gives its style.
+        name: Name of the arm.
+        number: Index of the arm among all arms, which gives its style.
         x: Values on the x axis, ascending.
         y: Values on the y axis.
-        sd: Standard deviation over seeds at each point; empty of a single seed.
+        sd: Standard deviation over seeds at each point; empty if there is a single seed.
         rounds: The round of each point.
-        fixed: Where x depends on the bandwidth: the part that does not, and `bits` that travel on the link.
-        bits: See `fixed`.
+        fixed: Part of each x that does not depend on the bandwidth: x is this plus `bits` over it. Empty: none does.
+        bits: Bits of each point that travel on the link, see `fixed`.
     """
 
     name: str
@@ -106,15 +106,15 @@ class Front:
     """Arms as points, with the Pareto front among them: low x, high y, or low where less is better.
 
     Args:
-        heading: Around it.
-        names: Of the arms.
-        numbers: Their places among all arms.
-        x: Costs.
-        y: Results, in the unit of the axis.
-        sd: Of the results, 0 of a single seed.
-        on_front: Whether no arm beats this one.
-        fixed: See `Curve.fixed`.
-        bits: See `Curve.fixed`.
+        heading: Texts around the chart.
+        names: Names of the arms.
+        numbers: Indices of these arms among all arms, which give their styles.
+        x: Costs of the arms.
+        y: Results of the arms, in the unit of the axis.
+        sd: Standard deviations of the results, 0 where there is a single seed.
+        on_front: For each arm, whether no other beats it.
+        fixed: Part of each cost that does not depend on the bandwidth, see `Curve.fixed`.
+        bits: Bits of each arm that travel on the link, see `Curve.fixed`.
     """
 
     heading: Heading
@@ -133,9 +133,9 @@ class Dots:
     """Points in lines of their own, one line a category; several series, each with a colour.
 
     Args:
-        heading: Around it.
-        categories: From the top.
-        series: By name, (category, x) of its points.
+        heading: Texts around the chart.
+        categories: Names of the lines, from the top.
+        series: Points of each series, as (category, x), by its name.
         x_log: Whether the x axis is logarithmic.
     """
 
@@ -150,9 +150,9 @@ class Stack:
     """Horizontal bars made of parts.
 
     Args:
-        heading: Around it.
-        categories: From the top.
-        parts: By name, the length in each category.
+        heading: Texts around the chart.
+        categories: Names of the bars, from the top.
+        parts: Lengths of each part in all bars, by its name.
     """
 
     heading: Heading
@@ -165,11 +165,11 @@ class Heat:
     """A table in shades.
 
     Args:
-        heading: Around it.
-        rows: From the top.
-        columns: From the left.
-        values: [rows][columns], 0 or more.
-        noun: What a value counts.
+        heading: Texts around the chart.
+        rows: Names of the rows, from the top.
+        columns: Names of the columns, from the left.
+        values: Values [rows][columns], 0 or more.
+        noun: Word for the things that a value counts.
     """
 
     heading: Heading
@@ -184,10 +184,10 @@ class Bins:
     """A histogram.
 
     Args:
-        heading: Around it.
-        edges: One more than shares.
-        shares: % of all values.
-        limits: Ends of the x axis, where two histograms share it.
+        heading: Texts around the chart.
+        edges: Edges of the bins, one more than shares.
+        shares: Share of all values in each bin, in %.
+        limits: Ends of the x axis, where two histograms share it; None: the edges.
     """
 
     heading: Heading
@@ -205,9 +205,9 @@ class Choice:
 
     Args:
         key: Name of the choice on the page.
-        label: What is chosen.
-        variants: By the choice's name, its charts, as many and of the same kinds in each.
-        note: What was left out of the choice, if anything.
+        label: Words for what is chosen.
+        variants: Charts by the choice's name, as many and of the same kinds for each.
+        note: Words on what the choice leaves out; empty if nothing is.
     """
 
     key: str

@@ -16,7 +16,7 @@ from fedq.report.metric import Measure
 from fedq.report.page.evidence import Evidence
 
 SAME_TIME = 0.05
-"""Times that differ by less than this share are called equal: what medians of repeats vary by on a quiet machine."""
+"""Largest relative difference of times that are called equal: medians of repeats vary so on a quiet machine."""
 
 _FLOAT32 = ("fp32", "float32")
 _CODED_SETTINGS = ("uplink", "downlink", "feedback", "residual_memory", "start", "out", "name")
@@ -43,8 +43,8 @@ class ArmEvidence:
     """An arm with all that its runs' files say.
 
     Args:
-        name: What sets the arm apart.
-        all_runs: Its runs, by seed.
+        name: Words that set the arm apart from the others.
+        all_runs: The arm's runs, by seed.
     """
 
     name: str
@@ -167,10 +167,10 @@ class Payoff:
     """Whether an arm is faster than the float32 arm, and up to which bandwidth.
 
     Args:
-        saved_bytes: Of one link; negative if more was sent.
-        extra_seconds: Of computation; negative if it was faster.
-        break_even: Bits a second of a link at which both take as long: below it the arm is faster. `inf`: on any link;
-            0: on none; None: computation is equal within `SAME_TIME`, so any link that is waited for pays.
+        saved_bytes: Bytes less that one link carries; negative if more was sent.
+        extra_seconds: Seconds more of computation; negative if it was faster.
+        break_even: Bandwidth of a link, bits a second, below which the arm is faster. `inf`: on any link; 0: on none;
+            where it is None, computation is equal within `SAME_TIME`, so any link that is waited for pays.
     """
 
     saved_bytes: float
@@ -183,8 +183,8 @@ class Study:
     """All arms of a page.
 
     Args:
-        title: Of the page.
-        arms: Float32 first, then from many bytes to few.
+        title: Title of the page.
+        arms: All arms: float32 first, then from many bytes to few.
     """
 
     title: str

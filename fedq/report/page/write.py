@@ -24,10 +24,10 @@ class ReportFiles:
     """What `write_report` wrote.
 
     Args:
-        page: `report.html`.
-        text: `report.txt`.
-        tables: `tables/*.csv`.
-        figures: `figures/*.png` and `*.svg`.
+        page: Path of `report.html`.
+        text: Path of `report.txt`.
+        tables: Paths of `tables/*.csv`.
+        figures: Paths of `figures/*.png` and `*.svg`.
     """
 
     page: Path
@@ -41,8 +41,8 @@ def write_report(paths: Sequence[Path], out: Path, *, title: str | None = None) 
 
     Args:
         paths: Folders of runs, or folders that hold some.
-        out: Where the report goes; made if it does not exist. Files of an older report are replaced.
-        title: Of the page. Default: data, model, and the arm or the number of arms.
+        out: Folder of the report; made if it does not exist. Files of an older report are replaced.
+        title: Title of the page. Default: data, model, and the arm or the number of arms.
 
     Raises:
         FieldError: A folder is no run, no run has a round to show, Bokeh or matplotlib is missing, or `out` cannot be
