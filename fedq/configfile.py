@@ -52,7 +52,9 @@ def load_config(path: Path, defaults: C) -> C:
     for name, values in tree.items():
         if name not in hints:
             raise FieldError(f"{path}: key", name, one_of([*hints, "schema_version"], name))
-        groups[name] = _group(getattr(defaults, name), values, f"{path}: {name}")
+        place = f"{path}: {name}"
+        given = {key: (f"{place}.{key}", value) for key, value in _mapping(values, place).items()}
+        groups[name] = _group(getattr(defaults, name), given, place)
     return replace(defaults, **groups)
 
 
@@ -66,23 +68,22 @@ def load_deepspeed_config(path: Path, defaults: C) -> C:
     Raises:
         FieldError: The file cannot be used, or has two values for a setting.
     """
-    file, config = DeepSpeedFile.read(path), defaults
+    file = DeepSpeedFile.read(path)
+    implied = {name: (f"{path}: {key}", value) for name, (key, value) in file.implied.items()}
     for name, (key, value) in file.implied.items():
         if file.fedq.get(name, value) != value:
             raise FieldError(f"{path}: fedq.{name}", file.fedq[name], f"{value!r}, as {key} says, or left out")
-        if name in OLD and (ours := OLD[name][0]) in file.fedq:
-            raise FieldError(f"{path}: fedq.{ours}", file.fedq[ours], f"left out, because {key} says it")
-        config = _with_setting(config, name, value, f"{path}: {key}", is_ours=False)
-    for name, value in file.fedq.items():
-        config = _with_setting(config, name, value, f"{path}: fedq.{name}")
+        if name in OLD and (heir := OLD[name][0]) in file.fedq:
+            raise FieldError(f"{path}: fedq.{heir}", file.fedq[heir], f"left out, because {key} says it")
+    config = _with_values(defaults, implied, where="")  # DeepSpeed's own keys are not to be written otherwise
+    ours = {name: (f"{path}: fedq.{name}", value) for name, value in file.fedq.items()}
+    config = _with_values(config, ours, where=f"{path}: fedq")
     return replace(config, run=replace(config.run, deepspeed_config=path))
 
 
 def with_settings(config: C, values: Mapping[str, Any]) -> C:
     """Return the settings with some changed, by the names of their flags."""
-    for name, value in values.items():
-        config = _with_setting(config, name, value, name)
-    return config
+    return _with_values(config, {name: (name, value) for name, value in values.items()}, where="settings")
 
 
 def with_old_flags(config: C, texts: Mapping[str, str]) -> C:
@@ -95,20 +96,14 @@ def with_old_flags(config: C, texts: Mapping[str, str]) -> C:
     Raises:
         FieldError: A text is no value of its setting.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    given = {}
     for name, text in texts.items():
-        target, kind = OLD[name]
+        kind = OLD[name][1]
         try:
-            value = kind(text)
+            given[name] = (name, kind(text))
         except ValueError:
             raise FieldError(name, text, _WORDS[kind]) from None
-        groups.setdefault(_group_of(config, target), {})[name] = value
-    changes = {group: _changed(getattr(config, group), {}, old, "flags") for group, old in groups.items()}
-    return replace(config, **changes)
-
-
-def _group_of(config: Config, name: str) -> str:
-    return next(group for group in get_type_hints(type(config)) if hasattr(getattr(config, group), name))
+    return _with_values(config, given, where="flags")
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -160,29 +155,45 @@ def _mapping(value: Any, place: str) -> dict[Any, Any]:
     return dict(value)
 
 
-def _group(defaults: Any, values: Any, place: str) -> Any:
-    hints = get_type_hints(type(defaults))
+def _with_values(config: C, given: Mapping[str, tuple[str, Any]], *, where: str) -> C:
+    """Return the settings with some changed, whatever their groups.
+
+    Args:
+        config: The settings that are changed.
+        given: Place, for errors, and value of each setting, by name; all at once, because old ones belong together.
+        where: What has the settings, for the line that names new forms; empty: no line is said.
+    """
+    owners = {
+        key: group for group in get_type_hints(type(config)) for key in get_type_hints(type(getattr(config, group)))
+    }
+    allowed = owners.keys() - {"resume", "resume_changed", "deepspeed_config"}
+    groups: dict[str, dict[str, tuple[str, Any]]] = {}
+    for name, (place, value) in given.items():
+        target = OLD[name][0] if name in OLD else name
+        if target not in allowed:
+            raise FieldError(place, value, f"only the keys {one_of(allowed, name)}")
+        groups.setdefault(owners[target], {})[name] = (place, value)
+    return replace(config, **{name: _group(getattr(config, name), values, where) for name, values in groups.items()})
+
+
+def _group(section: Any, given: Mapping[str, tuple[str, Any]], where: str) -> Any:
+    """Return a group with some settings changed, and old ones put into those that have taken them over."""
+    hints = get_type_hints(type(section))
     changes: dict[str, Any] = {}
     old: dict[str, Any] = {}
-    for key, value in _mapping(values, place).items():
-        if key not in hints and not _is_old(key, hints):
-            raise FieldError(f"{place}.{key}", value, f"only the keys {one_of(hints, key)}")
-        kind = hints[key] if key in hints else OLD[key][1] | None
-        (changes if key in hints else old)[key] = _typed(kind, value, f"{place}.{key}")
-    return _changed(defaults, changes, old, place)
-
-
-def _changed(section: Any, changes: Mapping[str, Any], old: Mapping[str, Any], place: str) -> Any:
-    """Return a group with some settings changed, and old ones put into those that have taken them over.
-
-    What to write instead is said, unless there is no place where they were written.
-    """
+    for name, (place, value) in given.items():
+        if name in hints:
+            changes[name] = _typed(hints[name], value, place)
+        elif name in OLD and OLD[name][0] in hints:
+            old[name] = _typed(OLD[name][1] | None, value, place)
+        else:
+            raise FieldError(place, value, f"only the keys {one_of(hints, name)}")
     if not old:
         return replace(section, **changes)
     before = {**{OLD[name][0]: getattr(section, OLD[name][0]) for name in old}, **changes}
-    new = modern(before | {name: value for name, value in old.items() if value is not None})
-    if place and any(new[name] != before[name] for name in before):
-        _tell(told(place, old, new))
+    new = modern({**before, **{name: value for name, value in old.items() if value is not None}})
+    if where and any(new[name] != before[name] for name in before):
+        _tell(told(where, old, new))
     return replace(section, **new)
 
 
@@ -190,28 +201,6 @@ def _changed(section: Any, changes: Mapping[str, Any], old: Mapping[str, Any], p
 def _tell(line: str) -> None:
     """Say a line once a process, however often a file is read."""
     _log.warning("%s", line)
-
-
-def _is_old(name: str, hints: Mapping[str, Any]) -> bool:
-    """Whether a setting was one of a group's in an earlier version."""
-    return name in OLD and OLD[name][0] in hints
-
-
-def _with_setting(config: C, name: str, value: Any, place: str, *, is_ours: bool = True) -> C:
-    """Return the settings with one changed, whatever its group; what is not ours is not told how to be written."""
-    groups = {
-        key: group for group in get_type_hints(type(config)) for key in get_type_hints(type(getattr(config, group)))
-    }
-    allowed = groups.keys() - {"resume", "resume_changed", "deepspeed_config"}
-    if name in OLD:
-        group = _group_of(config, OLD[name][0])
-        old = {name: _typed(OLD[name][1] | None, value, place)}
-        return replace(config, **{group: _changed(getattr(config, group), {}, old, place if is_ours else "")})
-    if name not in allowed:
-        raise FieldError(place, value, f"only the keys {one_of(allowed, name)}")
-    section = getattr(config, groups[name])
-    typed = _typed(get_type_hints(type(section))[name], value, place)
-    return replace(config, **{groups[name]: replace(section, **{name: typed})})
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:

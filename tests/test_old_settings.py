@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from fedq import configfile
 from fedq.cli import parse_args
 from fedq.config import Config
-from fedq.configfile import load_config
+from fedq.configfile import load_config, load_deepspeed_config, with_settings
 from fedq.errors import FieldError
 from fedq.old_settings import modern
 
@@ -104,3 +105,26 @@ def test_a_checkpoint_of_an_earlier_version_says_the_same() -> None:
     old = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "feedback": "auto", "residual_memory": 1.0}
     old |= {"max_update_norm": None, "norm_rule": "clip", "lr": 0.1}
     assert modern(old) == {"optimizer": "sgd", "feedback": "auto", "norm_limit": "none", "lr": 0.1}
+
+
+@pytest.mark.parametrize("names", [["optimizer", "weight_decay"], ["weight_decay", "optimizer"]])
+def test_the_order_of_old_settings_does_not_matter(names: list[str], tmp_path: Path) -> None:
+    values = {"optimizer": "adam", "weight_decay": 0.0}
+    limits = {"norm_rule": "drop", "max_update_norm": 2.0}
+    given = {name: values[name] for name in names} | limits
+    assert with_settings(Config(), given).local.optimizer == "adam:weight_decay=0.0"
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"fedq": given}))
+    config = load_deepspeed_config(tmp_path / "deepspeed.json", Config())
+    assert (config.local.optimizer, config.clients.norm_limit) == ("adam:weight_decay=0.0", "drop:2")
+
+
+def test_deepspeeds_own_keys_are_not_told_how_to_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "deepspeed.json"
+    section = {"type": "SGD", "params": {"momentum": 0.5}}
+    path.write_text(json.dumps({"optimizer": section}))
+    with caplog.at_level(logging.WARNING):
+        assert load_deepspeed_config(path, Config()).local.optimizer == "sgd:momentum=0.5"
+    assert not caplog.records
+    path.write_text(json.dumps({"optimizer": section, "fedq": {"optimizer": "sgd:momentum=0.9"}}))
+    with pytest.raises(FieldError, match=r"fedq\.optimizer.*left out, because optimizer.params.momentum says it"):
+        load_deepspeed_config(path, Config())
