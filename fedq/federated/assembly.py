@@ -154,6 +154,7 @@ class Seats(Mapping[int, Client]):
         self._make = make
         self._model = model
         self._settings = settings
+        self._memory = feedback_rule(settings.feedback).memory
         self._store = store
         self._told = seated
         self._seated: dict[int, Client] = {}
@@ -194,7 +195,7 @@ class Seats(Mapping[int, Client]):
             layouts if settings.sends else None,
             feedback,
             model=self._model,
-            residual_memory=feedback_rule(settings.feedback).memory,
+            residual_memory=self._memory,
         )
 
 
