@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clients import client_on
-from distributed import run_group
-from jobs import Watched, file_hash, run_watched, small_config
+from jobs import LazyJobs, file_hash, run_watched, small_config
 from local_training import small_model, start_of, training
 from properties import is_all
 from safetensors.torch import load_file
@@ -232,32 +231,18 @@ CASES: dict[str, dict[str, Any]] = {
 ROUNDS, CLIENTS, COHORT = 3, 7, 5
 
 
-class Jobs:
-    """The jobs at so many ranks, each run when it is first asked for: the folder, and what rank 0 saw."""
-
-    def __init__(self, world_size: int, folder: Path) -> None:
-        self._world_size, self._folder = world_size, folder
-        self._seen: dict[str, Watched] = {}
-
-    def seen(self, case: str) -> Watched:
-        if case not in self._seen:
-            job = small_config(self._folder / case, **CASES[case]), None
-            ((self._seen[case],), *_) = run_group(self._world_size, run_watched, [job])
-        return self._seen[case]
-
-    def folder(self, case: str) -> Path:
-        self.seen(case)
-        return self._folder / case
+def jobs_of(world_size: int, folder: Path) -> LazyJobs:
+    return LazyJobs(world_size, folder, run_watched, lambda folder, case: (small_config(folder, **CASES[case]), None))
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Jobs, Jobs]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[LazyJobs, LazyJobs]:
     """The jobs at one and at two ranks."""
-    return tuple(Jobs(world_size, tmp_path_factory.mktemp(f"ranks{world_size}")) for world_size in (1, 2))
+    return tuple(jobs_of(world_size, tmp_path_factory.mktemp(f"ranks{world_size}")) for world_size in (1, 2))
 
 
 @pytest.fixture(scope="module")
-def jobs(both: tuple[Jobs, Jobs]) -> tuple[Jobs, ...]:
+def jobs(both: tuple[LazyJobs, LazyJobs]) -> tuple[LazyJobs, ...]:
     """The jobs that are looked at: with one rank alone where not everything is tried, because ranks change nothing."""
     return both if is_all() else both[:1]
 
@@ -298,16 +283,16 @@ def drawn_faults() -> dict[tuple[int, int], str]:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case == "faults" else pytest.mark.slow) for case in CASES]
 )
-def test_nothing_depends_on_the_ranks(both: tuple[Jobs, Jobs], case: str) -> None:
+def test_nothing_depends_on_the_ranks(both: tuple[LazyJobs, LazyJobs], case: str) -> None:
     one, two = (ran.folder(case) for ran in both)
     assert file_hash(one / "model.safetensors") == file_hash(two / "model.safetensors")
-    assert both[0].seen(case).frames == both[1].seen(case).frames
+    assert both[0].ranks(case)[0].frames == both[1].ranks(case)[0].frames
     assert statuses(one) == statuses(two)
     assert left_out(one) == left_out(two)
     assert losses(one) == losses(two)
 
 
-def test_faults_are_named_in_every_place(both: tuple[Jobs, Jobs]) -> None:
+def test_faults_are_named_in_every_place(both: tuple[LazyJobs, LazyJobs]) -> None:
     expected = drawn_faults()
     assert {reason.split(":")[0] for reason in expected.values()} == {"update is not finite", "training failed"}
     for ran in both:
@@ -316,7 +301,7 @@ def test_faults_are_named_in_every_place(both: tuple[Jobs, Jobs]) -> None:
         found = statuses(folder)
         assert {at: status for at, status in found.items() if status != "ok"} == expected
         assert len(found) == ROUNDS * COHORT
-        sizes = {at: nbytes for at, (_, nbytes) in ran.seen("faults").frames.items()}
+        sizes = {at: nbytes for at, (_, nbytes) in ran.ranks("faults")[0].frames.items()}
         for at, reason in expected.items():
             text = reason.partition("training failed: ")[2]
             assert sizes[at] == HEADER_NBYTES + len(text.encode())
@@ -324,7 +309,7 @@ def test_faults_are_named_in_every_place(both: tuple[Jobs, Jobs]) -> None:
         assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
 
 
-def test_a_jobs_loss_is_that_of_the_clients_whose_update_was_used(both: tuple[Jobs, Jobs]) -> None:
+def test_a_jobs_loss_is_that_of_the_clients_whose_update_was_used(both: tuple[LazyJobs, LazyJobs]) -> None:
     for ran in both:
         rows = client_rows(ran.folder("faults"))
         for number, loss in enumerate(losses(ran.folder("faults"))):
@@ -336,7 +321,7 @@ def test_a_jobs_loss_is_that_of_the_clients_whose_update_was_used(both: tuple[Jo
         assert all(row["train_loss"] is None and row["train_accuracy"] is None for row in failed)
 
 
-def test_a_client_that_is_left_out_keeps_its_residual(both: tuple[Jobs, Jobs]) -> None:
+def test_a_client_that_is_left_out_keeps_its_residual(both: tuple[LazyJobs, LazyJobs]) -> None:
     """A checkpoint names the round after which each client's residual is; one left out has an older one, or none."""
     expected = drawn_faults()
     for ran in both:
@@ -349,7 +334,7 @@ def test_a_client_that_is_left_out_keeps_its_residual(both: tuple[Jobs, Jobs]) -
         assert state["residuals"] == versions
 
 
-def test_a_round_without_enough_updates_is_named_and_changes_nothing(jobs: tuple[Jobs, ...]) -> None:
+def test_a_round_without_enough_updates_is_named_and_changes_nothing(jobs: tuple[LazyJobs, ...]) -> None:
     for ran in jobs:
         folder = ran.folder("no quorum")
         found = statuses(folder)
@@ -364,7 +349,7 @@ def test_a_round_without_enough_updates_is_named_and_changes_nothing(jobs: tuple
         assert [losses(folder)[number] for number in sorted(skipped)] == [None] * len(skipped)
 
 
-def test_a_job_whose_clients_all_fail_ends_with_the_model_it_began_with(jobs: tuple[Jobs, ...]) -> None:
+def test_a_job_whose_clients_all_fail_ends_with_the_model_it_began_with(jobs: tuple[LazyJobs, ...]) -> None:
     for ran in jobs:
         assert len(left_out(ran.folder("all fail"))) == COHORT
         first, last = (
@@ -372,10 +357,10 @@ def test_a_job_whose_clients_all_fail_ends_with_the_model_it_began_with(jobs: tu
         )
         assert torch.equal(first["replica"], last["replica"])
         assert torch.equal(last["replica"], last["server"]["master"])
-        assert ran.seen("all fail").summary["rounds"] == 1
+        assert ran.ranks("all fail")[0].summary["rounds"] == 1
 
 
-def test_norm_limits_of_a_job(jobs: tuple[Jobs, ...]) -> None:
+def test_norm_limits_of_a_job(jobs: tuple[LazyJobs, ...]) -> None:
     for ran in jobs:
         clipped, dropped = statuses(ran.folder("clip")), statuses(ran.folder("drop"))
         assert left_out(ran.folder("clip")) == {}

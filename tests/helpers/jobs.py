@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import Spy
+from distributed import Spy, run_group
 
 from fedq.collectives import Transport
 from fedq.config import Config, validate
@@ -117,6 +118,38 @@ def _run(rank: int, config: Config, nan_at: tuple[int, int] | None) -> Watched:
     (spy,) = spies
     hashes = [hashlib.sha256(replica.numpy().tobytes()).hexdigest() for replica in replicas]
     return Watched(summary, frames, spy.sent, spy.received, *(hashes or [None]))
+
+
+class LazyJobs:
+    """The jobs of a group of ranks, each run when it is first asked for.
+
+    Args:
+        world_size: Number of ranks.
+        folder: Folder of the jobs' folders, which are named by their cases.
+        body: Function of a rank and a list of jobs that runs them and returns what it saw of each.
+        job: Function from a job's folder and case to what `body` is given of it.
+    """
+
+    def __init__(self, world_size: int, folder: Path, body: Callable, job: Callable[[Path, str], Any]) -> None:
+        self.world_size = world_size
+        self._folder, self._body, self._job = folder, body, job
+        self._seen: dict[str, list[Any]] = {}
+
+    def ranks(self, case: str) -> list[Any]:
+        """Return what each rank saw of a job."""
+        if case not in self._seen:
+            job = self._job(self._folder / case, case)
+            self._seen[case] = [seen for (seen,) in run_group(self.world_size, self._body, [job])]
+        return self._seen[case]
+
+    def folder(self, case: str) -> Path:
+        """Return a job's folder, after the job."""
+        self.ranks(case)
+        return self._folder / case
+
+    def model(self, case: str) -> str:
+        """Return the hash of the model that a job left."""
+        return file_hash(self.folder(case) / "model.safetensors")
 
 
 def file_hash(path: Path) -> str:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from distributed import run_group
-from jobs import SMALL, Watched, file_hash, run_watched, small_config
+from jobs import SMALL, LazyJobs, file_hash, run_watched, small_config
 from properties import few, slow_but_for
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score
@@ -47,30 +47,16 @@ CASES = {
 }
 
 
-class Results:
-    """What a world size's jobs left, each run when it is first asked for: what each rank saw, and the folders."""
+def jobs_of(world_size: int, folder: Path, cases: dict[str, dict]) -> LazyJobs:
+    def job(folder: Path, case: str) -> tuple[Config, tuple[int, int] | None]:
+        return small_config(folder, **cases[case]), NAN_AT if case == "nan" else None
 
-    def __init__(self, world_size: int, folder: Path, cases: dict[str, dict]) -> None:
-        self.world_size, self._folder, self._cases = world_size, folder, cases
-        self._seen: dict[str, list[Watched]] = {}
-
-    def ranks(self, case: str) -> list[Watched]:
-        if case not in self._seen:
-            job = small_config(self._folder / case, **self._cases[case]), NAN_AT if case == "nan" else None
-            self._seen[case] = [seen for (seen,) in run_group(self.world_size, run_watched, [job])]
-        return self._seen[case]
-
-    def folder(self, case: str) -> Path:
-        self.ranks(case)
-        return self._folder / case
-
-    def model(self, case: str) -> str:
-        return file_hash(self.folder(case) / "model.safetensors")
+    return LazyJobs(world_size, folder, run_watched, job)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
-    return {n: Results(n, tmp_path_factory.mktemp(f"ranks{n}"), CASES) for n in (1, 2, 3)}
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, LazyJobs]:
+    return {n: jobs_of(n, tmp_path_factory.mktemp(f"ranks{n}"), CASES) for n in (1, 2, 3)}
 
 
 # ---- the same bytes wherever clients run ----
@@ -79,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
 @pytest.mark.parametrize("world_size", few([2, 3], 1))
 @pytest.mark.parametrize("case", slow_but_for(CASES, "int4", "threshold", "alone"))
 def test_models_and_messages_do_not_depend_on_the_ranks(
-    results: dict[int, Results], case: str, world_size: int
+    results: dict[int, LazyJobs], case: str, world_size: int
 ) -> None:
     one, other = results[1], results[world_size]
     (first,), others = one.ranks(case), other.ranks(case)
@@ -95,7 +81,7 @@ def test_models_and_messages_do_not_depend_on_the_ranks(
 @pytest.mark.parametrize("world_size", few([2, 1, 3], 1))
 @pytest.mark.parametrize("case", slow_but_for(CASES, "int4", "threshold", "alone"))
 def test_the_ledger_is_what_the_process_group_was_given(
-    results: dict[int, Results], case: str, world_size: int
+    results: dict[int, LazyJobs], case: str, world_size: int
 ) -> None:
     ranks, folder = results[world_size].ranks(case), results[world_size].folder(case)
     rows = pq.read_table(folder / "ledger.parquet").to_pylist()
@@ -112,7 +98,7 @@ def test_the_ledger_is_what_the_process_group_was_given(
 
 @pytest.mark.parametrize("world_size", few([2, 1, 3], 1))
 def test_an_update_that_is_not_finite_is_named_and_the_round_goes_on(
-    results: dict[int, Results], world_size: int
+    results: dict[int, LazyJobs], world_size: int
 ) -> None:
     number, client = NAN_AT
     seen, folder = results[world_size].ranks("nan")[0], results[world_size].folder("nan")
@@ -148,20 +134,20 @@ SOLO = {
 
 
 @pytest.fixture(scope="module")
-def solo(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(1, tmp_path_factory.mktemp("solo"), SOLO)
+def solo(tmp_path_factory: pytest.TempPathFactory) -> LazyJobs:
+    return jobs_of(1, tmp_path_factory.mktemp("solo"), SOLO)
 
 
-def summary(results: Results, case: str) -> dict:
+def summary(results: LazyJobs, case: str) -> dict:
     return json.loads((results.folder(case) / "summary.json").read_text())
 
 
-def test_a_seed_decides_the_model(solo: Results) -> None:
+def test_a_seed_decides_the_model(solo: LazyJobs) -> None:
     assert solo.model("first") == solo.model("again")
     assert solo.model("first") != solo.model("other seed")
 
 
-def test_a_config_can_be_run_again(solo: Results, tmp_path: Path) -> None:
+def test_a_config_can_be_run_again(solo: LazyJobs, tmp_path: Path) -> None:
     written = solo.folder("first") / "config.yaml"
     assert yaml.safe_load(written.read_text())["schema_version"] == 1
     config = load_config(written, Config())
@@ -172,7 +158,7 @@ def test_a_config_can_be_run_again(solo: Results, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", slow_but_for(SOLO, "first", "one bit", "target", "central", "small"))
-def test_every_file_of_a_run_can_be_read(solo: Results, case: str) -> None:
+def test_every_file_of_a_run_can_be_read(solo: LazyJobs, case: str) -> None:
     folder, told = solo.folder(case), summary(solo, case)
     assert not list(folder.glob("*.tmp"))
     assert list((folder / "tensorboard").glob("events.*"))
@@ -215,7 +201,7 @@ def layout_of(case: str, direction: str) -> Layout:
 
 
 @pytest.mark.parametrize("case", slow_but_for(["first", "one bit", "to all", "group", "small"], "first", "one bit"))
-def test_bytes_follow_the_layout(solo: Results, case: str) -> None:
+def test_bytes_follow_the_layout(solo: LazyJobs, case: str) -> None:
     flags, told = SMALL | SOLO[case], summary(solo, case)
     up, down = layout_of(case, "uplink"), layout_of(case, "downlink")
     messages = flags["rounds"] * flags["cohort"]
@@ -235,7 +221,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("case", FORMULAS)
-def test_uplink_bytes_follow_the_codecs_formula(solo: Results, case: str) -> None:
+def test_uplink_bytes_follow_the_codecs_formula(solo: LazyJobs, case: str) -> None:
     shapes = [param.shape for param in build_model("cnn62k").parameters()]
     coded = sum(FORMULAS[case](shape.numel()) for shape in shapes if len(shape) > 1)
     exempt = sum(2 * shape.numel() for shape in shapes if len(shape) == 1)
@@ -244,7 +230,7 @@ def test_uplink_bytes_follow_the_codecs_formula(solo: Results, case: str) -> Non
     assert {nbytes for _, nbytes in frames.values()} == {HEADER_NBYTES + coded + exempt}
 
 
-def test_a_target_accuracy_ends_the_run_cleanly(solo: Results) -> None:
+def test_a_target_accuracy_ends_the_run_cleanly(solo: LazyJobs) -> None:
     told = summary(solo, "target")
     assert told["rounds"] == 1
     assert told["best_val_accuracy"] >= 0.001
@@ -252,7 +238,7 @@ def test_a_target_accuracy_ends_the_run_cleanly(solo: Results) -> None:
 
 
 @pytest.mark.slow
-def test_settings_are_used(solo: Results) -> None:
+def test_settings_are_used(solo: LazyJobs) -> None:
     assert summary(solo, "bf16")["precision"] == "bf16"
     assert summary(solo, "fp16")["precision"] == "fp16"
     assert solo.model("bf16") != solo.model("fp16")
@@ -263,7 +249,7 @@ def test_settings_are_used(solo: Results) -> None:
     assert not [n for n in load_file(solo.folder("group") / "model.safetensors") if "running" in n]
 
 
-def test_histograms_come_as_often_as_asked(solo: Results) -> None:
+def test_histograms_come_as_often_as_asked(solo: LazyJobs) -> None:
     def rounds(case: str) -> set[int]:
         return {row["round"] for row in pq.read_table(solo.folder(case) / "histograms.parquet").to_pylist()}
 
@@ -277,7 +263,7 @@ def test_histograms_come_as_often_as_asked(solo: Results) -> None:
     assert all(row["num"] == sizes[row["tensor"]] for row in rows if row["stage"] == "update")
 
 
-def test_training_alone_sends_nothing(solo: Results) -> None:
+def test_training_alone_sends_nothing(solo: LazyJobs) -> None:
     told = summary(solo, "central")
     assert told["exchange"] == "none"
     assert told["uplink_bytes"] == told["downlink_bytes"] == told["wire_bytes"] == 0
@@ -289,7 +275,7 @@ def test_training_alone_sends_nothing(solo: Results) -> None:
 
 
 @pytest.mark.parametrize("case", ["first", "central"])
-def test_the_balanced_accuracy_is_scikit_learns_of_the_saved_model(solo: Results, case: str, tmp_path: Path) -> None:
+def test_the_balanced_accuracy_is_scikit_learns_of_the_saved_model(solo: LazyJobs, case: str, tmp_path: Path) -> None:
     data = load_dataset("digits", data_dir=tmp_path, train_examples=280)
     model = build_model("cnn62k")
     model.load_state_dict(load_file(solo.folder(case) / "model.safetensors"))
@@ -300,7 +286,7 @@ def test_the_balanced_accuracy_is_scikit_learns_of_the_saved_model(solo: Results
     assert told["test_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(data.test.labels, said))
 
 
-def test_small_clients_are_told_of_once_and_every_client_is_counted(solo: Results) -> None:
+def test_small_clients_are_told_of_once_and_every_client_is_counted(solo: LazyJobs) -> None:
     rows = pq.read_table(solo.folder("small") / "clients.parquet").to_pylist()
     held = {row["client"]: row["num_examples"] for row in rows}
     assert min(held.values()) < 64

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from distributed import run_group
-from jobs import file_hash, small_config
+from jobs import LazyJobs, file_hash, small_config
 from properties import few, slow_but_for
 from safetensors.torch import load_file
 from torch import Tensor
@@ -81,38 +81,25 @@ CASES = {
 }
 
 
-class Jobs:
-    """Jobs of so many ranks, each run when it is first asked for: what each rank saw."""
-
-    def __init__(self, world_size: int, folder: Path) -> None:
-        self.world_size, self.folder = world_size, folder
-        self._seen: dict[str, list[dict[str, Any]]] = {}
-
-    def __getitem__(self, case: str) -> list[dict[str, Any]]:
-        if case not in self._seen:
-            config = step_config(self.folder / case, **CASES[case])
-            self._seen[case] = [seen for (seen,) in run_group(self.world_size, run_jobs, [config])]
-        return self._seen[case]
-
-
 @pytest.fixture(scope="module", params=few([2, 1, 3], 1))
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    return Jobs(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LazyJobs:
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    return LazyJobs(request.param, folder, run_jobs, lambda folder, case: step_config(folder, **CASES[case]))
 
 
 @pytest.mark.parametrize("case", slow_but_for(CASES, "fp32", "two_phase", "batchnorm"))
-def test_all_ranks_end_with_the_same_model(ran: Jobs, case: str) -> None:
-    first, *others = ran[case]
+def test_all_ranks_end_with_the_same_model(ran: LazyJobs, case: str) -> None:
+    first, *others = ran.ranks(case)
     assert all(other["model"] == first["model"] for other in others)
-    saved = load_file(ran.folder / case / "model.safetensors")
+    saved = load_file(ran.folder(case) / "model.safetensors")
     assert {name: value.numpy().tobytes() for name, value in saved.items()} == first["model"]
 
 
 @pytest.mark.parametrize("case", slow_but_for(CASES, "fp32", "two_phase", "batchnorm"))
-def test_the_ledger_has_every_byte_of_the_legs(ran: Jobs, case: str) -> None:
-    seen = ran[case]
-    table = pq.read_table(ran.folder / case / "ledger.parquet").to_pylist()
-    summary = json.loads((ran.folder / case / "summary.json").read_text())
+def test_the_ledger_has_every_byte_of_the_legs(ran: LazyJobs, case: str) -> None:
+    seen = ran.ranks(case)
+    table = pq.read_table(ran.folder(case) / "ledger.parquet").to_pylist()
+    summary = json.loads((ran.folder(case) / "summary.json").read_text())
 
     def booked(column: str, **wanted: Any) -> int:
         return sum(row[column] for row in table if all(row[key] == value for key, value in wanted.items()))
@@ -128,8 +115,8 @@ def test_the_ledger_has_every_byte_of_the_legs(ran: Jobs, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", slow_but_for(["fp32", "bf16", "int4", "two_phase"], "fp32", "two_phase"))
-def test_bytes_follow_the_formula(ran: Jobs, case: str) -> None:
-    summary, num = ran[case][0]["summary"], 62_006
+def test_bytes_follow_the_formula(ran: LazyJobs, case: str) -> None:
+    summary, num = ran.ranks(case)[0]["summary"], 62_006
     steps = EPOCHS * 4
     ring = 2 * (ran.world_size - 1) * 4 * num * steps  # of all ranks
     up, down = (summary[f"{direction}_bytes_fp32"] for direction in ("uplink", "downlink"))
@@ -146,10 +133,10 @@ def test_bytes_follow_the_formula(ran: Jobs, case: str) -> None:
         assert sent == (pytest.approx(each * (4 + 0.06) / 8, rel=0.03), pytest.approx(each * (8 + 0.06) / 8, rel=0.03))
 
 
-def test_plain_gradients_train_like_a_hand_written_loop(ran: Jobs) -> None:
+def test_plain_gradients_train_like_a_hand_written_loop(ran: LazyJobs) -> None:
     """The oracle: one process, the mean of the ranks' gradients in rank order, plain SGD."""
-    world_size, (trained, *_) = ran.world_size, ran["fp32"]
-    noted = note_batches(step_config(ran.folder / f"noted{world_size}", uplink="fp32"), world_size)
+    world_size, (trained, *_) = ran.world_size, ran.ranks("fp32")
+    noted = note_batches(step_config(ran.folder("fp32").with_name(f"noted{world_size}"), uplink="fp32"), world_size)
     torch.manual_seed(noted["weights_seed"])
     model = build_model("cnn62k", num_classes=10, in_channels=3, image_size=32).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4, fused=True)
@@ -166,7 +153,7 @@ def test_plain_gradients_train_like_a_hand_written_loop(ran: Jobs) -> None:
             for param, grad in zip(model.parameters(), total, strict=True):
                 param.grad = grad
             optimizer.step()
-    got = load_file(ran.folder / "fp32" / "model.safetensors")
+    got = load_file(ran.folder("fp32") / "model.safetensors")
     assert got.keys() == trained["model"].keys()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
